@@ -1,0 +1,179 @@
+"""
+Tokenizers, the token-file format, and which window is which batch.
+
+A token set is a folder: train.bin and val.bin hold nothing but token ids, meta.json says what they
+are. Training reads windows of block_size + 1 tokens; their order is a pure function of the seed and
+the step, so a run resumes exactly and sees the same batches on one process or on many.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import sys
+
+import numpy as np
+
+VERSION = 1  # of the token-set format
+EOT = "<|endoftext|>"
+SCAN = 1 << 25  # ids looked at on opening a file (all of them, in such pieces, to verify it)
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: scripts print it as one line and exit with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose help begins with the script's docstring and whose errors are one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def run_script(main, *also):
+    """Call main(); turn UserError, OSError and the exceptions in `also` into one line, status 2."""
+    try:
+        main()
+    except (UserError, OSError, *also) as error:
+        message = " ".join(str(error).split())
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def get_tokenizer(name):
+    """The tokenizer `name` ("bytes" or "gpt2") as a tiktoken.Encoding with an eot_token.
+
+    Raises UserError for another name, or if GPT-2's vocabulary is neither cached nor reachable.
+    """
+    import tiktoken
+
+    if name == "bytes":  # 256 byte values and the end of a text: nothing to download
+        # the pattern only cuts the text for the encoder; no two bytes are ever merged
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,16}", special_tokens={EOT: 256},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
+    if name != "gpt2":
+        raise UserError(f"no tokenizer {name!r}: choose bytes or gpt2")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors
+        raise UserError(
+            "GPT-2's vocabulary could not be downloaded. Set TIKTOKEN_CACHE_DIR to a folder in "
+            "which tiktoken has cached it once, or use --tokenizer bytes") from error
+
+
+def padded_vocab(tokenizer):
+    """The model's vocabulary: the tokenizer's, up to the next multiple of 64 (faster products)."""
+    return (tokenizer.n_vocab + 63) // 64 * 64
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class TokenSet:
+    """The folder that prepare_data.py wrote, checked on opening.
+
+    .train and .val are read-only arrays of ids mapped from disk, .meta is meta.json as a dict.
+    tokenizer: require this one. verify: read all of both files, for their sha256 and their ids.
+    Raises UserError, with what is wrong and where, if the folder is not a whole token set.
+    """
+
+    def __init__(self, folder, tokenizer=None, verify=False):
+        self.folder = folder
+        path = os.path.join(folder, "meta.json")
+        if not os.path.isfile(path):
+            raise UserError(f"no token set in {folder} (no meta.json): make one with "
+                            f"python prepare_data.py --out {folder}")
+        try:
+            with open(path, encoding="utf-8") as f:
+                self.meta = json.load(f)
+            found = self.meta["version"]
+            if found != VERSION:
+                raise UserError(f"{folder} has token-set version {found}, this code reads "
+                                f"{VERSION}: prepare it again")
+            self.tokenizer = self.meta["tokenizer"]
+            if tokenizer and self.tokenizer != tokenizer:
+                raise UserError(f"{folder} was tokenised with {self.tokenizer}, not {tokenizer}")
+            dtype = {"uint16": np.uint16, "uint32": np.uint32}[self.meta["dtype"]]
+            self.vocab_size = int(self.meta["vocab_size"])
+            for split in ("train", "val"):
+                setattr(self, split, self._open(split, dtype, verify))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is damaged ({error!r}): prepare the token set again") from error
+
+    def _open(self, split, dtype, verify):
+        path = os.path.join(self.folder, f"{split}.bin")
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is missing: prepare the token set again")
+        expect = self.meta["tokens"][split] * np.dtype(dtype).itemsize
+        if os.path.getsize(path) != expect:
+            raise UserError(f"{path} has {os.path.getsize(path)} bytes, meta.json says {expect}: "
+                            "it is truncated or of another set; prepare it again")
+        if verify and sha256(path) != self.meta["sha256"][split]:
+            raise UserError(f"{path} does not have the sha256 of meta.json: it was changed")
+        if expect == 0:
+            raise UserError(f"{path} has no tokens")
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+        for start in range(0, len(tokens) if verify else 1, SCAN):
+            if (top := int(tokens[start:start + SCAN].max())) >= self.vocab_size:
+                raise UserError(f"{path} holds the id {top}, beyond its vocabulary of "
+                                f"{self.vocab_size}: prepare it again")
+        return tokens
+
+    @property
+    def fingerprint(self):
+        """What makes this set this set, for a checkpoint to compare on resume."""
+        return self.meta["sha256"]["train"][:16] + self.meta["sha256"]["val"][:16]
+
+
+@functools.lru_cache(maxsize=2)  # an epoch and its successor
+def epoch_order(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def windows(tokens, block_size):
+    """How many windows there are: window i is tokens[i * T : i * T + T + 1], so each token but the
+    first is predicted once. Raises UserError if there is not even one."""
+    n = (len(tokens) - 1) // block_size
+    if n < 1:
+        raise UserError(f"{len(tokens)} tokens are fewer than one window of {block_size} + 1: "
+                        "use more text or a smaller --block_size")
+    return n
+
+
+def batch(tokens, block_size, indices):
+    """Windows `indices` as two int64 arrays (len(indices), T): inputs, and the tokens after them."""
+    rows = np.stack([tokens[i * block_size:(i + 1) * block_size + 1] for i in indices])
+    rows = rows.astype(np.int64)
+    return rows[:, :-1], rows[:, 1:]
+
+
+def train_indices(n, seed, step, batch_size, rank=0, world=1):
+    """Which of n windows this rank reads at this step: its slice of the global batch.
+
+    Every epoch is a new permutation of all windows, drawn globally and then cut by rank: no window
+    twice in an epoch, none in two ranks, and the same global batch for any number of ranks.
+    """
+    share = batch_size // world
+    first = step * batch_size + rank * share
+    return [int(epoch_order(seed, g // n, n)[g % n]) for g in range(first, first + share)]
+
+
+def val_indices(n, count, rank=0, world=1):
+    """A fixed list of validation windows, spread evenly over the file; this rank's share of it."""
+    count = min(n, count)
+    return [i * n // count for i in range(count)][rank::world]

@@ -1,0 +1,269 @@
+"""
+Turn text into a token set: python prepare_data.py --dataset NAME --out DIR
+
+    python prepare_data.py --dataset pydocs --out tokens/pydocs
+    python prepare_data.py --dataset text --input 'books/*.txt' --tokenizer gpt2 --out tokens/books
+    python prepare_data.py --dataset fineweb-edu --tokenizer gpt2 --max_tokens 1e9 --out tokens/fw
+
+A local text may be .txt, .txt.gz, .txt.xz or .jsonl; in a text file a line that holds only
+<|endoftext|> separates documents. Sets from the hub are streamed, never held in memory or on disk.
+"""
+
+import collections
+import difflib
+import functools
+import glob
+import gzip
+import io
+import itertools
+import json
+import lzma
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from data import EOT, VERSION, Parser, UserError, get_tokenizer, padded_vocab, run_script, sha256
+
+# name -> (hub repository, its configuration, the field with the text, share for validation)
+HUB = {
+    "shakespeare": ("karpathy/tiny_shakespeare", None, "text", 0.1),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", "text", 0.01),
+    "tinystories": ("roneneldan/TinyStories", None, "text", 0.005),
+    "openwebtext": ("Skylion007/openwebtext", None, "text", 0.0005),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text", 0.0005),
+    "pile-uncopyrighted": ("monology/pile-uncopyrighted", None, "text", 0.0005),
+}
+PIECE = 8192  # characters: a longer document is tokenised, and split, in pieces about this long
+
+
+def pydocs():
+    """The language reference that every CPython carries for help(): 0.5 MB of English."""
+    from pydoc_data.topics import topics
+
+    yield from (topics[name] for name in sorted(topics))
+
+
+def read_files(paths, field, progress):
+    """The documents in local files; progress[0] follows the share of their bytes read."""
+    total, before = sum(map(os.path.getsize, paths)) or 1, 0
+    for path in paths:
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)
+        try:
+            with open(path, "rb") as raw, (io.TextIOWrapper(raw, "utf-8") if opener is open
+                                           else opener(raw, "rt", encoding="utf-8")) as f:
+                for text in read_jsonl(f, path, field) if ".jsonl" in path else read_text(f):
+                    progress[0] = (before + raw.tell()) / total
+                    yield text
+        except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+            raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        before += os.path.getsize(path)
+
+
+def read_text(lines):
+    document = []
+    for line in lines:
+        if line.rstrip("\r\n") == EOT:
+            yield "".join(document)
+            document = []
+        else:
+            document.append(line)
+    yield "".join(document)
+
+
+def read_jsonl(lines, path, field):
+    for number, line in enumerate(lines, 1):
+        try:
+            text = json.loads(line)[field]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: no JSON object with a field {field!r} "
+                            "(name it with --text_field)") from error
+        if not isinstance(text, str):
+            raise UserError(f"{path}, line {number}: the field {field!r} is not a string")
+        yield text
+
+
+def read_hub(name, config, field, revision):
+    """(documents, commit) of a set on the hub, streamed."""
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(name, revision=revision).sha
+        load = functools.partial(datasets.load_dataset, name, streaming=True, split="train")
+        try:
+            rows = load(config, revision=commit)
+        except RuntimeError:  # a set that is a script: the hub keeps a copy of it as parquet
+            rows = load(revision="refs/convert/parquet")
+        first = next(iter(rows))
+    except (OSError, RuntimeError, ValueError) as error:  # offline, unknown, gated
+        raise UserError(f"cannot read {name} from the hub ({type(error).__name__}); with no "
+                        "network, use --dataset text --input FILES or --dataset pydocs") from error
+    if field not in first:
+        raise UserError(f"{name} has no field {field!r} but {', '.join(first)}: "
+                        "choose with --text_field")
+    texts = (row[field] for row in rows)
+    return (articles(texts) if name == "Salesforce/wikitext" else texts), commit
+
+
+def articles(lines):
+    """WikiText comes as lines; an article begins with a line like " = Title = "."""
+    article = []
+    for line in lines:
+        if re.fullmatch(r" = [^=].* = \n", line) and article:
+            yield "".join(article)
+            article = []
+        article.append(line)
+    yield "".join(article)
+
+
+def documents(args, progress):
+    """(an iterator of documents, what to call the source, its revision, share for validation)"""
+    name = args.dataset
+    if args.input and name != "text":
+        raise UserError(f"--input goes with --dataset text, not {name}")
+    if name == "pydocs":
+        return pydocs(), "pydoc_data.topics", f"Python {platform.python_version()}", 0.1
+    if name == "text":
+        if not args.input:
+            raise UserError("--dataset text needs --input FILES")
+        paths = []
+        for pattern in args.input:
+            found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+            if not found:
+                raise UserError(f"no file matches --input {pattern}")
+            paths += found
+        names = ", ".join(map(os.path.basename, paths))
+        return read_files(paths, args.text_field or "text", progress), names, None, 0.1
+    repo, config, field, share = HUB.get(name, (name.removeprefix("hf:"), None, "text", 0.005))
+    if name in HUB or name.startswith("hf:"):
+        texts, commit = read_hub(repo, config, args.text_field or field, args.revision)
+        return texts, repo, commit, share
+    near = difflib.get_close_matches(name, ["pydocs", "text", *HUB], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose pydocs, text, {', '.join(HUB)}, hf:NAME"
+    raise UserError(f"no dataset {name!r}: {hint}")
+
+
+def pieces(texts):
+    """(text, whether a document ends here): documents, the long ones cut at line ends."""
+    for text in texts:
+        while len(text) > 2 * PIECE:
+            cut = text.find("\n", PIECE, 2 * PIECE) + 1 or 2 * PIECE
+            yield text[:cut], False
+            text = text[cut:]
+        if text.strip():
+            yield text, True
+
+
+def init_worker(name, dtype):
+    global tokenizer, out_dtype
+    tokenizer, out_dtype = get_tokenizer(name), dtype
+
+
+def encode(piece):
+    """The ids of (text, whether it ends a document), <|endoftext|> after a whole document."""
+    text, ends = piece
+    return np.array(tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * ends, out_dtype)
+
+
+def tokenise(items, args, dtype):
+    """encode() each item, in order, on all cores, never more than some pieces ahead."""
+    workers = args.workers or os.cpu_count() or 1
+    init_worker(args.tokenizer, dtype)
+    chunks = iter(lambda: list(itertools.islice(items, 32)), [])
+    if workers == 1:
+        yield from (map(encode, chunk) for chunk in chunks)
+        return
+    with multiprocessing.Pool(workers, init_worker, (args.tokenizer, dtype)) as pool:
+        waiting = collections.deque()
+        for chunk in chunks:
+            waiting.append(pool.map_async(encode, chunk))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().get()
+        while waiting:
+            yield waiting.popleft().get()
+
+
+def prepare(args):
+    """Write the token set into a folder beside --out, and rename it there when it is whole."""
+    out = os.path.abspath(os.path.expanduser(args.out))
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UserError(f"{args.out} exists and is not empty: remove it or choose another --out")
+    tokenizer = get_tokenizer(args.tokenizer)
+    progress = [0.0]
+    texts, source, revision, share = documents(args, progress)
+    share = share if args.val_fraction is None else args.val_fraction
+    if not 0 < share <= 0.5:
+        raise UserError(f"--val_fraction must be more than 0 and at most 0.5, got {share}")
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise UserError(f"--max_tokens must be at least 1, got {args.max_tokens}")
+    every = round(1 / share)  # the last of every `every` pieces of text is for validation
+    dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
+    limit = args.max_tokens or sys.maxsize
+
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f"{os.path.basename(out)}.partial-", dir=os.path.dirname(out))
+    files = {split: os.path.join(partial, f"{split}.bin") for split in ("train", "val")}
+    counts, seen, total, start = {"train": 0, "val": 0}, 0, 0, time.monotonic()
+    try:
+        bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc}: {percentage:3.0f}"
+                   "% |{bar}| {elapsed} gone, {remaining} to go, {postfix}")
+        with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
+            for ids in itertools.chain.from_iterable(tokenise(pieces(texts), args, dtype)):
+                split, seen = "train" if (seen + 1) % every else "val", seen + 1
+                ids = ids[:limit - total]
+                (train if split == "train" else val).write(ids.tobytes())
+                counts[split] += len(ids)
+                total += len(ids)
+                bar.set_postfix_str(f"{total:,} tokens, {total / (time.monotonic() - start):,.0f}/s",
+                                    refresh=False)
+                bar.update(max(progress[0], total / limit) - bar.n)
+                if total >= limit:
+                    break
+            for f in (train, val):
+                f.flush()
+                os.fsync(f.fileno())
+        if not counts["train"] or not counts["val"]:
+            raise UserError(f"{source} has {total} tokens in {seen} pieces of text: too few for a "
+                            f"training and a validation part (one piece in {every})")
+        meta = dict(version=VERSION, dtype=np.dtype(dtype).name, tokens=counts,
+                    tokenizer=args.tokenizer, vocab_size=padded_vocab(tokenizer),
+                    sha256={split: sha256(path) for split, path in files.items()},
+                    dataset=args.dataset, source=source, revision=revision)
+        with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as f:
+            json.dump(meta, f, indent=2)
+        os.chmod(partial, 0o755)  # mkdtemp made it private
+        os.replace(partial, out)  # onto nothing, or onto an empty folder
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{args.out}: {counts['train']:,} tokens to train on and {counts['val']:,} to validate, "
+          f"from {source} ({args.tokenizer})")
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--dataset", default="pydocs", help=f"pydocs (the default, needs no network), text (your "
+        f"files), {', '.join(HUB)}, or hf:NAME for any other set on the hub")
+    add("--input", nargs="+", metavar="FILE", help="files or globs, for --dataset text")
+    add("--tokenizer", default="bytes", help="bytes (default) or gpt2")
+    add("--out", required=True, help="folder for the token set; must not exist or be empty")
+    add("--text_field", help="which field of a row holds the text (default: text)")
+    add("--revision", help="commit or branch of a set on the hub (default: the newest)")
+    add("--max_tokens", type=lambda s: int(float(s)), help="stop after this many, e.g. 1e9")
+    add("--val_fraction", type=float, help="share of the pieces of text kept for validation "
+        "(default: 0.1 for small sets, less for large ones)")
+    add("--workers", type=int, help="processes that tokenise (default: one a core)")
+    args = parser.parse_args()
+    prepare(args)
+
+
+if __name__ == "__main__":
+    run_script(main)
