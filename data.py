@@ -113,7 +113,7 @@ class TokenSet:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} is damaged ({error!r}): prepare the token set again") from error
+            raise UserError(f"{path} is damaged ({error!r}): prepare the set again") from error
 
     def _open(self, split, dtype, verify):
         path = os.path.join(self.folder, f"{split}.bin")
@@ -156,7 +156,7 @@ def windows(tokens, block_size):
 
 
 def batch(tokens, block_size, indices):
-    """Windows `indices` as two int64 arrays (len(indices), T): inputs, and the tokens after them."""
+    """Windows `indices` as int64 arrays (len(indices), T): inputs, and the tokens after them."""
     rows = np.stack([tokens[i * block_size:(i + 1) * block_size + 1] for i in indices])
     rows = rows.astype(np.int64)
     return rows[:, :-1], rows[:, 1:]

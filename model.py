@@ -16,7 +16,7 @@ References:
 import math
 import os
 import pickle
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -69,12 +69,12 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 < self.rotary_pct <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
-            raise ModelError(f"rotary_pct ({self.rotary_pct}) of a head's {self.n_embd // self.n_head}"
+            raise ModelError(f"rotary_pct {self.rotary_pct} of a head's {self.n_embd // self.n_head}"
                              " dimensions must be an even number of them, at least 2")
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.nexus_inner == "separate" and self.nexus_order < 2:
-            raise ModelError("nexus_inner separate needs nexus_order >= 2: order 1 has no inner loop")
+            raise ModelError("nexus_inner separate needs nexus_order >= 2: order 1 has no loop")
 
     @property
     def rotary_dim(self):
@@ -216,9 +216,10 @@ class Attention(nn.Module):
         C = self.config.n_embd
         streams = x.transpose(1, 2).flatten(2).split(C, dim=-1)  # n of (B, T, C)
         linears = self.inner if self.config.nexus_inner == "separate" else [self.qkv] * 2
-        weights = [(w.weight.chunk(3)[part], None if w.bias is None else w.bias.chunk(3)[part])
-                   for w in linears]
-        return self.heads(torch.cat([F.linear(x, *wb) for x, wb in zip(streams, weights)], dim=-1))
+        out = [F.linear(stream, linear.weight.chunk(3)[part],
+                        None if linear.bias is None else linear.bias.chunk(3)[part])
+               for stream, linear in zip(streams, linears, strict=False)]
+        return self.heads(torch.cat(out, dim=-1))
 
     def heads(self, x):
         """(B, T, H D) -> (B, H, T, D)"""
@@ -326,8 +327,9 @@ class GPT(nn.Module):
         """Yield the next token of each row, (B, 1), as it is drawn; arguments as in generate."""
         if idx.size(1) == 0:
             raise ModelError("nothing to continue: the prompt has no tokens")
-        if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < (top_p or 1) <= 1:
-            raise ModelError("temperature must be >= 0, top_k >= 1 and top_p in (0, 1]")
+        if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1)
+                and (top_p is None or 0 < top_p <= 1)):
+            raise ModelError("temperature must be at least 0, top_k at least 1, top_p in (0, 1]")
         size = self.config.block_size
         cache = KVCache(size) if use_cache else None
         new, done = idx[:, -size:], torch.zeros_like(idx[:, :1], dtype=torch.bool)
@@ -386,7 +388,7 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
     if top_k is not None and top_k < logits.size(-1):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # the mass of all likelier tokens
         drop = (before >= top_p).scatter(-1, order, before >= top_p)
@@ -416,8 +418,8 @@ def read_checkpoint(path, device="cpu"):
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ModelError(f"{path} is damaged or is not a checkpoint of ours ({reason})") from error
+        raise ModelError(f"{path} is damaged, or not a checkpoint: it cannot be read as tensors and "
+                         f"plain values ({type(error).__name__})") from error
     if not isinstance(saved, dict) or not {"model", "config", "step", "tokenizer"} <= saved.keys():
         raise ModelError(f"{path} is not a checkpoint of ours: it was not written by train.py")
     return saved

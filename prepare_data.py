@@ -213,8 +213,8 @@ def prepare(args):
     files = {split: os.path.join(partial, f"{split}.bin") for split in ("train", "val")}
     counts, seen, total, start = {"train": 0, "val": 0}, 0, 0, time.monotonic()
     try:
-        bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc}: {percentage:3.0f}"
-                   "% |{bar}| {elapsed} gone, {remaining} to go, {postfix}")
+        bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:3.0f}%"
+                   " |{bar}| {elapsed} gone, {remaining} to go, {postfix}")
         with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
             for ids in itertools.chain.from_iterable(tokenise(pieces(texts), args, dtype)):
                 split, seen = "train" if (seen + 1) % every else "val", seen + 1
@@ -222,8 +222,8 @@ def prepare(args):
                 (train if split == "train" else val).write(ids.tobytes())
                 counts[split] += len(ids)
                 total += len(ids)
-                bar.set_postfix_str(f"{total:,} tokens, {total / (time.monotonic() - start):,.0f}/s",
-                                    refresh=False)
+                rate = total / (time.monotonic() - start)
+                bar.set_postfix_str(f"{total:,} tokens, {rate:,.0f}/s", refresh=False)
                 bar.update(max(progress[0], total / limit) - bar.n)
                 if total >= limit:
                     break

@@ -25,13 +25,13 @@ from dataclasses import asdict, fields
 import torch
 import torch.distributed as dist
 
-from data import (Parser, TokenSet, UserError, batch, get_tokenizer, run_script, train_indices,
-                  val_indices, windows)
+import data
+from data import Parser, TokenSet, UserError, run_script
 from model import GPT, PRESETS, GPTConfig, ModelError, read_checkpoint
 
 # What each size trains well with. Pythia's learning rates; its batch is 2M tokens, ours a quarter.
 RECIPES = {
-    "tiny": dict(lr=2e-3, batch_tokens=2048, micro_batch=8, max_steps=800, warmup_steps=50,
+    "tiny": dict(lr=3e-3, batch_tokens=2048, micro_batch=8, max_steps=800, warmup_steps=50,
                  eval_interval=100, save_interval=200),
     "pythia-70m": dict(lr=1e-3), "pythia-160m": dict(lr=6e-4),
     "pythia-410m": dict(lr=3e-4), "pythia-1b": dict(lr=2.5e-4),
@@ -68,10 +68,10 @@ def build_parser():
     group.add_argument("--decay_steps", type=int, help="step at which the cosine reaches 10%% of "
                        "the peak (default: max_steps)")
     group.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    group.add_argument("--warmup_steps", type=int, help="linear warm-up (default: 1%% of the steps)")
+    group.add_argument("--warmup_steps", type=int, help="of linear warm-up (default: 1%% of all)")
     group.add_argument("--weight_decay", type=float, default=0.1, help="on matrices and embeddings")
     group.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    group.add_argument("--seed", type=int, default=0, help="of the weights, the data order, dropout")
+    group.add_argument("--seed", type=int, default=0, help="of weights, data order and dropout")
     group = parser.add_argument_group("running")
     group.add_argument("--eval_interval", type=int, default=250, help="steps between validations")
     group.add_argument("--eval_windows", type=int, default=96, help="windows of validation text")
@@ -100,7 +100,7 @@ HELP = dict(
 
 
 def parse_args(argv=None):
-    """(args, the checkpoint to resume from or None). Defaults: the checkpoint's, or the recipe's."""
+    """(args, the checkpoint to resume from or None). Defaults: the recipe's, or its own."""
     parser = build_parser()
     args, _ = parser.parse_known_args(argv)
     path, saved = os.path.join(args.out, "ckpt.pt"), None
@@ -168,7 +168,7 @@ def save_checkpoint(path, state):
 
 
 class Log:
-    """log.jsonl and the terminal, and W&B or TensorBoard if asked. Only the first process has one."""
+    """log.jsonl, the terminal, and W&B or TensorBoard if asked. Only the first process has one."""
 
     def __init__(self, args, resumed_at):
         path = os.path.join(args.out, "log.jsonl")
@@ -195,7 +195,7 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(args.out)
         except ImportError as error:
-            raise UserError(f"{error}: pip install wandb, or tensorboard, or drop the flag") from error
+            raise UserError(f"{error}: pip install it, or drop the flag") from error
 
     def write(self, event):
         self.file.write(json.dumps(event) + "\n")
@@ -287,7 +287,7 @@ def main(argv=None):
                         f"micro_batch x processes = {T} x {args.micro_batch} x {world} = {unit}: "
                         f"use {max(1, args.batch_tokens // unit) * unit}, or another --micro_batch")
     batch_size, accumulate = args.batch_tokens // T, args.batch_tokens // unit
-    n_train, n_val = windows(tokens.train, T), windows(tokens.val, T)
+    n_train, n_val = data.windows(tokens.train, T), data.windows(tokens.val, T)
 
     torch.manual_seed(args.seed)
     raw = GPT(config).to(device)  # `raw` is what is saved, `model` what is run
@@ -323,10 +323,10 @@ def main(argv=None):
     @torch.no_grad()
     def validate():
         raw.eval()
-        indices = val_indices(n_val, args.eval_windows, rank, world)
+        indices = data.val_indices(n_val, args.eval_windows, rank, world)
         total = torch.zeros((), device=device)
         for i in range(0, len(indices), args.micro_batch):
-            x, y = to_device(batch(tokens.val, T, indices[i:i + args.micro_batch]))
+            x, y = to_device(data.batch(tokens.val, T, indices[i:i + args.micro_batch]))
             with autocast:
                 total += raw(x, y)[1] * len(x)
         raw.train()
@@ -338,7 +338,7 @@ def main(argv=None):
                 format=1, model=raw.state_dict(), optimizer=optimizer.state_dict(),
                 config=asdict(config), step=step, tokens=step * args.batch_tokens,
                 tokenizer=tokens.tokenizer, data=tokens.fingerprint, args=vars(args),
-                torch=torch.__version__))
+                torch=str(torch.__version__)))
 
     stop = []  # a signal to act on after the step
 
@@ -352,10 +352,9 @@ def main(argv=None):
 
     log = Log(args, step if saved else None) if first else None
     if first:
-        more = f"{world} processes, " if world > 1 else ""
         log.say(f"{args.preset}, Nexus order {config.nexus_order}, {raw.num_params():,} parameters; "
-                f"{n_train * T:,} tokens of {tokens.meta['dataset']}, {args.batch_tokens:,} a step; "
-                f"{more}{device.type}, {'bfloat16' if bf16 else 'float32'}"
+                f"{world} x {device.type}, {'bfloat16' if bf16 else 'float32'}; {n_train * T:,} "
+                f"tokens of {tokens.meta['dataset']}, {args.batch_tokens:,} a step"
                 + (f"; resumed at step {step}" if saved else ""))
     if not saved:
         val_loss = validate()
@@ -370,11 +369,11 @@ def main(argv=None):
             group["lr"] = learning_rate(step, args)
         # dropout too is a pure function of seed, step and rank: a resume needs no generator's state
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)
-        indices = train_indices(n_train, args.seed, step, batch_size, rank, world)
+        indices = data.train_indices(n_train, args.seed, step, batch_size, rank, world)
         total = torch.zeros((), device=device)
         for micro in range(accumulate):
             part = indices[micro * args.micro_batch:(micro + 1) * args.micro_batch]
-            x, y = to_device(batch(tokens.train, T, part))
+            x, y = to_device(data.batch(tokens.train, T, part))
             if world > 1:  # must be set before the forward pass
                 model.require_backward_grad_sync = micro == accumulate - 1
             with autocast:
@@ -430,7 +429,7 @@ def main(argv=None):
 
 def show_sample(model, tokenizer_name, path):
     try:
-        tokenizer = get_tokenizer(tokenizer_name)
+        tokenizer = data.get_tokenizer(tokenizer_name)
     except UserError as error:  # trained without network on tokens made elsewhere
         print(f"no sample: {error}")
         return

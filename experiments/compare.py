@@ -1,0 +1,177 @@
+"""
+Does Nexus learn more than its baseline from the same tokens? Trains both, with several seeds.
+
+    python experiments/compare.py                                  # baseline and order 2, 3 seeds
+    python experiments/compare.py --variants all --seeds 5 --out out/ablation
+    python experiments/compare.py --preset pythia-70m --dataset tokens/fw -- --micro_batch 32
+
+Each run is train.py in a folder of its own under --out; all variants of a seed read the same tokens
+in the same order. Prints a table, writes compare.json and compare.png. Interrupted, the same
+command continues where it was. What follows -- goes to train.py as it is.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+from data import Parser, UserError, run_script  # noqa: E402
+from model import GPT, PRESETS, GPTConfig, ModelError, read_checkpoint  # noqa: E402
+
+VARIANTS = {  # name -> the flags of train.py that make it
+    "baseline": "--nexus_order 1",
+    "nexus-2": "--nexus_order 2",
+    "nexus-3": "--nexus_order 3",
+    "k-only": "--nexus_order 2 --nexus_streams k",
+    "q-only": "--nexus_order 2 --nexus_streams q",
+    "shared": "--nexus_order 2 --nexus_inner shared",
+    "separate": "--nexus_order 2 --nexus_inner separate",
+    "deeper": "--nexus_order 1 --n_layer {deeper}",  # a baseline with one more layer
+}
+
+
+def train(flags, folder, max_steps, say):
+    """Run train.py to max_steps in folder, from its checkpoint if it has one; return its log."""
+    log = os.path.join(folder, "log.jsonl")
+    if not os.path.exists(os.path.join(folder, "ckpt.pt")) or read_log(log)[-1]["step"] < max_steps:
+        print(say, flush=True)
+        command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", folder, "--no-sample",
+                   "--max_steps", str(max_steps), *flags]
+        if os.path.exists(os.path.join(folder, "ckpt.pt")):
+            command.append("--resume")
+        code = subprocess.run(command).returncode
+        if code:
+            raise UserError(f"train.py stopped with status {code}; the same command continues")
+    return read_log(log)
+
+
+def read_log(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def summarise(runs, config):
+    """One variant's row from its runs' logs, a list over seeds."""
+    T = config.block_size
+    model = GPT(config)
+    points = [[event for event in log if event["val_loss"] is not None] for log in runs]
+    speeds = [event["tokens_per_sec"] for log in runs for event in log if event["tokens_per_sec"]]
+    return dict(parameters=model.num_params(), flops_per_token=model.flops_per_token(T),
+                tokens_per_sec=statistics.median(speeds),
+                val_loss=[log[-1]["val_loss"] for log in points],
+                tokens=[event["tokens"] for event in points[0]],
+                curves=[[event["val_loss"] for event in log] for log in points])
+
+
+def mean_spread(values, sign=""):
+    """"mean ± standard deviation" over seeds."""
+    spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "?"
+    return f"{statistics.mean(values):{sign}.4f} ± {spread}"
+
+
+def table(results):
+    base = results.get("baseline")
+    rows = [("variant", "parameters", "FLOPs/token", "tokens/s", "val loss, nats", "vs baseline")]
+    for name, r in results.items():
+        gap = "" if base in (None, r) else mean_spread(
+            [a - b for a, b in zip(r["val_loss"], base["val_loss"], strict=True)], "+")
+        rows.append((name, f"{r['parameters']:,}", f"{r['flops_per_token'] / 1e6:,.2f} M",
+                     f"{r['tokens_per_sec']:,.0f}", mean_spread(r["val_loss"]), gap))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                               for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+                     for row in rows)
+
+
+def plot(results, path, title):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for name, r in results.items():
+        middle = [statistics.mean(at) for at in zip(*r["curves"], strict=True)]
+        low = [min(at) for at in zip(*r["curves"], strict=True)]
+        high = [max(at) for at in zip(*r["curves"], strict=True)]
+        for panel, unit in zip(panels, (1, r["flops_per_token"]), strict=True):
+            x = [tokens * unit for tokens in r["tokens"]]
+            panel.plot(x[1:], middle[1:], label=name, marker=".")  # without the untrained point
+            panel.fill_between(x[1:], low[1:], high[1:], alpha=0.2)
+    panels[0].set(xlabel="tokens", ylabel="validation loss (nats per token)", title=title)
+    panels[1].set(xlabel="training compute (FLOPs)", title="the same, against compute")
+    panels[0].legend()
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    argv = sys.argv[1:]
+    extra = argv[argv.index("--") + 1:] if "--" in argv else []
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--variants", default="baseline,nexus-2", help=f"a list of {', '.join(VARIANTS)}, or all "
+        "(default: baseline,nexus-2)")
+    add("--seeds", type=int, default=3, help="seeds 0 to N-1, each for every variant (default: 3)")
+    add("--preset", choices=PRESETS, default="tiny")
+    add("--dataset", default="pydocs", help="pydocs (default), or a token set's folder")
+    add("--max_steps", type=int, default=300, help="of every run (default: 300)")
+    add("--eval_interval", type=int, default=50, help="steps between validations (default: 50)")
+    add("--out", default="out/compare", help="folder (default: out/compare)")
+    args = parser.parse_args(argv[:argv.index("--")] if "--" in argv else argv)
+    names = list(VARIANTS) if args.variants == "all" else args.variants.split(",")
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}, or all")
+    if args.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {args.seeds}")
+    try:
+        import matplotlib  # noqa: F401  (before hours of training, not after)
+    except ImportError as error:
+        raise UserError("the figure needs matplotlib: pip install matplotlib") from error
+
+    os.makedirs(args.out, exist_ok=True)
+    settings = dict(preset=args.preset, dataset=args.dataset, max_steps=args.max_steps, extra=extra)
+    path = os.path.join(args.out, "settings.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            if json.load(f) != settings:
+                raise UserError(f"{args.out} holds runs with other settings (settings.json): "
+                                "choose another --out, or remove it")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(settings, f)
+    if args.dataset == "pydocs":  # one copy for all runs
+        args.dataset = os.path.join(args.out, "pydocs")
+        if not os.path.exists(os.path.join(args.dataset, "meta.json")):
+            subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--dataset",
+                            "pydocs", "--out", args.dataset], check=True)
+
+    logs, configs, deeper = {name: [] for name in names}, {}, PRESETS[args.preset]["n_layer"] + 1
+    for seed in range(args.seeds):
+        for name in names:
+            folder = os.path.join(args.out, f"{name}-seed{seed}")
+            flags = ["--preset", args.preset, "--dataset", args.dataset, "--seed", str(seed),
+                     "--eval_windows", "1024", "--eval_interval", str(args.eval_interval),
+                     "--log_interval", str(args.eval_interval), "--save_interval", "100",
+                     *VARIANTS[name].format(deeper=deeper).split(), *extra]
+            done = sum(map(len, logs.values()))
+            logs[name].append(train(flags, folder, args.max_steps, f"\n[{done + 1}/"
+                                    f"{len(names) * args.seeds}] {name}, seed {seed}"))
+            configs[name] = GPTConfig(**read_checkpoint(os.path.join(folder, "ckpt.pt"))["config"])
+
+    results = {name: summarise(logs[name], configs[name]) for name in names}
+    with open(os.path.join(args.out, "compare.json"), "w", encoding="utf-8") as f:
+        json.dump(dict(settings=settings, seeds=args.seeds, results=results), f, indent=1)
+    plot(results, os.path.join(args.out, "compare.png"), f"{args.preset}, {args.seeds} seeds")
+    print(f"\n{table(results)}\n\n± is the standard deviation over {args.seeds} seeds; differences "
+          f"are paired by seed, below 0 is better.\nThe curves: {args.out}/compare.png. Some text: "
+          f"python sample.py --checkpoint {args.out}/{names[-1]}-seed0/ckpt.pt --prompt 'The '")
+
+
+if __name__ == "__main__":
+    run_script(main, ModelError)

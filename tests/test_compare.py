@@ -1,0 +1,53 @@
+"""compare.py trains what it says, continues where it was, and its table is the logs' arithmetic."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPT = os.path.join(ROOT, "experiments", "compare.py")
+SMALL = ["--", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32",
+         "--batch_tokens", "256", "--micro_batch", "8", "--warmup_steps", "1", "--device", "cpu"]
+
+
+def run(out, *argv):
+    return subprocess.run([sys.executable, SCRIPT, "--out", str(out), *argv], capture_output=True,
+                          text=True)
+
+
+def test_compare_and_continue(tmp_path):
+    pytest.importorskip("matplotlib")
+    first = run(tmp_path, "--seeds", "1", "--max_steps", "4", "--eval_interval", "2", *SMALL)
+    assert first.returncode == 0, first.stderr
+    again = run(tmp_path, "--seeds", "2", "--max_steps", "4", "--eval_interval", "2", *SMALL)
+    assert again.returncode == 0, again.stderr
+    assert "seed 0" not in again.stdout and again.stdout.count(", seed 1") == 2  # seed 0 was there
+
+    with open(tmp_path / "compare.json") as f:
+        results = json.load(f)["results"]
+    assert list(results) == ["baseline", "nexus-2"]
+    for name, r in results.items():
+        for seed in (0, 1):
+            with open(tmp_path / f"{name}-seed{seed}" / "log.jsonl") as f:
+                assert json.loads(f.readlines()[-1])["val_loss"] == r["val_loss"][seed]
+        assert f"{statistics.mean(r['val_loss']):.4f} ±" in again.stdout
+    base, nexus = results["baseline"], results["nexus-2"]
+    assert base["parameters"] == nexus["parameters"]
+    assert base["flops_per_token"] < nexus["flops_per_token"]
+    gap = statistics.mean(b - a for a, b in zip(base["val_loss"], nexus["val_loss"], strict=True))
+    assert f"{gap:+.4f} ±" in again.stdout
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+    other = run(tmp_path, "--max_steps", "5", *SMALL)
+    assert other.returncode == 2 and "other settings" in other.stderr
+
+
+@pytest.mark.parametrize("argv, message", [(["--variants", "nexus2"], "no variant 'nexus2'"),
+                                           (["--seeds", "0"], "--seeds")])
+def test_mistakes(tmp_path, argv, message):
+    out = run(tmp_path, *argv)
+    assert out.returncode == 2 and message in out.stderr and out.stderr.count("\n") == 1

@@ -1,0 +1,136 @@
+"""Tokenizers give back any bytes; the data order; a token set is checked on opening."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import data
+from data import TokenSet, UserError, batch, get_tokenizer, train_indices, val_indices, windows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A whole token set: ids 0 to 99 to train on, ten of them to validate."""
+    for split, ids in (("train", range(100)), ("val", range(10))):
+        np.array(ids, np.uint16).tofile(tmp_path / f"{split}.bin")
+    meta = dict(version=1, dtype="uint16", tokens=dict(train=100, val=10), tokenizer="bytes",
+                vocab_size=320, dataset="x", source="x", revision=None,
+                sha256={s: data.sha256(tmp_path / f"{s}.bin") for s in ("train", "val")})
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    return tmp_path
+
+
+def change(folder, **fields):
+    path = folder / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_bytes_tokenizer_round_trips_any_bytes():
+    tokenizer = get_tokenizer("bytes")
+    anything = bytes(range(256)) + os.urandom(1000)
+    assert tokenizer.decode_bytes(list(anything)) == anything
+    assert [tokenizer.encode_single_token(bytes([i])) for i in range(256)] == list(range(256))
+    for text in ("", "a", "naïve 🙂\r\n\t  \n" * 50, "x" * 5000, "\0\ufeff", data.EOT):
+        ids = tokenizer.encode_ordinary(text)
+        assert ids == list(text.encode()) and tokenizer.decode(ids) == text
+    assert (tokenizer.eot_token, tokenizer.n_vocab) == (256, 257)
+    assert tokenizer.encode(data.EOT, allowed_special="all") == [256]
+    assert data.padded_vocab(tokenizer) == 320
+
+
+@pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"),
+                    reason="GPT-2's vocabulary is a download; set TIKTOKEN_CACHE_DIR to test it")
+def test_gpt2_tokenizer():
+    tokenizer = get_tokenizer("gpt2")
+    text = "Hello world, naïve 🙂\n\n  fine"
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert tokenizer.encode_ordinary("Hello world") == [15496, 995]
+    assert data.padded_vocab(tokenizer) == 50304
+
+
+def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise OSError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR.*--tokenizer bytes"):
+        get_tokenizer("gpt2")
+    with pytest.raises(UserError, match="choose bytes or gpt2"):
+        get_tokenizer("gpt5")
+
+
+def test_windows_predict_every_token_but_the_first_once():
+    tokens = np.arange(101, dtype=np.uint16)
+    n = windows(tokens, 10)
+    x, y = batch(tokens, 10, range(n))
+    assert n == 10 and x.shape == (10, 10) and x.dtype == np.int64
+    assert (y == x + 1).all() and y.flatten().tolist() == list(range(1, 101))
+    with pytest.raises(UserError, match="10 tokens are fewer than one window of 10"):
+        windows(tokens[:10], 10)
+
+
+def test_order_is_a_pure_function_of_seed_and_step():
+    first = [train_indices(50, 3, step, 8) for step in range(20)]
+    data.epoch_order.cache_clear()
+    assert [train_indices(50, 3, step, 8) for step in reversed(range(20))] == first[::-1]
+    assert [train_indices(50, 4, step, 8) for step in range(20)] != first
+    stream = [i for step in first for i in step]
+    epochs = [stream[e * 50:(e + 1) * 50] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(50))  # every window once
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_batch_of_one_process(world):
+    for step in range(20):
+        whole = train_indices(50, 0, step, 8)
+        parts = [train_indices(50, 0, step, 8, rank, world) for rank in range(world)]
+        assert [i for part in parts for i in part] == whole
+    parts = [val_indices(50, 20, rank, world) for rank in range(world)]
+    assert sorted(i for part in parts for i in part) == val_indices(50, 20)
+
+
+def test_validation_windows_are_fixed_and_spread():
+    assert val_indices(50, 5) == [0, 10, 20, 30, 40]
+    assert val_indices(3, 100) == [0, 1, 2]
+
+
+def test_a_whole_set_opens(folder):
+    tokens = TokenSet(folder, tokenizer="bytes", verify=True)
+    assert tokens.train.tolist() == list(range(100)) and tokens.val.tolist() == list(range(10))
+    assert tokens.vocab_size == 320 and len(tokens.fingerprint) == 32
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f / "meta.json").unlink(), "no token set in"),
+    (lambda f: (f / "meta.json").write_text('{"version": 1, '), "damaged"),
+    (lambda f: (f / "meta.json").write_text("[1]"), "damaged"),
+    (lambda f: change(f, version=2), "version 2, this code reads 1"),
+    (lambda f: change(f, dtype="int8"), "damaged"),
+    (lambda f: change(f, tokens={"train": 100}), "damaged"),
+    (lambda f: change(f, tokenizer="gpt2"), "tokenised with gpt2, not bytes"),
+    (lambda f: change(f, vocab_size=50), "holds the id 99, beyond its vocabulary of 50"),
+    (lambda f: (f / "val.bin").unlink(), "val.bin is missing"),
+    (lambda f: (f / "train.bin").write_bytes(b"\0" * 199), "has 199 bytes, meta.json says 200"),
+    (lambda f: (change(f, tokens=dict(train=100, val=0)), (f / "val.bin").write_bytes(b"")),
+     "has no tokens"),
+])
+def test_damaged_sets_are_refused(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        TokenSet(folder, tokenizer="bytes")
+    assert "\n" not in str(caught.value)
+
+
+def test_verify_finds_a_flipped_byte(folder):
+    ids = np.fromfile(folder / "train.bin", np.uint16)
+    ids[50] ^= 1
+    ids.tofile(folder / "train.bin")
+    TokenSet(folder)  # the size is right: not seen without reading it all
+    with pytest.raises(UserError, match="does not have the sha256"):
+        TokenSet(folder, verify=True)

@@ -1,0 +1,401 @@
+"""Every attention path against an explicit float64 reference; causality; the cache; counts."""
+
+import itertools
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as nn
+from model import GPT, PRESETS, Env, GPTConfig, KVCache, ModelError, Rotary
+
+SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
+                  parallel_residual=False)
+READINGS = [dict(nexus_order=m, nexus_streams=s, nexus_inner=i)
+            for m, s, i in itertools.product((2, 3), ("qk", "q", "k"),
+                                             ("self", "shared", "separate"))]
+ALL = [dict(nexus_order=1), *READINGS]
+
+
+def name(reading):
+    return "-".join(map(str, reading.values()))
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Tests of exactness run in float64: an error of 1e-10 is a wrong formula, not rounding."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make(**changes):
+    model = GPT(replace(SMALL, **changes))
+    for p in model.parameters():  # biases too, which start at 0
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(SMALL.vocab_size, shape)
+
+
+# --- the reference: the design's formulas, one head and one query at a time ---------------------
+
+def reference_rope(x, rotary_dim):
+    """(T, D): pair i with i + R/2 and multiply by exp(i position rate), as complex numbers."""
+    half = rotary_dim // 2
+    rates = torch.tensor([10000.0 ** (-2 * i / rotary_dim) for i in range(half)])
+    angles = torch.arange(len(x))[:, None] * rates
+    turned = torch.complex(x[:, :half], x[:, half:rotary_dim]) * torch.exp(1j * angles)
+    return torch.cat([turned.real, turned.imag, x[:, rotary_dim:]], dim=1)
+
+
+def reference_attn(a, b, c, rotary_dim):
+    """Attn(a, b, c), each (T, D): a softmax over the past for one query after the other."""
+    a, b = reference_rope(a, rotary_dim), reference_rope(b, rotary_dim)
+    rows = []
+    for t in range(len(a)):
+        scores = torch.stack([a[t] @ b[j] for j in range(t + 1)]) / math.sqrt(a.size(1))
+        weights = torch.exp(scores) / torch.exp(scores).sum()
+        rows.append(sum(weights[j] * c[j] for j in range(t + 1)))
+    return torch.stack(rows)
+
+
+def reference_attention(attn, x):
+    """What Attention(config) should give for x (T, C), from its weights alone."""
+    c = attn.config
+    D, R = c.n_embd // c.n_head, c.rotary_dim
+    weights, biases = attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3)
+    streams = {n: x @ w.T + b for n, w, b in zip("qkv", weights, biases, strict=True)}
+
+    def heads(a, b, c):
+        parts = [reference_attn(a[:, i:i + D], b[:, i:i + D], c[:, i:i + D], R)
+                 for i in range(0, a.size(1), D)]
+        return torch.cat(parts, dim=1)
+
+    for number, s in enumerate(c.nexus_streams):
+        if c.nexus_inner == "shared":
+            A = list(zip(weights, biases, strict=True))
+        elif c.nexus_inner == "separate":
+            A = [(w, 0) for w in attn.inner[number].weight.chunk(3)]
+        h = streams[s]
+        for _ in range(c.nexus_order - 1):
+            if c.nexus_inner == "self":
+                h = heads(h, h, streams[s])
+            else:
+                (wq, bq), (wk, bk), (wv, bv) = A
+                h = heads(h @ wq.T + bq, h @ wk.T + bk, streams[s] @ wv.T + bv)
+        streams[s] = h
+    y = heads(streams["q"], streams["k"], streams["v"])
+    return y @ attn.proj.weight.T + attn.proj.bias
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "manual"])
+@pytest.mark.parametrize("reading", ALL, ids=name)
+def test_attention_equals_the_reference_in_output_and_gradients(reading, backend):
+    T = 7
+    gpt = make(attention=backend, **reading)
+    attn, x = gpt.blocks[0].attn, torch.randn(2, T, SMALL.n_embd, requires_grad=True)
+    params, weight = list(attn.parameters()), torch.randn(2, T, SMALL.n_embd)
+
+    got = attn(x, Env((gpt.cos[:T], gpt.sin[:T]), None, None, None))
+    want = torch.stack([reference_attention(attn, row) for row in x])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    got_grads = torch.autograd.grad((got * weight).sum(), [x, *params])
+    want_grads = torch.autograd.grad((want * weight).sum(), [x, *params])
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        assert b.abs().max() > 0  # no weight is dead
+
+
+def test_readings_differ():
+    idx = tokens(1, 20)
+    seen = set()
+    for reading in ALL:
+        torch.manual_seed(1)  # the same baseline weights
+        seen.add(round(make(**reading)(idx)[0].square().sum().item(), 9))
+    assert len(seen) == len(ALL)
+
+
+def test_order_1_is_the_baseline_bit_for_bit():
+    """Whatever the other Nexus fields say, and equal to attention written without any of Nexus."""
+    torch.set_default_dtype(torch.float32)
+    idx, base = tokens(2, 20), make()
+    for streams, inner in itertools.product(("qk", "q", "k"), ("self", "shared")):
+        other = GPT(replace(SMALL, nexus_streams=streams, nexus_inner=inner))
+        other.load_state_dict(base.state_dict())
+        runs = [(m, m(idx, idx)) for m in (base, other)]
+        assert torch.equal(runs[0][1][0], runs[1][1][0])
+        grads = [torch.autograd.grad(loss, list(m.parameters())) for m, (_, loss) in runs]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+    attn, x = base.blocks[0].attn, torch.randn(2, 20, SMALL.n_embd)
+    q, k, v = (s.view(2, 20, 2, 16).transpose(1, 2) for s in attn.qkv(x).split(32, dim=-1))
+    rope = base.cos[:20], base.sin[:20]
+    y = torch.nn.functional.scaled_dot_product_attention(
+        Rotary.apply(q, *rope), Rotary.apply(k, *rope), v, is_causal=True)
+    plain = attn.proj(y.transpose(1, 2).reshape(2, 20, 32))
+    assert torch.equal(attn(x, Env(rope, None, None, None)), plain)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "manual"])
+@pytest.mark.parametrize("reading", ALL, ids=name)
+def test_no_token_sees_the_future(reading, backend):
+    gpt, idx = make(attention=backend, **reading), tokens(1, 24)
+    before = gpt(idx)[0]
+    for t in (1, 12, 23):
+        changed = idx.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % SMALL.vocab_size
+        after = gpt(changed)[0]
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-12)
+        assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-6  # and each sees the past
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "manual"])
+@pytest.mark.parametrize("reading", ALL, ids=name)
+def test_cached_equals_uncached_for_any_split(reading, backend):
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        gpt, idx = make(attention=backend, **reading).to(dtype), tokens(3, 24)
+        full = gpt(idx)[0]
+        for split in ([24], [1] * 24, [5, 1, 1, 9, 8], [23, 1], [1, 23]):
+            cache = KVCache(24)
+            parts = [gpt(part, cache=cache)[0] for part in idx.split(split, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("reading", ALL, ids=name)
+def test_cache_keeps_what_its_docstring_says(reading):
+    gpt, cache = make(**reading), KVCache(24)
+    gpt(tokens(1, 24), cache=cache)
+    m, n = reading["nexus_order"], len(reading.get("nexus_streams", ""))
+    heads = sum(buffer.size(1) for buffer in cache.buffers.values())
+    assert heads == SMALL.n_layer * SMALL.n_head * (2 + n * m * (m > 1))
+
+
+def test_a_cache_refuses_more_than_it_holds():
+    gpt, cache = make(), KVCache(10)
+    gpt(tokens(1, 8), cache=cache)
+    with pytest.raises(ModelError, match="11 tokens are more than the context of 10"):
+        gpt(tokens(1, 3), cache=cache)
+    with pytest.raises(ModelError, match="25 tokens are more than the context of 24"):
+        gpt(tokens(1, 25))
+
+
+@pytest.mark.parametrize("reading", ALL, ids=name)
+def test_maps_are_the_attention_of_every_loop(reading):
+    gpt, idx, maps = make(attention="manual", n_layer=1, **reading), tokens(1, 9), []
+    gpt(idx, maps=maps)
+    m, n = reading["nexus_order"], len(reading.get("nexus_streams", ""))
+    assert [tuple(w.shape) for w in maps] == [(1, n * 2, 9, 9)] * (m - 1) + [(1, 2, 9, 9)]
+    for weights in maps:
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+        assert weights.triu(1).abs().max() == 0
+    attn, x = gpt.blocks[0].attn, gpt.blocks[0].norm1(gpt.embed(idx))
+    v = attn.heads(attn.qkv(x).chunk(3, dim=-1)[2])  # the outer map makes the output
+    y = attn.proj((maps[-1] @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(y, attn(x, Env((gpt.cos[:9], gpt.sin[:9]), None, None, None)))
+    with pytest.raises(ModelError, match="need attention='manual'"):
+        make(**reading)(idx, maps=[])
+
+
+def test_rotary_gradient_and_relative_positions():
+    gpt = make()
+    x = torch.randn(1, 2, 5, 16, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: Rotary.apply(x, gpt.cos[:5], gpt.sin[:5]), x)
+    q, k = torch.randn(16), torch.randn(16)
+    turn = [Rotary.apply(torch.stack([s] * 24), gpt.cos, gpt.sin) for s in (q, k)]
+    scores = turn[0] @ turn[1].T  # depends on the distance alone
+    for distance in (0, 3, 17):
+        line = scores.diagonal(-distance)
+        torch.testing.assert_close(line, line[:1].expand_as(line))
+    assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-3
+
+
+def test_bfloat16_autocast_stays_near_float32():
+    torch.set_default_dtype(torch.float32)
+    for reading in ALL:
+        gpt, idx = GPT(replace(SMALL, **reading)), tokens(2, 24)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits, loss = gpt(idx, idx)
+        assert loss.dtype == torch.float32
+        assert abs(loss.item() - gpt(idx, idx)[1].item()) < 0.02
+
+
+# --- sizes ---------------------------------------------------------------------------------------
+
+COUNTS = {"pythia-70m": (70_426_624, 18_915_328), "pythia-160m": (162_322_944, 85_056_000),
+          "pythia-410m": (405_334_016, 302_311_424), "pythia-1b": (1_011_781_632, 805_736_448)}
+
+
+@pytest.mark.parametrize("preset", COUNTS)
+def test_parameter_counts_are_pythias(preset):
+    with torch.device("meta"):
+        for m, inner in ((1, "self"), (2, "self"), (4, "self"), (2, "shared"), (4, "shared")):
+            gpt = GPT(GPTConfig(**PRESETS[preset], nexus_order=m, nexus_inner=inner))
+            assert (gpt.num_params(), gpt.num_params(embeddings=False)) == COUNTS[preset]
+
+
+@pytest.mark.parametrize("streams", ["qk", "q", "k"])
+def test_separate_adds_three_matrices_a_stream_and_layer(streams):
+    extra = [make(nexus_order=m, nexus_inner="separate", nexus_streams=streams).num_params()
+             - make().num_params() for m in (2, 3)]
+    assert extra == [3 * 32**2 * len(streams) * SMALL.n_layer] * 2
+
+
+def test_initialisation_is_gpt_neox():
+    config = GPTConfig(**PRESETS["pythia-70m"])
+    torch.set_default_dtype(torch.float32)
+    for key, p in GPT(config).named_parameters():
+        if p.dim() == 2:
+            wang = key.endswith(("attn.proj.weight", "mlp.down.weight"))
+            assert abs(p.std().item() / (0.01473 if wang else 0.02795) - 1) < 0.01, key
+        else:
+            assert torch.equal(p, torch.full_like(p, float("norm" in key and "weight" in key))), key
+
+
+@pytest.mark.parametrize("reading", ALL, ids=name)
+def test_flops_are_torchs(reading):
+    T, gpt = 24, make(attention="manual", **reading)
+    with FlopCounterMode(display=False) as counter:
+        gpt(tokens(1, T), tokens(1, T))[1].backward()
+    # torch counts the attention that the causal mask hides, flops_per_token does not
+    weights = gpt.flops_per_token(0)
+    expected = T * (weights + 2 * (gpt.flops_per_token(T) - weights))
+    assert abs(counter.get_total_flops() / expected - 1) < 0.01
+
+
+# --- generation ---------------------------------------------------------------------------------
+
+def slide(gpt, idx, steps):
+    """Greedy decoding in its plainest form: all of the last block_size tokens, each time."""
+    for _ in range(steps):
+        logits = gpt(idx[:, -gpt.config.block_size:])[0][:, -1]
+        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("reading", ALL[:4] + ALL[-1:], ids=name)
+def test_greedy_generation_within_and_beyond_the_context(reading):
+    gpt = make(**reading)
+    for length, new in ((1, 10), (10, 30), (24, 5), (30, 5)):
+        idx = tokens(2, length)
+        want = slide(gpt, idx, new)
+        assert torch.equal(gpt.generate(idx, new, temperature=0), want)
+        assert torch.equal(gpt.generate(idx, new, temperature=0, use_cache=False), want)
+
+
+def test_seeded_generation_repeats_with_and_without_cache():
+    gpt, idx = make(nexus_order=2), tokens(2, 4)
+
+    def draw(seed, **kwargs):
+        return gpt.generate(idx, 30, generator=torch.Generator().manual_seed(seed), **kwargs)
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1), draw(1, use_cache=False))
+    assert torch.equal(draw(1, top_k=1), gpt.generate(idx, 30, temperature=0))
+    assert draw(1, vocab=5)[:, 4:].max() < 5
+
+
+def test_sampling_draws_only_what_top_k_and_top_p_leave():
+    probabilities = torch.tensor([0.15, 0.5, 0.05, 0.3])
+    logits = probabilities.log().repeat(4000, 1)
+
+    def drawn(**kwargs):
+        return nn.sample(logits, 1.0, **kwargs).flatten()
+
+    assert set(drawn().tolist()) == {0, 1, 2, 3}
+    assert set(drawn(top_k=2).tolist()) == {1, 3}
+    assert set(drawn(top_p=0.5).tolist()) == {1}
+    assert set(drawn(top_p=0.51).tolist()) == {1, 3}
+    assert set(drawn(top_k=3, top_p=0.99).tolist()) == {0, 1, 3}
+    share = (drawn(top_p=0.75) == 1).double().mean()  # renormalised: 0.5 / 0.8
+    assert abs(share - 0.625) < 0.04
+    cold = (nn.sample(logits, 0.5).flatten() == 1).double().mean()  # 0.5^2 / sum of squares
+    assert abs(cold - 0.25 / 0.365) < 0.04
+
+
+def test_a_row_stops_at_the_stop_token():
+    gpt = make()
+    idx = tokens(2, 4)
+    free = gpt.generate(idx, 15, temperature=0)
+    stop = free[0, 8].item()  # the first row will meet it, at the latest in its 5th token
+    got = gpt.generate(idx, 15, temperature=0, stop=stop)
+    for row, plain in zip(got, free, strict=True):
+        ended = (plain[4:] == stop).nonzero()
+        end = 4 + ended[0].item() + 1 if len(ended) else 19
+        assert torch.equal(row[:end], plain[:end]) and (row[end:] == stop).all()
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    (dict(temperature=-1.0), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
+    (dict(top_p=1.5), "top_p"), (dict(temperature=math.nan), "temperature")])
+def test_bad_sampling_parameters(kwargs, message):
+    with pytest.raises(ModelError, match=message):
+        make().generate(tokens(1, 3), 5, **kwargs)
+
+
+def test_nothing_to_continue():
+    with pytest.raises(ModelError, match="no tokens"):
+        make().generate(tokens(1, 0), 5)
+
+
+# --- configurations and checkpoints -------------------------------------------------------------
+
+@pytest.mark.parametrize("change, message", [
+    (dict(n_layer=0), "n_layer must be at least 1"), (dict(nexus_order=0), "nexus_order must be"),
+    (dict(n_head=3), "multiple of n_head"), (dict(rotary_pct=0.0), "rotary_pct"),
+    (dict(rotary_pct=1.5), "rotary_pct"), (dict(rotary_pct=0.2), "even"),
+    (dict(dropout=1.0), "dropout"), (dict(attention="flash"), "sdpa, manual"),
+    (dict(nexus_streams="v"), "qk, q, k"), (dict(nexus_inner="own"), "self, shared, separate"),
+    (dict(nexus_inner="separate"), "order >= 2"), (dict(n_embd="32"), "n_embd must be int"),
+    (dict(n_layer=2.0), "n_layer must be int"), (dict(gelu="relu"), "tanh, erf"),
+    (dict(parallel_residual=1), "parallel_residual must be bool"),
+    (dict(dropout=math.nan), "dropout")])
+def test_bad_configurations_are_named(change, message):
+    with pytest.raises(ModelError, match=message):
+        replace(SMALL, **change)
+
+
+def save(path, **changes):
+    torch.set_default_dtype(torch.float32)
+    gpt = make(**changes)
+    torch.save(dict(model=gpt.state_dict(), config=asdict(gpt.config), step=3, tokenizer="bytes"),
+               path)
+    return gpt
+
+
+def test_checkpoint_round_trip_with_overrides(tmp_path):
+    gpt, idx = save(tmp_path / "c.pt"), tokens(1, 9)
+    loaded, meta = nn.load_checkpoint(tmp_path / "c.pt")
+    assert meta["step"] == 3 and meta["tokenizer"] == "bytes" and not loaded.training
+    assert torch.equal(loaded(idx)[0], gpt(idx)[0])
+    nexus, _ = nn.load_checkpoint(tmp_path / "c.pt", nexus_order=2, attention="manual")
+    assert not torch.allclose(nexus(idx)[0], gpt(idx)[0])
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil.txt", "w"))
+
+
+def test_bad_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save("good.pt")
+    whole = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save(Evil(), "evil.pt")
+    torch.save({"weights": torch.zeros(3)}, "other.pt")
+    for path, message in (("none.pt", "no checkpoint at"), ("cut.pt", "damaged"),
+                          ("empty.pt", "damaged"), ("text.pt", "damaged"), ("evil.pt", "damaged"),
+                          ("other.pt", "not written by train.py")):
+        with pytest.raises(ModelError, match=message) as caught:
+            nn.load_checkpoint(path)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "evil.txt").exists()
+

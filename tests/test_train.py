@@ -1,0 +1,267 @@
+"""Resume is exact, processes agree, and what a user gets wrong is said in one line."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import data
+import train
+from data import UserError
+from model import ModelError, load_checkpoint
+
+ROOT = os.path.dirname(os.path.abspath(train.__file__))
+TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--batch_tokens",
+        "256", "--micro_batch", "4", "--eval_windows", "8", "--log_interval", "1", "--eval_interval",
+        "3", "--warmup_steps", "2", "--device", "cpu", "--no-sample"]
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokens") / "set"
+    subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--out", folder,
+                    "--max_tokens", "40000"], check=True)
+    return folder
+
+
+def run(tokens, out, *argv):
+    """train.py in this process; its log, a list of events."""
+    train.main(["--dataset", str(tokens), "--out", str(out), *TINY, *map(str, argv)])
+    return read_log(out)
+
+
+def command(tokens, out, *argv, processes=1):
+    start = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*start, os.path.join(ROOT, "train.py"), "--dataset", str(tokens), "--out", str(out),
+            *TINY, *map(str, argv)]
+
+
+def read_log(out):
+    with open(os.path.join(out, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def numbers(log):
+    """The log without what depends on the clock."""
+    return [{k: v for k, v in event.items() if k not in ("tokens_per_sec", "mfu")} for event in log]
+
+
+def weights(out):
+    return torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
+
+
+def equal(a, b):
+    """Whether two nested dicts and lists of tensors and values are bit for bit the same."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("n, flags", [(6, []), (4, ["--dropout", "0.2", "--nexus_order", "3"])])
+def test_n_plus_m_steps_are_n_stop_resume_m(tokens, tmp_path, n, flags):
+    whole = run(tokens, tmp_path / "whole", "--max_steps", 10, *flags)
+    run(tokens, tmp_path / "parts", "--max_steps", n, "--decay_steps", 10, *flags)
+    parts = run(tokens, tmp_path / "parts", "--max_steps", 10, "--resume")
+    assert numbers(parts) == numbers(whole)
+    assert [event["step"] for event in whole] == list(range(11))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert equal(a["model"], b["model"]) and equal(a["optimizer"], b["optimizer"])
+
+
+def test_steps_after_the_checkpoint_are_taken_and_logged_again(tokens, tmp_path):
+    whole = run(tokens, tmp_path / "whole", "--max_steps", 8)
+    run(tokens, tmp_path / "torn", "--max_steps", 5, "--decay_steps", 8)
+    with open(tmp_path / "torn/log.jsonl", "a") as f:  # a run killed at step 6, in mid-line
+        f.write(json.dumps(dict(step=6, train_loss=9.9)) + '\n{"step": 7, "tra')
+    torn = run(tokens, tmp_path / "torn", "--resume", "--max_steps", 8)
+    assert numbers(torn) == numbers(whole)
+
+
+def test_same_seed_same_run_and_it_learns(tokens, tmp_path):
+    logs = [run(tokens, tmp_path / str(i), "--max_steps", 60, "--seed", seed, "--lr", 1e-2)
+            for i, seed in enumerate((0, 0, 1))]
+    assert numbers(logs[0]) == numbers(logs[1]) != numbers(logs[2])
+    assert logs[0][0]["val_loss"] == pytest.approx(torch.tensor(320.0).log().item(), abs=0.3)
+    assert logs[0][-1]["val_loss"] < 3.2  # bytes of English, from 5.8
+
+
+def test_micro_batches_do_not_change_the_result(tokens, tmp_path):
+    logs = [run(tokens, tmp_path / str(m), "--max_steps", 6, "--micro_batch", m) for m in (8, 4, 1)]
+    for other in logs[1:]:
+        for a, b in zip(logs[0], other, strict=True):
+            for key in ("train_loss", "val_loss", "grad_norm"):
+                assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=2e-5)
+
+
+def test_one_process_is_two(tokens, tmp_path):
+    one = run(tokens, tmp_path / "one", "--max_steps", 20, "--micro_batch", 2)
+    subprocess.run(command(tokens, tmp_path / "two", "--max_steps", 20, "--micro_batch", 2,
+                           processes=2), check=True, capture_output=True)
+    two = read_log(tmp_path / "two")
+    assert len(one) == len(two) == 21
+    for a, b in zip(one, two, strict=True):
+        for key in ("train_loss", "val_loss", "grad_norm"):
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-4)
+
+
+def test_accumulation_synchronises_once_a_step(tokens, tmp_path, monkeypatch):
+    """no_sync on every micro-step but the last: two processes, gradients exchanged once a step."""
+    script = tmp_path / "count.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {ROOT!r})
+import torch, train
+from torch.nn.parallel import DistributedDataParallel as DDP
+calls = []
+def hook(state, bucket):
+    calls.append(1)
+    return torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(
+        lambda f: f.value()[0])
+init = DDP.__init__
+def patched(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    self.register_comm_hook(None, hook)
+DDP.__init__ = patched
+train.main(sys.argv[1:])
+print("buckets", len(calls))
+""")
+    argv = command(tokens, tmp_path / "run", "--max_steps", 3, "--micro_batch", 1, processes=2)
+    argv[argv.index(os.path.join(ROOT, "train.py"))] = str(script)
+    out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    assert out.count("buckets 3") == 2  # 4 micro-steps a step, one small bucket a step, each process
+
+
+def test_learning_rate_schedule():
+    args = train.build_parser().parse_args(["--lr", "1", "--warmup_steps", "10", "--decay_steps",
+                                            "110"])
+    rates = [train.learning_rate(step, args) for step in range(150)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[60] == pytest.approx(0.55) and rates[110:] == pytest.approx([0.1] * 40)
+    assert rates[10:111] == sorted(rates[10:111], reverse=True)
+
+
+def test_decay_only_on_matrices():
+    model = train.GPT(train.GPTConfig(**train.PRESETS["tiny"]))
+    args = train.build_parser().parse_args(["--weight_decay", "0.1"])
+    decayed, other = train.make_optimizer(model, args, torch.device("cpu")).param_groups
+    assert decayed["weight_decay"] == 0.1 and other["weight_decay"] == 0.0
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in other["params"]} == {1}
+    assert sum(len(g["params"]) for g in (decayed, other)) == len(list(model.parameters()))
+
+
+def test_presets_and_model_flags(tokens, tmp_path):
+    run(tokens, tmp_path, "--max_steps", 1, "--nexus_order", 3, "--nexus_streams", "k",
+        "--nexus_inner", "shared", "--parallel_residual", "--rotary_pct", "0.5")
+    model, meta = load_checkpoint(tmp_path / "ckpt.pt")
+    c = model.config
+    assert (c.nexus_order, c.nexus_streams, c.nexus_inner) == (3, "k", "shared")
+    assert c.parallel_residual and c.rotary_pct == 0.5 and c.vocab_size == 320
+    assert meta["step"] == 1 and meta["tokens"] == 256 and meta["tokenizer"] == "bytes"
+
+
+def test_an_interrupt_saves_and_resume_goes_on(tokens, tmp_path):
+    argv = command(tokens, tmp_path / "run", "--max_steps", 100_000, "--decay_steps", 100)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 130 and "--resume" in rest
+    step = weights(tmp_path / "run")["step"]
+    assert 5 <= step < 1000 and read_log(tmp_path / "run")[-1]["step"] == step
+    log = run(tokens, tmp_path / "run", "--resume", "--max_steps", step + 3)
+    assert [event["step"] for event in log] == list(range(step + 4))
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--batch_tokens", "300"], "multiple of .* = 32 x 4 x 1 = 128: use 256"),
+    (["--dataset", "{}/none"], "no token set in"), (["--max_steps", "0"], "max_steps"),
+    (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "fast"], "--lr"),
+    (["--preset", "tinny"], "tiny"), (["--nexus_order", "0"], "nexus_order"),
+    (["--nexus_inner", "separate", "--nexus_order", "1"], "needs nexus_order >= 2"),
+    (["--vocab_size", "100"], "less than the token set's 320"), (["--n_head", "3"], "n_head"),
+    (["--block_size", "50000", "--batch_tokens", "200000"], "fewer than one window"),
+    (["--resume"], "no checkpoint at"), (["--grad_clip", "0"], "grad_clip"),
+    (["--log_intervall", "3"], "log_intervall"),
+])
+def test_bad_flags_are_one_line(tokens, tmp_path, argv, message):
+    with pytest.raises((UserError, ModelError), match=message) as caught:
+        run(tokens, tmp_path / "run", *[a.format(tmp_path) for a in argv])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run/ckpt.pt").exists()
+
+
+def test_a_resume_must_agree_with_its_checkpoint(tokens, tmp_path):
+    run(tokens, tmp_path, "--max_steps", 2)
+    for argv, message in ((["--lr", "0.5"], "--lr 0.5 contradicts the checkpoint's 0.003"),
+                          (["--seed", "7"], "--seed 7 contradicts"),
+                          (["--nexus_order", "1"], "--nexus_order 1 contradicts")):
+        with pytest.raises(UserError, match=message):
+            run(tokens, tmp_path, "--resume", *argv)
+    with pytest.raises(UserError, match="--resume goes on with it"):
+        run(tokens, tmp_path)
+
+
+def test_a_resume_needs_the_same_tokens(tokens, tmp_path, monkeypatch):
+    run(tokens, tmp_path, "--max_steps", 2)
+    monkeypatch.setattr(data.TokenSet, "fingerprint", "other")
+    with pytest.raises(UserError, match="is not the token set"):
+        run(tokens, tmp_path, "--resume")
+
+
+def shell(argv, **kwargs):
+    return subprocess.run(argv, capture_output=True, text=True, **kwargs)
+
+
+def test_mistakes_exit_with_status_2_and_one_line(tokens, tmp_path):
+    result = shell(command(tokens, tmp_path, "--lr", "fast"))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    (tmp_path / "file").write_text("")
+    result = shell(command(tokens, tmp_path / "file/out", "--max_steps", 1))
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tokens, tmp_path):
+    run(tokens, tmp_path / "run", "--max_steps", 2)
+    before = (tmp_path / "run/ckpt.pt").read_bytes()
+
+    def small_disk():  # no file may grow past half a checkpoint
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+
+    result = shell(command(tokens, tmp_path / "run", "--resume", "--max_steps", 4),
+                   preexec_fn=small_disk)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "is the disk full?" in result.stderr and "the last one is untouched" in result.stderr
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == before
+    assert sorted(os.listdir(tmp_path / "run")) == ["ckpt.pt", "log.jsonl"]
+    log = run(tokens, tmp_path / "run", "--resume", "--max_steps", 4)  # and the run goes on
+    assert [event["step"] for event in log] == [0, 1, 2, 3, 4]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tokens, tmp_path):
+    with pytest.raises(UserError, match="the loss is nan at step"):
+        run(tokens, tmp_path, "--max_steps", 50, "--lr", 1e30, "--grad_clip", "inf")
+
+
+def test_with_no_arguments_it_prepares_trains_and_samples(tmp_path):
+    """The defaults, cut short: pydocs on first use, order 2, a sample and the next command."""
+    start = time.monotonic()
+    result = shell([sys.executable, os.path.join(ROOT, "train.py"), "--max_steps", "2"],
+                   cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Nexus order 2" in result.stdout and "python sample.py --checkpoint" in result.stdout
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "log.jsonl", "pydocs"]
+    assert time.monotonic() - start < 120
