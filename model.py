@@ -69,8 +69,8 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 < self.rotary_pct <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
-            raise ModelError(f"rotary_pct {self.rotary_pct} of a head's {self.n_embd // self.n_head}"
-                             " dimensions must be an even number of them, at least 2")
+            raise ModelError(f"rotary_pct ({self.rotary_pct}) must give an even number, 2 or more, "
+                             f"of a head's {self.n_embd // self.n_head} dimensions")
         if not 0 <= self.dropout < 1:
             raise ModelError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.nexus_inner == "separate" and self.nexus_order < 2:
@@ -418,8 +418,8 @@ def read_checkpoint(path, device="cpu"):
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise ModelError(f"{path} is damaged, or not a checkpoint: it cannot be read as tensors and "
-                         f"plain values ({type(error).__name__})") from error
+        raise ModelError(f"{path} is damaged, or not a checkpoint: it cannot be read as tensors "
+                         f"and plain values ({type(error).__name__})") from error
     if not isinstance(saved, dict) or not {"model", "config", "step", "tokenizer"} <= saved.keys():
         raise ModelError(f"{path} is not a checkpoint of ours: it was not written by train.py")
     return saved

@@ -213,7 +213,7 @@ def prepare(args):
     files = {split: os.path.join(partial, f"{split}.bin") for split in ("train", "val")}
     counts, seen, total, start = {"train": 0, "val": 0}, 0, 0, time.monotonic()
     try:
-        bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:3.0f}%"
+        bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:.0f}%"
                    " |{bar}| {elapsed} gone, {remaining} to go, {postfix}")
         with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
             for ids in itertools.chain.from_iterable(tokenise(pieces(texts), args, dtype)):

@@ -172,14 +172,20 @@ class Log:
 
     def __init__(self, args, resumed_at):
         path = os.path.join(args.out, "log.jsonl")
-        lines = []
+        events = []
         if resumed_at is not None and os.path.exists(path):
-            # keep what the checkpoint knows of: steps after it will be taken, and logged, again
+            # The log becomes that of a run never stopped: steps after the checkpoint will be taken
+            # and logged again, and what was logged only because the run ended there goes.
             with open(path, encoding="utf-8") as f:
-                lines = [line for line in f if line.endswith("\n")
-                         and json.loads(line)["step"] <= resumed_at]
+                events = [json.loads(line) for line in f if line.endswith("\n")]
+            events = [event for event in events if event["step"] <= resumed_at
+                      and 0 in (event["step"] % args.log_interval,
+                                event["step"] % args.eval_interval)]
+            for event in events:
+                if event["step"] % args.eval_interval:
+                    event["val_loss"] = None
         with open(path + ".partial", "w", encoding="utf-8") as f:
-            f.writelines(lines)
+            f.writelines(json.dumps(event) + "\n" for event in events)
         os.replace(path + ".partial", path)
         self.file = open(path, "a", encoding="utf-8")
         self.bar, self.wandb, self.board = None, None, None
@@ -352,8 +358,8 @@ def main(argv=None):
 
     log = Log(args, step if saved else None) if first else None
     if first:
-        log.say(f"{args.preset}, Nexus order {config.nexus_order}, {raw.num_params():,} parameters; "
-                f"{world} x {device.type}, {'bfloat16' if bf16 else 'float32'}; {n_train * T:,} "
+        log.say(f"{args.preset}, Nexus order {config.nexus_order}, {raw.num_params():,} weights; "
+                f"{world} {device.type}, {'bfloat16' if bf16 else 'float32'}; {n_train * T:,} "
                 f"tokens of {tokens.meta['dataset']}, {args.batch_tokens:,} a step"
                 + (f"; resumed at step {step}" if saved else ""))
     if not saved:

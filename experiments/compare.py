@@ -120,7 +120,7 @@ def main():
     add("--seeds", type=int, default=3, help="seeds 0 to N-1, each for every variant (default: 3)")
     add("--preset", choices=PRESETS, default="tiny")
     add("--dataset", default="pydocs", help="pydocs (default), or a token set's folder")
-    add("--max_steps", type=int, default=300, help="of every run (default: 300)")
+    add("--max_steps", type=int, default=250, help="of every run (default: 250)")
     add("--eval_interval", type=int, default=50, help="steps between validations (default: 50)")
     add("--out", default="out/compare", help="folder (default: out/compare)")
     args = parser.parse_args(argv[:argv.index("--")] if "--" in argv else argv)

@@ -48,7 +48,8 @@ def test_the_text_is_what_generate_gives(checkpoint):
 @pytest.mark.parametrize("argv, stdin, message", [
     (["--prompt", ""], "", "the prompt is empty"), ([], "", "the prompt is empty"),
     (["--prompt", "x" * 40], "", "has 40 tokens, the model's context is 32"),
-    (["--prompt", "a", "--top_p", "2"], "", "top_p"), (["--prompt", "a", "--seed", "x"], "", "seed"),
+    (["--prompt", "a", "--top_p", "2"], "", "top_p"),
+    (["--prompt", "a", "--seed", "x"], "", "seed"),
     (["--prompt", "a", "--num_samples", "0"], "", "at least 1")])
 def test_mistakes(checkpoint, argv, stdin, message):
     out = run(checkpoint[0], *argv, stdin=stdin)

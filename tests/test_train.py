@@ -17,9 +17,9 @@ from data import UserError
 from model import ModelError, load_checkpoint
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
-TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--batch_tokens",
-        "256", "--micro_batch", "4", "--eval_windows", "8", "--log_interval", "1", "--eval_interval",
-        "3", "--warmup_steps", "2", "--device", "cpu", "--no-sample"]
+TINY = """--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 256 --micro_batch 4
+          --eval_windows 8 --log_interval 1 --eval_interval 3 --warmup_steps 2 --device cpu
+          --no-sample""".split()
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +37,10 @@ def run(tokens, out, *argv):
 
 
 def command(tokens, out, *argv, processes=1):
-    start = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*start, os.path.join(ROOT, "train.py"), "--dataset", str(tokens), "--out", str(out),
-            *TINY, *map(str, argv)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    start = torchrun if processes > 1 else []
+    return [sys.executable, *start, os.path.join(ROOT, "train.py"), "--dataset", str(tokens),
+            "--out", str(out), *TINY, *map(str, argv)]
 
 
 def read_log(out):
@@ -138,7 +138,7 @@ print("buckets", len(calls))
     argv = command(tokens, tmp_path / "run", "--max_steps", 3, "--micro_batch", 1, processes=2)
     argv[argv.index(os.path.join(ROOT, "train.py"))] = str(script)
     out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-    assert out.count("buckets 3") == 2  # 4 micro-steps a step, one small bucket a step, each process
+    assert out.count("buckets 3") == 2  # both: 3 steps of 4 micro-steps, one small bucket a step
 
 
 def test_learning_rate_schedule():
