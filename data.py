@@ -82,6 +82,23 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def load_hub(name, config, split, revision=None, streaming=False):
+    """The rows of a set on the hub. If it is made by a script, which `datasets` no longer runs, the
+    copy that the hub keeps as parquet. Raises UserError if it cannot be had."""
+    import datasets
+
+    try:
+        try:
+            return datasets.load_dataset(name, config, split=split, revision=revision,
+                                         streaming=streaming)
+        except RuntimeError:
+            folder = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or '*'}"
+            return datasets.load_dataset("parquet", data_files=f"{folder}/{split}/*.parquet",
+                                         split="train", streaming=streaming)
+    except (OSError, RuntimeError, ValueError) as error:  # offline, unknown, gated
+        raise UserError(f"cannot read {name} from the hub ({type(error).__name__})") from error
+
+
 class TokenSet:
     """The folder that prepare_data.py wrote, checked on opening.
 

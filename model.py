@@ -57,15 +57,13 @@ class GPTConfig:
             value = getattr(self, f.name)
             if type(value) is not f.type and not (f.type is float and type(value) is int):
                 raise ModelError(f"{f.name} must be {f.type.__name__}, got {value!r}")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "nexus_order"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, choices in (("attention", ("sdpa", "manual")), ("gelu", ("tanh", "erf")),
-                              ("nexus_streams", ("qk", "q", "k")),
-                              ("nexus_inner", ("self", "shared", "separate"))):
-            if getattr(self, name) not in choices:
-                raise ModelError(f"{name} must be one of {', '.join(choices)}, "
-                                 f"got {getattr(self, name)!r}")
+            if f.type is int and value < 1:
+                raise ModelError(f"{f.name} must be at least 1, got {value}")
+        for name, choices in dict(attention=("sdpa", "manual"), gelu=("tanh", "erf"),
+                                  nexus_streams=("qk", "q", "k"),
+                                  nexus_inner=("self", "shared", "separate")).items():
+            if (value := getattr(self, name)) not in choices:
+                raise ModelError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 < self.rotary_pct <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
@@ -113,6 +111,12 @@ class KVCache:
             self.buffers[name] = x.new_empty(B, H, self.capacity, D)
         self.buffers[name][:, :, self.len:self.len + T] = x
         return self.buffers[name][:, :, :self.len + T]
+
+    def select(self, rows):
+        """A copy that goes on from these rows of the batch; a row may come several times."""
+        copy = KVCache(self.capacity)
+        copy.len, copy.buffers = self.len, {name: b[rows] for name, b in self.buffers.items()}
+        return copy
 
 
 class Env(NamedTuple):
@@ -196,10 +200,10 @@ class Attention(nn.Module):
         a stream joined: "shared" takes the layer's own W_q, W_k, W_v again, "separate" takes
         weights of each stream's own, the same in every loop (3 C^2 more a stream and layer).
         """
-        own = self.config.nexus_inner == "self"
-        h, values = s, self.keep("s", s if own else self.project(s, 2), env)
+        plain = self.config.nexus_inner == "self"
+        h, values = s, self.keep("s", s if plain else self.project(s, 2), env)
         for loop in range(1, self.config.nexus_order):
-            a, b = (h, h) if own else (self.project(h, 0), self.project(h, 1))
+            a, b = (h, h) if plain else (self.project(h, 0), self.project(h, 1))
             h = self.attend(a, b, values, f"k{loop}", env)
         return h
 
@@ -288,14 +292,12 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx, targets=None, cache=None, maps=None):
-        """Logits and, given targets, the loss.
+    def hidden(self, idx, cache=None, maps=None):
+        """What the output layer reads: (B, T, C) for token ids idx (B, T).
 
-        idx (B, T): token ids. targets (B, T): the ids to predict; positions of -1 are ignored.
         cache: a KVCache, to go on after the tokens it has seen; it then has seen these too.
         maps: a list to which `manual` attention adds its weights, (B, heads, T, S) for each inner
         loop (q heads first, then k) and then the outer attention, layer by layer.
-        Returns logits (B, T, V) and the mean cross-entropy in nats, float32 (None if no targets).
         Raises ModelError if cache and idx together are longer than block_size.
         """
         T, past = idx.size(1), cache.len if cache else 0
@@ -310,12 +312,20 @@ class GPT(nn.Module):
         rope = self.cos[past:past + T], self.sin[past:past + T]
         env = Env(rope, mask, cache, maps)
 
-        x = self.dropout(self.embed(idx))  # (B, T, C)
+        x = self.dropout(self.embed(idx))
         for block in self.blocks:
             x = block(x, env)
-        logits = self.head(self.norm(x))  # (B, T, V)
         if cache:
             cache.len += T
+        return self.norm(x)
+
+    def forward(self, idx, targets=None, cache=None, maps=None):
+        """Logits and, given targets, the loss.
+
+        targets (B, T): the ids to predict; positions of -1 are ignored. The rest as in hidden.
+        Returns logits (B, T, V) and the mean cross-entropy in nats, float32 (None if no targets).
+        """
+        logits = self.head(self.hidden(idx, cache, maps))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
@@ -360,6 +370,21 @@ class GPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, top_p,
                                             **kwargs)], dim=1)
 
+    @classmethod
+    def from_hf(cls, path_or_name, **overrides):
+        """A GPT with the weights of a GPT-NeoX model of Hugging Face, Pythia's for one.
+
+        path_or_name: a folder with config.json and safetensors, or a name on the hub.
+        overrides: fields of the config, e.g. nexus_order=2, the start of a retrofit.
+        Raises ModelError if it cannot be had, or is not such a model.
+        """
+        from hf import read_neox  # only here: model.py alone is the whole model
+
+        config, state = read_neox(path_or_name)
+        model = cls(GPTConfig(**{**config, **overrides}))
+        new = {key: p.detach() for key, p in model.named_parameters() if ".inner." in key}
+        return load_weights(model, new | state, path_or_name)
+
     def num_params(self, embeddings=True):
         """How many parameters; embeddings=False leaves out both ends, as Pythia counts."""
         ends = 0 if embeddings else self.embed.weight.numel() + self.head.weight.numel()
@@ -396,23 +421,36 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
+def load_weights(model, state, path):
+    """load_state_dict; ModelError, naming the first weight, if they are not the model's."""
+    own = model.state_dict()
+    for key in sorted(own.keys() | state.keys()):
+        if key not in own or key not in state or own[key].shape != state[key].shape:
+            raise ModelError(f"{path}: the weight {key} is missing, unknown or of another shape "
+                             "than its config says")
+    model.load_state_dict(state)
+    return model
+
+
 def load_checkpoint(path, device="cpu", **overrides):
     """Read what train.py saved; returns (model, meta), the model in eval mode.
 
-    meta holds all but the tensors: config, step, tokens, tokenizer, data, args, seed.
+    meta holds all but the tensors: config, step, tokens, tokenizer, data, args.
     overrides change fields of the config, e.g. attention="manual" or nexus_order=2.
-    Raises ModelError with the reason if the file is missing, damaged or not ours. Nothing but
-    tensors and plain values is unpickled: a file cannot run code.
+    Raises ModelError with the reason if the file is missing, damaged or not ours.
     """
     saved = read_checkpoint(path, device)
-    model = GPT(GPTConfig(**{**saved["config"], **overrides}))
-    model.load_state_dict(saved["model"])
-    meta = {key: value for key, value in saved.items() if key not in ("model", "optimizer")}
-    return model.to(device).eval(), meta
+    try:
+        config = GPTConfig(**{**saved["config"], **overrides})
+    except TypeError as error:  # a field of another version
+        raise ModelError(f"{path} has a config that is not ours: {error}") from error
+    model = load_weights(GPT(config), saved.pop("model"), path).to(device).eval()
+    return model, {key: value for key, value in saved.items() if key != "optimizer"}
 
 
 def read_checkpoint(path, device="cpu"):
-    """The dictionary in a checkpoint file, tensors included; errors as in load_checkpoint."""
+    """The dictionary in a checkpoint, tensors included. Only tensors and plain values are read: a
+    file from elsewhere cannot run code. Errors as in load_checkpoint."""
     if not os.path.isfile(path):
         raise ModelError(f"no checkpoint at {path}: train.py writes one as OUT/ckpt.pt")
     try:

@@ -11,7 +11,6 @@ A local text may be .txt, .txt.gz, .txt.xz or .jsonl; in a text file a line that
 
 import collections
 import difflib
-import functools
 import glob
 import gzip
 import io
@@ -30,7 +29,17 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from data import EOT, VERSION, Parser, UserError, get_tokenizer, padded_vocab, run_script, sha256
+from data import (
+    EOT,
+    VERSION,
+    Parser,
+    UserError,
+    get_tokenizer,
+    load_hub,
+    padded_vocab,
+    run_script,
+    sha256,
+)
 
 # name -> (hub repository, its configuration, the field with the text, share for validation)
 HUB = {
@@ -92,18 +101,13 @@ def read_jsonl(lines, path, field):
 
 def read_hub(name, config, field, revision):
     """(documents, commit) of a set on the hub, streamed."""
-    import datasets
     from huggingface_hub import HfApi
 
     try:
         commit = HfApi().dataset_info(name, revision=revision).sha
-        load = functools.partial(datasets.load_dataset, name, streaming=True, split="train")
-        try:
-            rows = load(config, revision=commit)
-        except RuntimeError:  # a set that is a script: the hub keeps a copy of it as parquet
-            rows = load(revision="refs/convert/parquet")
+        rows = load_hub(name, config, "train", commit, streaming=True)
         first = next(iter(rows))
-    except (OSError, RuntimeError, ValueError) as error:  # offline, unknown, gated
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {name} from the hub ({type(error).__name__}); with no "
                         "network, use --dataset text --input FILES or --dataset pydocs") from error
     if field not in first:
