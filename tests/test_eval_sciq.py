@@ -135,39 +135,16 @@ def test_models_that_ours_cannot_be_are_refused(neox, tmp_path, change, message)
     assert "\n" not in str(caught.value)
 
 
-def harness_scores(folder, cache):
-    """{task: [(lls, acc, acc_norm) of each document]} and {task: metrics}, by lm-eval's HFLM."""
-    lm_eval = pytest.importorskip("lm_eval", reason="extra test: lm-eval")
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    packaged = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
-    for task in ROWS:
-        kind = "arc" if task.startswith("arc") else task
-        split = TASKS[task][2]
-        empty = "".join(f"{s}_split: null\n" for s in ("training", "validation", "test")
-                        if s != split)
-        path = os.path.join(folder, f"{task}_{split}.jsonl")
-        with open(os.path.join(cache, f"{task}.yaml"), "w") as f:
-            f.write(f"include: {packaged}/{kind}/{task}.yaml\ntask: ours_{task}\n{empty}"
-                    f"{split}_split: {split}\ndataset_path: json\ndataset_name: null\n"
-                    f"dataset_kwargs:\n  data_files:\n    {split}: {path}\n"
-                    f"  cache_dir: {cache}\n")
-    results = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3),
-        tasks=[f"ours_{task}" for task in ROWS], bootstrap_iters=1,
-        task_manager=TaskManager(include_path=str(cache), include_defaults=False))
-    samples = {}
-    for task in ROWS:
-        docs = sorted(results["samples"][f"ours_{task}"], key=lambda doc: doc["doc_id"])
-        samples[task] = [([float(ll) for ll, _ in doc["filtered_resps"]], doc["acc"],
-                          doc["acc_norm"]) for doc in docs]
-    return samples, {task: results["results"][f"ours_{task}"] for task in ROWS}
-
-
 @pytest.mark.parametrize("batch_size", ["auto", 1])
 def test_scores_are_the_harnesss(neox, tmp_path, batch_size):
-    samples, results = harness_scores(neox, tmp_path)
+    pytest.importorskip("lm_eval", reason="extra test: lm-eval")
+    from lm_eval.models.huggingface import HFLM
+
+    from experiments.harness import harness_scores, write_tasks
+
+    write_tasks(ROWS, neox, tmp_path)
+    model = HFLM(pretrained=str(neox), device="cpu", dtype="float32", batch_size=3)
+    samples, results = harness_scores(model, ROWS, tmp_path)
     scorer = Scorer(str(neox), batch_size=batch_size)
     for task in ROWS:
         ours = evaluate(scorer, task, read_task(task, neox)[0])
