@@ -118,7 +118,7 @@ def main():
                     for a, b in zip(doc["lls"], lls, strict=True))
         differ = sum((doc["acc"], doc["acc_norm"]) != tuple(hits) for doc, (_, *hits) in pairs)
         print(f"{task}: {len(pairs)} documents, log-likelihoods differ by {worst:.1e} at most, "
-              f"{differ} documents are scored otherwise\n  ours        acc {mine[task]['acc']:.4f}  "
+              f"{differ} documents scored otherwise\n  ours        acc {mine[task]['acc']:.4f}  "
               f"acc_norm {mine[task]['acc_norm']:.4f}\n  the harness acc "
               f"{results[task]['acc,none']:.4f}  acc_norm {results[task]['acc_norm,none']:.4f}")
     for name, times in seconds.items():
