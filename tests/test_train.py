@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -257,11 +256,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tokens, tmp_path):
 
 def test_with_no_arguments_it_prepares_trains_and_samples(tmp_path):
     """The defaults, cut short: pydocs on first use, order 2, a sample and the next command."""
-    start = time.monotonic()
     result = shell([sys.executable, os.path.join(ROOT, "train.py"), "--max_steps", "2"],
                    cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Nexus order 2" in result.stdout and "python sample.py --checkpoint" in result.stdout
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "log.jsonl", "pydocs"]
-    assert time.monotonic() - start < 120
