@@ -27,8 +27,9 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from checkpoint import load_checkpoint
 from data import Parser, UserError, get_tokenizer, load_hub, run_script, sha256
-from model import GPT, KVCache, ModelError, load_checkpoint
+from model import GPT, KVCache, ModelError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 

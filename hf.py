@@ -5,7 +5,8 @@ Weights from Hugging Face: where a model's folder is, and GPT-NeoX's layout turn
 import json
 import os
 
-from model import ModelError
+from checkpoint import load_weights
+from model import GPT, GPTConfig, ModelError
 
 # their names -> ours, in this order: some contain others
 NAMES = {"gpt_neox.": "", "layers.": "blocks.", "embed_in.": "embed.", "embed_out.": "head.",
@@ -67,6 +68,14 @@ def read_neox(path_or_name):
             w = w.unflatten(0, (H, 3, C // H)).transpose(0, 1).flatten(0, 2)
         ours[name] = w.float()
     return config, ours
+
+
+def load_neox(path_or_name, **overrides):
+    """What GPT.from_hf gives, see there."""
+    config, state = read_neox(path_or_name)
+    model = GPT(GPTConfig(**{**config, **overrides}))
+    new = {key: p.detach() for key, p in model.named_parameters() if ".inner." in key}
+    return load_weights(model, new | state, path_or_name)  # separate's own weights stay new
 
 
 def read_config(hf):

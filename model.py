@@ -14,8 +14,6 @@ References:
 """
 
 import math
-import os
-import pickle
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -46,7 +44,7 @@ class GPTConfig:
     rotary_pct: float = 0.25  # share of each head's dimensions that rotary turns
     parallel_residual: bool = True  # x + attn(ln1 x) + mlp(ln2 x); False: one after the other
     dropout: float = 0.0  # on the embedding and on what each block adds
-    gelu: str = "tanh"  # "tanh" or "erf" (exact); twice as fast on a CPU is erf
+    gelu: str = "tanh"  # "tanh", or "erf": exact, and twice as fast on a CPU
     attention: str = "sdpa"  # "sdpa", or "manual": an explicit softmax that shows its maps
     nexus_order: int = 1  # m: 1 is standard attention, m > 1 adds m-1 inner loops
     nexus_streams: str = "qk"  # which streams are refined: "qk", "q" or "k"
@@ -378,12 +376,9 @@ class GPT(nn.Module):
         overrides: fields of the config, e.g. nexus_order=2, the start of a retrofit.
         Raises ModelError if it cannot be had, or is not such a model.
         """
-        from hf import read_neox  # only here: model.py alone is the whole model
+        from hf import load_neox  # only here: this file alone is the whole model
 
-        config, state = read_neox(path_or_name)
-        model = cls(GPTConfig(**{**config, **overrides}))
-        new = {key: p.detach() for key, p in model.named_parameters() if ".inner." in key}
-        return load_weights(model, new | state, path_or_name)
+        return load_neox(path_or_name, **overrides)
 
     def num_params(self, embeddings=True):
         """How many parameters; embeddings=False leaves out both ends, as Pythia counts."""
@@ -419,45 +414,3 @@ def sample(logits, temperature, top_k=None, top_p=None, generator=None):
         drop = (before >= top_p).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(drop, -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-
-
-def load_weights(model, state, path):
-    """load_state_dict; ModelError, naming the first weight, if they are not the model's."""
-    own = model.state_dict()
-    for key in sorted(own.keys() | state.keys()):
-        if key not in own or key not in state or own[key].shape != state[key].shape:
-            raise ModelError(f"{path}: the weight {key} is missing, unknown or of another shape "
-                             "than its config says")
-    model.load_state_dict(state)
-    return model
-
-
-def load_checkpoint(path, device="cpu", **overrides):
-    """Read what train.py saved; returns (model, meta), the model in eval mode.
-
-    meta holds all but the tensors: config, step, tokens, tokenizer, data, args.
-    overrides change fields of the config, e.g. attention="manual" or nexus_order=2.
-    Raises ModelError with the reason if the file is missing, damaged or not ours.
-    """
-    saved = read_checkpoint(path, device)
-    try:
-        config = GPTConfig(**{**saved["config"], **overrides})
-    except TypeError as error:  # a field of another version
-        raise ModelError(f"{path} has a config that is not ours: {error}") from error
-    model = load_weights(GPT(config), saved.pop("model"), path).to(device).eval()
-    return model, {key: value for key, value in saved.items() if key != "optimizer"}
-
-
-def read_checkpoint(path, device="cpu"):
-    """The dictionary in a checkpoint, tensors included. Only tensors and plain values are read: a
-    file from elsewhere cannot run code. Errors as in load_checkpoint."""
-    if not os.path.isfile(path):
-        raise ModelError(f"no checkpoint at {path}: train.py writes one as OUT/ckpt.pt")
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise ModelError(f"{path} is damaged, or not a checkpoint: it cannot be read as tensors "
-                         f"and plain values ({type(error).__name__})") from error
-    if not isinstance(saved, dict) or not {"model", "config", "step", "tokenizer"} <= saved.keys():
-        raise ModelError(f"{path} is not a checkpoint of ours: it was not written by train.py")
-    return saved

@@ -10,8 +10,9 @@ import sys
 
 import torch
 
+from checkpoint import load_checkpoint
 from data import Parser, UserError, get_tokenizer, run_script
-from model import ModelError, load_checkpoint
+from model import ModelError
 
 
 def main():

@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 
 import data
+from checkpoint import read_checkpoint, save_checkpoint
 from data import Parser, TokenSet, UserError, run_script
-from model import GPT, PRESETS, GPTConfig, ModelError, read_checkpoint
+from model import GPT, PRESETS, GPTConfig, ModelError
 
 # What each size trains well with. Pythia's learning rates; its batch is 2M tokens, ours a quarter.
 RECIPES = {
@@ -39,9 +40,8 @@ RECIPES = {
 # Dense bfloat16 peaks from the makers' data sheets, FLOP/s. A device not here has no MFU.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12,
               "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12}
-# A resumed run must agree with its checkpoint on all of these, or it would not be the same run.
-FIXED = ["dataset", "preset", "batch_tokens", "decay_steps", "lr", "warmup_steps", "weight_decay",
-         "grad_clip", "seed", *(f.name for f in fields(GPTConfig) if f.name != "attention")]
+# A resumed run must agree with its checkpoint on these, or it would not be the same run.
+FIXED = ["batch_tokens", "decay_steps", "lr", "warmup_steps", "weight_decay", "grad_clip", "seed"]
 
 
 def build_parser():
@@ -50,6 +50,8 @@ def build_parser():
     group = parser.add_argument_group("data and output")
     group.add_argument("--dataset", default="pydocs", metavar="DIR_OR_NAME", help="a folder that "
                        "prepare_data.py wrote, or pydocs (default), prepared on first use")
+    group.add_argument("--verify", action="store_true", help="first read all of the token set, to "
+                       "check its sha256 and its ids")
     group.add_argument("--out", default="out", help="folder for checkpoint and log (default: out)")
     group.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.pt; flags not "
                        "given are the checkpoint's")
@@ -117,10 +119,8 @@ def parse_args(argv=None):
         args.warmup_steps = max(1, args.max_steps // 100)
     if args.decay_steps is None:
         args.decay_steps = args.max_steps
-    for name in FIXED if saved else ():
-        if getattr(args, name) != saved["args"][name]:
-            raise UserError(f"--{name} {getattr(args, name)} contradicts the checkpoint's "
-                            f"{saved['args'][name]}: drop the flag, or start anew in another --out")
+    if saved:
+        agree(vars(args), saved["args"], FIXED)
     for name in ("batch_tokens", "micro_batch", "max_steps", "decay_steps", "eval_interval",
                  "eval_windows", "save_interval", "log_interval"):
         if getattr(args, name) < 1:
@@ -131,6 +131,13 @@ def parse_args(argv=None):
     if not args.grad_clip > 0:
         raise UserError(f"--grad_clip must be above 0 (inf: never clip), got {args.grad_clip}")
     return args, saved
+
+
+def agree(given, saved, names):
+    for name in names:
+        if given[name] != saved[name]:
+            raise UserError(f"--{name} {given[name]} contradicts the checkpoint's {saved[name]}: "
+                            "drop the flag, or start anew in another --out")
 
 
 def learning_rate(step, args):
@@ -148,23 +155,6 @@ def make_optimizer(model, args, device):
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8,
                              fused=device.type in ("cuda", "cpu"))
-
-
-def save_checkpoint(path, state):
-    """Write state so that `path` is at every moment a whole checkpoint, the old or the new one."""
-    partial = path + ".partial"
-    try:
-        with open(partial, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        kept = "the last one is untouched" if os.path.exists(path) else "there is none yet"
-        raise UserError(f"could not write the checkpoint {path} ({error}): is the disk full? "
-                        f"{kept}; free some space and --resume") from error
 
 
 class Log:
@@ -255,14 +245,17 @@ def pick_device(args, local_rank):
 def open_dataset(args, first):
     """The token set; pydocs is prepared on first use, by the first process while others wait."""
     if args.dataset != "pydocs":
-        return TokenSet(args.dataset)
+        if not os.path.isdir(args.dataset):
+            raise UserError(f"no token set {args.dataset}: use pydocs, or a folder that "
+                            f"prepare_data.py --out {args.dataset} has made")
+        return TokenSet(args.dataset, verify=args.verify)
     folder = os.path.join(args.out, "pydocs")
     if first and not os.path.exists(os.path.join(folder, "meta.json")):
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_data.py")
         subprocess.run([sys.executable, script, "--dataset", "pydocs", "--out", folder], check=True)
     if dist.is_initialized():
         dist.barrier()
-    return TokenSet(folder)
+    return TokenSet(folder, verify=args.verify)
 
 
 def main(argv=None):
@@ -282,6 +275,8 @@ def main(argv=None):
     if config.vocab_size < tokens.vocab_size:
         raise UserError(f"--vocab_size {config.vocab_size} is less than the token set's "
                         f"{tokens.vocab_size}")
+    if saved:
+        agree(vars(config), saved["config"], saved["config"].keys() - {"attention"})
     if saved and saved["data"] != tokens.fingerprint:
         raise UserError(f"{tokens.folder} is not the token set that the checkpoint was trained on")
 

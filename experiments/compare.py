@@ -19,8 +19,9 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
+from checkpoint import read_checkpoint  # noqa: E402
 from data import Parser, UserError, run_script  # noqa: E402
-from model import GPT, PRESETS, GPTConfig, ModelError, read_checkpoint  # noqa: E402
+from model import GPT, PRESETS, GPTConfig, ModelError  # noqa: E402
 
 VARIANTS = {  # name -> the flags of train.py that make it
     "baseline": "--nexus_order 1",
@@ -43,7 +44,11 @@ def train(flags, folder, max_steps, say):
                    "--max_steps", str(max_steps), *flags]
         if os.path.exists(os.path.join(folder, "ckpt.pt")):
             command.append("--resume")
-        code = subprocess.run(command).returncode
+        process = subprocess.Popen(command)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # train.py has it too: it finishes its step, and saves
+            code = process.wait()
         if code:
             raise UserError(f"train.py stopped with status {code}; the same command continues")
     return read_log(log)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,30 @@ def test_compare_and_continue(tmp_path):
 
     other = run(tmp_path, "--max_steps", "5", *SMALL)
     assert other.returncode == 2 and "other settings" in other.stderr
+
+
+def test_an_interrupt_saves_and_the_same_command_continues(tmp_path):
+    pytest.importorskip("matplotlib")
+    argv = ["--variants", "baseline", "--seeds", "1", "--max_steps", "4000", "--eval_interval",
+            "2000", *SMALL, "--log_interval", "1"]
+    process = subprocess.Popen([sys.executable, SCRIPT, "--out", str(tmp_path), *argv], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to both
+            break
+    _, errors = process.communicate()
+    assert process.returncode == 2 and "the same command continues" in errors
+    folder = tmp_path / "baseline-seed0"
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").open()]
+    assert (folder / "ckpt.pt").exists() and steps == list(range(len(steps))) and 5 < len(steps)
+    argv[argv.index("4000")] = str(len(steps) + 2)
+    (tmp_path / "settings.json").unlink()  # the test's own shorter run
+    argv += ["--decay_steps", "4000"]
+    assert run(tmp_path, *argv).returncode == 0
+    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").open()]
+    assert steps == list(range(len(steps)))
 
 
 @pytest.mark.parametrize("argv, message", [(["--variants", "nexus2"], "no variant 'nexus2'"),

@@ -278,7 +278,9 @@ def test_lm_eval_runs_our_checkpoints(checkpoints, neox, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="extra test: lm-eval")
     import lm_eval
 
-    caught = {}
+    from experiments.harness import harness_scores, write_tasks
+
+    caught, real = {}, lm_eval.simple_evaluate
 
     def evaluate_nothing(model, tasks, limit):
         caught["adapter"] = model
@@ -289,6 +291,16 @@ def test_lm_eval_runs_our_checkpoints(checkpoints, neox, tmp_path, monkeypatch):
     scorer = Scorer(checkpoints[1])
     eval_sciq.run_lm_eval(scorer, ["anything"], None)
     adapter = caught["adapter"]
+    monkeypatch.setattr(lm_eval, "simple_evaluate", real)
+
+    short = {task: ROWS[task] for task in ("hellaswag", "logiqa", "piqa")}
+    write_tasks(short, neox, tmp_path)
+    samples, _ = harness_scores(adapter, short, tmp_path)
+    for task in short:
+        ours = evaluate(scorer, task, read_task(task, neox)[0])["docs"]
+        for doc, (lls, acc, acc_norm) in zip(ours, samples[task], strict=True):
+            assert doc["lls"] == pytest.approx(lls, abs=1e-4)
+            assert (doc["acc"], doc["acc_norm"]) == (acc, acc_norm)
 
     class Request:
         def __init__(self, *args):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import torch
 
 import data
 import train
+from checkpoint import load_checkpoint
 from data import UserError
-from model import ModelError, load_checkpoint
+from model import ModelError
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 256 --micro_batch 4
@@ -185,7 +187,8 @@ def test_an_interrupt_saves_and_resume_goes_on(tokens, tmp_path):
 
 @pytest.mark.parametrize("argv, message", [
     (["--batch_tokens", "300"], "multiple of .* = 32 x 4 x 1 = 128: use 256"),
-    (["--dataset", "{}/none"], "no token set in"), (["--max_steps", "0"], "max_steps"),
+    (["--dataset", "{}/pydoc"], "no token set .*pydoc: use pydocs, or"),
+    (["--max_steps", "0"], "max_steps"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "fast"], "--lr"),
     (["--preset", "tinny"], "tiny"), (["--nexus_order", "0"], "nexus_order"),
     (["--nexus_inner", "separate", "--nexus_order", "1"], "needs nexus_order >= 2"),
@@ -208,6 +211,7 @@ def test_a_resume_must_agree_with_its_checkpoint(tokens, tmp_path):
                           (["--nexus_order", "1"], "--nexus_order 1 contradicts")):
         with pytest.raises(UserError, match=message):
             run(tokens, tmp_path, "--resume", *argv)
+    run(tokens, tmp_path, "--resume", "--max_steps", 3, "--rotary_pct", "1.0")  # as the preset
     with pytest.raises(UserError, match="--resume goes on with it"):
         run(tokens, tmp_path)
 
@@ -217,6 +221,16 @@ def test_a_resume_needs_the_same_tokens(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(data.TokenSet, "fingerprint", "other")
     with pytest.raises(UserError, match="is not the token set"):
         run(tokens, tmp_path, "--resume")
+
+
+def test_verify_finds_a_changed_token(tokens, tmp_path):
+    shutil.copytree(tokens, tmp_path / "set")
+    with open(tmp_path / "set/train.bin", "r+b") as f:
+        f.seek(1000)
+        f.write(b"~")
+    run(tmp_path / "set", tmp_path / "a", "--max_steps", 1)  # the size is right
+    with pytest.raises(UserError, match="does not have the sha256"):
+        run(tmp_path / "set", tmp_path / "b", "--max_steps", 1, "--verify")
 
 
 def shell(argv, **kwargs):
