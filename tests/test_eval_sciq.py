@@ -220,6 +220,26 @@ def test_white_space_that_ends_a_context_is_scored_with_the_choice(neox):
     assert scorer.encode_pair("", "one") == ([scorer.eot], scorer.encode("one"))
 
 
+def test_rows_from_the_hub(monkeypatch, neox):
+    asked = []
+
+    def load_hub(*where):
+        asked.append(where)
+        return ROWS["arc_easy"]
+
+    monkeypatch.setattr(eval_sciq, "load_hub", load_hub)
+    docs, digest = read_task("arc_easy", None, limit=1)
+    assert asked == [("allenai/ai2_arc", "ARC-Easy", "test")] and len(digest) == 64
+    assert docs == read_task("arc_easy", neox, limit=1)[0]
+
+    def offline(*where):
+        raise UserError("cannot read allenai/ai2_arc from the hub (ConnectionError)")
+
+    monkeypatch.setattr(eval_sciq, "load_hub", offline)
+    with pytest.raises(UserError, match="--data DIR with a file arc_easy_test.jsonl"):
+        read_task("arc_easy", None)
+
+
 def test_mcnemar_is_the_exact_binomial():
     assert mcnemar([1] * 5, [1] * 5) == 1.0
     assert mcnemar([1] * 10 + [0] * 2, [0] * 10 + [1] * 2) == pytest.approx(2 * 79 / 4096)

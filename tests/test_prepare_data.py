@@ -71,6 +71,52 @@ def test_a_long_document_is_cut_without_loss(tmp_path):
     assert max(len(text) for text, _ in cut) <= 2 * prepare_data.PIECE
 
 
+def test_only_the_end_of_a_document_is_marked(tmp_path, monkeypatch):
+    docs = ["a line of words\n" * 3000, *many(12)]  # the first is tokenised in several pieces
+    write(tmp_path / "a.txt", docs)
+    run("--dataset", "text", "--input", tmp_path / "a.txt", "--out", tmp_path / "set",
+        "--workers", 1, monkeypatch=monkeypatch)
+    assert documents(tmp_path / "set") == sorted(docs)
+
+
+@pytest.mark.parametrize("script", [False, True])
+def test_a_hub_set_is_streamed(tmp_path, monkeypatch, script):
+    """With the hub's two calls replaced: a set in files, and one that only a script would make."""
+    import datasets
+    import huggingface_hub
+
+    calls, read = [], []
+
+    def load_dataset(name, config=None, **kwargs):
+        calls.append((name, config, kwargs))
+        if script and name != "parquet":
+            raise RuntimeError("Dataset scripts are no longer supported")
+
+        def rows():
+            for i in range(10**6):
+                read.append(i)
+                yield dict(text=many(1)[0], id=i)
+
+        return datasets.IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info",
+                        lambda self, name, revision=None: type("Info", (), dict(sha="abc123")))
+    run("--dataset", "tinystories", "--max_tokens", "1e5", "--out", tmp_path / "set", "--workers",
+        1, monkeypatch=monkeypatch)
+    tokens = TokenSet(tmp_path / "set", verify=True)
+    assert len(tokens.train) + len(tokens.val) == 100_000 and len(read) < 4000  # not all million
+    assert tokens.meta["revision"] == "abc123" and tokens.meta["source"] == "roneneldan/TinyStories"
+    assert calls[0] == ("roneneldan/TinyStories", None,
+                        dict(split="train", revision="abc123", streaming=True))
+    if script:
+        assert calls[1][2]["data_files"].startswith(
+            "hf://datasets/roneneldan/TinyStories@refs%2Fconvert%2Fparquet/")
+    with pytest.raises(UserError, match="has no field 'body' but text, id: choose with"):
+        run("--dataset", "hf:roneneldan/TinyStories", "--text_field", "body", "--out",
+            tmp_path / "other", monkeypatch=monkeypatch)
+
+
 def test_pydocs_and_max_tokens(tmp_path, monkeypatch):
     run("--out", tmp_path / "a", monkeypatch=monkeypatch)
     whole = TokenSet(tmp_path / "a")
