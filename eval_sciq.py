@@ -28,7 +28,15 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint
-from data import Parser, UserError, get_tokenizer, load_hub, run_script, sha256
+from data import (
+    Parser,
+    UserError,
+    get_tokenizer,
+    keep_freed_memory,
+    load_hub,
+    run_script,
+    sha256,
+)
 from model import GPT, KVCache, ModelError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -205,25 +213,29 @@ class Scorer:
         length, longest = len(contexts[0]), max(len(c) for _, c in rows)
         cache = KVCache(length + longest - 1)
         x = torch.tensor(contexts, device=self.device)
-        with self.autocast:
-            last = self.model.head(self.model.hidden(x, cache=cache)[:, -1:]).float()  # (B, 1, V)
+        with self.autocast:  # the output layer on the last token alone: it predicts the next
+            last = self.model.head(self.model.hidden(x, cache=cache)[:, -1:])  # (B, 1, V)
         rows.sort(key=lambda row: len(row[1]))  # little padding in a part
         step = max(1, budget // 2 // longest)
         for part in (rows[i:i + step] for i in range(0, len(rows), step)):
             width = len(part[-1][1])
             owners = torch.tensor([i for i, _ in part], device=self.device)
             ids = torch.tensor([c + (0,) * (width - len(c)) for _, c in part], device=self.device)
-            logits = last[owners]  # what predicts the first token of each continuation
+            scored = [log_probabilities(last[owners], ids[:, :1])]
             if width > 1:
-                copy = cache.select(owners)
                 with self.autocast:  # padding is on the right: causal, so without effect
-                    more = self.model(ids[:, :-1], cache=copy)[0].float()
-                logits = torch.cat([logits, more], dim=1)  # (rows, width, V)
-            chosen = logits.gather(-1, ids[:, :, None])[:, :, 0] - logits.logsumexp(-1)
-            greedy = logits.argmax(-1) == ids
+                    logits = self.model(ids[:, :-1], cache=cache.select(owners))[0]
+                scored.append(log_probabilities(logits, ids[:, 1:]))
+            chosen, greedy = (torch.cat(s, dim=1) for s in zip(*scored, strict=True))
             for (i, c), lp, hit in zip(part, chosen, greedy, strict=True):
                 n = len(c)
                 groups[contexts[i]][c] = (lp[:n].sum().item(), bool(hit[:n].all()))
+
+
+def log_probabilities(logits, ids):
+    """The log-softmax of logits (B, T, V) at ids (B, T), in float32, and whether each is greedy."""
+    lp = logits.float().log_softmax(-1)
+    return lp.gather(-1, ids[:, :, None])[:, :, 0], lp.argmax(-1) == ids
 
 
 def read_tokenizer(folder):
@@ -387,6 +399,8 @@ def main():
         if not args.batch_size.isdecimal() or int(args.batch_size) < 1:
             raise UserError(f"--batch_size must be auto or at least 1, got {args.batch_size}")
         args.batch_size = int(args.batch_size)
+    if args.device == "cpu":
+        keep_freed_memory()
     overrides = {} if args.nexus_order is None else dict(nexus_order=args.nexus_order)
     names = list(TASKS)[:6] if args.tasks == "all" else args.tasks.split(",")
     settings = (args.device, args.dtype, args.batch_size)

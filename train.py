@@ -11,8 +11,6 @@ the step, saves and stops; --resume goes on as if nothing had happened, bit for 
 """
 
 import argparse
-import contextlib
-import ctypes
 import json
 import math
 import os
@@ -218,15 +216,6 @@ class Log:
             print(text, flush=True)
 
 
-def keep_freed_memory():
-    """Let glibc keep freed memory: else every step on a CPU returns its activations to the kernel
-    and takes them back page by page, which cost a third of the time (measured, 70M shape)."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap too
-
-
 def pick_device(args, local_rank):
     kind = args.device
     if kind == "auto":
@@ -238,7 +227,7 @@ def pick_device(args, local_rank):
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("no MPS device here: use --device cpu")
     if kind == "cpu":
-        keep_freed_memory()
+        data.keep_freed_memory()
     return torch.device(kind, local_rank if kind == "cuda" else None)
 
 

@@ -24,9 +24,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from data import Parser, UserError, run_script  # noqa: E402
+from data import Parser, UserError, keep_freed_memory, run_script  # noqa: E402
 from model import GPT, PRESETS, GPTConfig, ModelError  # noqa: E402
-from train import keep_freed_memory  # noqa: E402
 
 
 def nanogpt(path, c):

@@ -22,7 +22,7 @@ sys.path.insert(0, ROOT)
 
 import torch  # noqa: E402
 
-from data import Parser, UserError, run_script  # noqa: E402
+from data import Parser, UserError, keep_freed_memory, run_script  # noqa: E402
 from eval_sciq import TASKS, Scorer, evaluate, read_task  # noqa: E402
 from model import PRESETS, ModelError  # noqa: E402
 
@@ -91,6 +91,7 @@ def main():
     except ImportError as error:
         raise UserError("this needs the harness: pip install -e '.[hf,test]'") from error
 
+    keep_freed_memory()  # for both
     tasks, out = args.tasks.split(","), tempfile.mkdtemp()
     try:
         if args.checkpoint.startswith("untrained."):
