@@ -58,7 +58,10 @@ def test_an_interrupt_saves_and_the_same_command_continues(tmp_path):
         if line.startswith("step 5/"):
             os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to both
             break
-    _, errors = process.communicate()
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 2 and "the same command continues" in errors
     folder = tmp_path / "baseline-seed0"
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").open()]

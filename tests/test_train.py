@@ -177,8 +177,11 @@ def test_an_interrupt_saves_and_resume_goes_on(tokens, tmp_path):
         if line.startswith("step 5/"):
             process.send_signal(signal.SIGINT)
             break
-    rest = process.stdout.read()
-    assert process.wait() == 130 and "--resume" in rest
+    try:
+        rest, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "--resume" in rest
     step = weights(tmp_path / "run")["step"]
     assert 5 <= step < 1000 and read_log(tmp_path / "run")[-1]["step"] == step
     log = run(tokens, tmp_path / "run", "--resume", "--max_steps", step + 3)
