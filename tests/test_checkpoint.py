@@ -57,6 +57,12 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path):
     with pytest.raises(ModelError, match="the weight embed.weight is missing, unknown or"):
         load_checkpoint(tmp_path / "c.pt", vocab_size=62)
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    for change in (lambda w: w.update(extra=torch.zeros(1)), lambda w: w.pop("norm.bias")):
+        weights = dict(saved["model"])
+        change(weights)
+        torch.save(saved | dict(model=weights), tmp_path / "d.pt")
+        with pytest.raises(ModelError, match="the weight (extra|norm.bias) is missing, unknown or"):
+            load_checkpoint(tmp_path / "d.pt")
     saved["config"]["n_expert"] = 8
     torch.save(saved, tmp_path / "c.pt")
     with pytest.raises(ModelError, match="a config that is not ours.*n_expert"):
