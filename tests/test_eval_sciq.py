@@ -195,6 +195,18 @@ def test_equal_choices_tie_exactly_and_the_first_wins(neox):
     assert len(set(entry["lls"])) == 1 and entry["acc"] == 0.0
 
 
+def test_acc_norm_divides_by_characters():
+    class Fixed:
+        def encode_pair(self, context, continuation):
+            return context, continuation
+
+        def loglikelihoods(self, pairs, say):
+            return [({" ééé": -6.0, " abc": -5.4}[c], False) for _, c in pairs]
+
+    doc = eval_sciq.Doc("?", ["ééé", "abc"], 1)  # a character -2.0 and -1.8, a byte -1.0 and -1.8
+    assert evaluate(Fixed(), "any", [doc])["acc_norm"] == 1.0
+
+
 def test_prompts_are_to_the_letter():
     read = {task: [TASKS[task][3](row) for row in rows] for task, rows in ROWS.items()}
     assert read["sciq"][0].context == "Ice melts at 0 °C.\nQuestion: When does ice melt?\nAnswer:"

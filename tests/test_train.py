@@ -97,6 +97,12 @@ def test_same_seed_same_run_and_it_learns(tokens, tmp_path):
     assert logs[0][-1]["val_loss"] < 3.2  # bytes of English, from 5.8
 
 
+def test_validation_knows_no_dropout(tokens, tmp_path):
+    logs = [run(tokens, tmp_path / p, "--max_steps", 1, "--dropout", p) for p in ("0.0", "0.5")]
+    assert logs[0][0]["val_loss"] == logs[1][0]["val_loss"]
+    assert logs[0][1]["train_loss"] != logs[1][1]["train_loss"]
+
+
 def test_micro_batches_do_not_change_the_result(tokens, tmp_path):
     logs = [run(tokens, tmp_path / str(m), "--max_steps", 6, "--micro_batch", m) for m in (8, 4, 1)]
     for other in logs[1:]:
