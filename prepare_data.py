@@ -180,9 +180,9 @@ def encode(piece):
 def tokenise(items, args, dtype):
     """encode() each item, in order, on all cores, never more than some pieces ahead."""
     workers = args.workers or os.cpu_count() or 1
-    init_worker(args.tokenizer, dtype)
     chunks = iter(lambda: list(itertools.islice(items, 32)), [])
     if workers == 1:
+        init_worker(args.tokenizer, dtype)
         yield from (map(encode, chunk) for chunk in chunks)
         return
     with multiprocessing.Pool(workers, init_worker, (args.tokenizer, dtype)) as pool:
