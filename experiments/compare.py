@@ -1,13 +1,16 @@
 """
-Does Nexus learn more than its baseline from the same tokens? Trains both, with several seeds.
+Does Nexus learn more than its baseline from the same tokens, and from the same compute?
 
     python experiments/compare.py                                  # baseline and order 2, 3 seeds
-    python experiments/compare.py --variants all --seeds 5 --out out/ablation
+    python experiments/compare.py --quick                          # a small model, half a minute
+    python experiments/compare.py --variants baseline,nexus-2,longer,deeper --seeds 6
     python experiments/compare.py --preset pythia-70m --dataset tokens/fw -- --micro_batch 32
 
 Each run is train.py in a folder of its own under --out; all variants of a seed read the same tokens
-in the same order. Prints a table, writes compare.json and compare.png. Interrupted, the same
-command continues where it was. What follows -- goes to train.py as it is.
+in the same order. Two controls spend order 2's FLOPs on a baseline instead: `longer` takes more
+steps, its learning rate decayed over all of them, and `deeper` has more layers, hence parameters.
+Prints a table, writes compare.json and compare.png. Interrupted, the same command continues where
+it was. What follows -- goes to train.py as it is.
 """
 
 import json
@@ -15,13 +18,13 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+from common import ROOT, mean_spread, paired, paired_text, pyplot, save, table
 
-from checkpoint import read_checkpoint  # noqa: E402
-from data import Parser, UserError, run_script  # noqa: E402
-from model import GPT, PRESETS, GPTConfig, ModelError  # noqa: E402
+from checkpoint import read_checkpoint
+from data import Parser, UserError, run_script
+from model import GPT, PRESETS, GPTConfig, ModelError
 
 VARIANTS = {  # name -> the flags of train.py that make it
     "baseline": "--nexus_order 1",
@@ -31,8 +34,12 @@ VARIANTS = {  # name -> the flags of train.py that make it
     "q-only": "--nexus_order 2 --nexus_streams q",
     "shared": "--nexus_order 2 --nexus_inner shared",
     "separate": "--nexus_order 2 --nexus_inner separate",
-    "deeper": "--nexus_order 1 --n_layer {deeper}",  # a baseline with one more layer
+    # two baselines with the FLOPs of order 2: see equal_compute
+    "longer": "--nexus_order 1",  # and more steps
+    "deeper": "--nexus_order 1 --n_layer {deeper}",
 }
+QUICK = ("--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch_tokens 1024 --micro_batch 16 "
+         "--warmup_steps 10").split()
 
 
 def train(flags, folder, max_steps, say):
@@ -59,6 +66,16 @@ def read_log(path):
         return [json.loads(line) for line in f]
 
 
+def equal_compute(config, max_steps):
+    """How long, or how deep, a baseline (a GPTConfig) must be to spend what order 2 spends:
+    dict(longer=steps, deeper=layers), the whole numbers that come nearest."""
+    T, base = config.block_size, replace(config, nexus_order=1)
+    price = [GPT(c).flops_per_token(T)
+             for c in (base, replace(base, nexus_order=2), replace(base, n_layer=base.n_layer + 1))]
+    more_layers = max(1, round((price[1] - price[0]) / (price[2] - price[0])))
+    return dict(longer=round(max_steps * price[1] / price[0]), deeper=base.n_layer + more_layers)
+
+
 def summarise(runs, config):
     """One variant's row from its runs' logs, a list over seeds."""
     T = config.block_size
@@ -72,31 +89,19 @@ def summarise(runs, config):
                 curves=[[event["val_loss"] for event in log] for log in points])
 
 
-def mean_spread(values, sign=""):
-    """"mean ± standard deviation" over seeds."""
-    spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "?"
-    return f"{statistics.mean(values):{sign}.4f} ± {spread}"
-
-
-def table(results):
+def rows(results):
     base = results.get("baseline")
-    rows = [("variant", "parameters", "FLOPs/token", "tokens/s", "val loss, nats", "vs baseline")]
+    yield ("variant", "parameters", "FLOPs/token", "FLOPs", "tokens/s", "val loss, nats",
+           "minus baseline [99% interval]")
     for name, r in results.items():
-        gap = "" if base in (None, r) else mean_spread(
-            [a - b for a, b in zip(r["val_loss"], base["val_loss"], strict=True)], "+")
-        rows.append((name, f"{r['parameters']:,}", f"{r['flops_per_token'] / 1e6:,.2f} M",
-                     f"{r['tokens_per_sec']:,.0f}", mean_spread(r["val_loss"]), gap))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                               for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-                     for row in rows)
+        gap = "" if base in (None, r) else paired_text(r["minus_baseline"])
+        flops = r["flops_per_token"]
+        yield (name, f"{r['parameters']:,}", f"{flops / 1e6:,.2f} M",
+               f"{flops * r['tokens'][-1]:.2e}", f"{r['tokens_per_sec']:,.0f}",
+               mean_spread(r["val_loss"]), gap)
 
 
-def plot(results, path, title):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def plot(plt, results, title):
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for name, r in results.items():
         middle = [statistics.mean(at) for at in zip(*r["curves"], strict=True)]
@@ -111,8 +116,7 @@ def plot(results, path, title):
     panels[0].legend()
     for panel in panels:
         panel.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main():
@@ -127,18 +131,20 @@ def main():
     add("--dataset", default="pydocs", help="pydocs (default), or a token set's folder")
     add("--max_steps", type=int, default=250, help="of every run (default: 250)")
     add("--eval_interval", type=int, default=50, help="steps between validations (default: 50)")
+    add("--quick", action="store_true", help="a small model, 40 steps, to see that it works")
     add("--out", default="out/compare", help="folder (default: out/compare)")
     args = parser.parse_args(argv[:argv.index("--")] if "--" in argv else argv)
+    if args.quick:
+        args.max_steps, args.eval_interval, extra = 40, 20, QUICK + extra
     names = list(VARIANTS) if args.variants == "all" else args.variants.split(",")
     for name in names:
         if name not in VARIANTS:
             raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}, or all")
+    if names[0] in ("longer", "deeper"):
+        raise UserError(f"{names[0]} cannot come first: put baseline before it")
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {args.seeds}")
-    try:
-        import matplotlib  # noqa: F401  (before hours of training, not after)
-    except ImportError as error:
-        raise UserError("the figure needs matplotlib: pip install matplotlib") from error
+    plt = pyplot()
 
     os.makedirs(args.out, exist_ok=True)
     settings = dict(preset=args.preset, dataset=args.dataset, max_steps=args.max_steps, extra=extra)
@@ -150,32 +156,37 @@ def main():
                                 "choose another --out, or remove it")
     with open(path, "w", encoding="utf-8") as f:
         json.dump(settings, f)
-    if args.dataset == "pydocs":  # one copy for all runs
-        args.dataset = os.path.join(args.out, "pydocs")
-        if not os.path.exists(os.path.join(args.dataset, "meta.json")):
+    dataset = args.dataset
+    if dataset == "pydocs":  # one copy for all runs
+        dataset = os.path.join(args.out, "pydocs")
+        if not os.path.exists(os.path.join(dataset, "meta.json")):
             subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--dataset",
-                            "pydocs", "--out", args.dataset], check=True)
+                            "pydocs", "--out", dataset], check=True)
 
-    logs, configs, deeper = {name: [] for name in names}, {}, PRESETS[args.preset]["n_layer"] + 1
+    logs, configs, equal = {name: [] for name in names}, {}, {}
     for seed in range(args.seeds):
         for name in names:
             folder = os.path.join(args.out, f"{name}-seed{seed}")
-            flags = ["--preset", args.preset, "--dataset", args.dataset, "--seed", str(seed),
+            flags = ["--preset", args.preset, "--dataset", dataset, "--seed", str(seed),
                      "--eval_windows", "1024", "--eval_interval", str(args.eval_interval),
                      "--log_interval", str(args.eval_interval), "--save_interval", "100",
-                     *VARIANTS[name].format(deeper=deeper).split(), *extra]
+                     *extra, *VARIANTS[name].format(**equal).split()]
             done = sum(map(len, logs.values()))
-            logs[name].append(train(flags, folder, args.max_steps, f"\n[{done + 1}/"
+            steps = equal["longer"] if name == "longer" else args.max_steps
+            logs[name].append(train(flags, folder, steps, f"\n[{done + 1}/"
                                     f"{len(names) * args.seeds}] {name}, seed {seed}"))
             configs[name] = GPTConfig(**read_checkpoint(os.path.join(folder, "ckpt.pt"))["config"])
+            equal = equal or equal_compute(configs[name], args.max_steps)
 
     results = {name: summarise(logs[name], configs[name]) for name in names}
-    with open(os.path.join(args.out, "compare.json"), "w", encoding="utf-8") as f:
-        json.dump(dict(settings=settings, seeds=args.seeds, results=results), f, indent=1)
-    plot(results, os.path.join(args.out, "compare.png"), f"{args.preset}, {args.seeds} seeds")
-    print(f"\n{table(results)}\n\n± is the standard deviation over {args.seeds} seeds; differences "
-          f"are paired by seed, below 0 is better.\nThe curves: {args.out}/compare.png. Some text: "
-          f"python sample.py --checkpoint {args.out}/{names[-1]}-seed0/ckpt.pt --prompt 'The '")
+    if "baseline" in names:
+        for r in results.values():
+            r["minus_baseline"] = paired(r["val_loss"], results["baseline"]["val_loss"])
+    print(f"\n{table(rows(results))}\n\n± is the standard deviation over {args.seeds} seeds; "
+          "differences are paired by seed, below 0 is better, * is p < 0.01")
+    save(args, "compare", results, plot(plt, results, f"{args.preset}, {args.seeds} seeds"))
+    print(f"Some text: python sample.py --checkpoint {args.out}/{names[-1]}-seed0/ckpt.pt "
+          "--prompt 'The '")
 
 
 if __name__ == "__main__":

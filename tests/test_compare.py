@@ -6,8 +6,12 @@ import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
+import compare
 import pytest
+
+from model import GPT, PRESETS, GPTConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.join(ROOT, "experiments", "compare.py")
@@ -40,11 +44,32 @@ def test_compare_and_continue(tmp_path):
     assert base["parameters"] == nexus["parameters"]
     assert base["flops_per_token"] < nexus["flops_per_token"]
     gap = statistics.mean(b - a for a, b in zip(base["val_loss"], nexus["val_loss"], strict=True))
-    assert f"{gap:+.4f} ±" in again.stdout
+    assert f"{gap:+.4f} [" in again.stdout
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
     other = run(tmp_path, "--max_steps", "5", *SMALL)
     assert other.returncode == 2 and "other settings" in other.stderr
+
+
+def test_two_baselines_spend_the_compute_of_order_2(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = run(tmp_path, "--seeds", "1", "--max_steps", "20", "--eval_interval", "20",
+              "--variants", "baseline,nexus-2,longer,deeper", *SMALL, "--block_size", "64")
+    assert out.returncode == 0, out.stderr
+    with open(tmp_path / "compare.json") as f:
+        results = json.load(f)["results"]
+    flops = {name: r["flops_per_token"] * r["tokens"][-1] for name, r in results.items()}
+    assert flops["nexus-2"] > 1.02 * flops["baseline"]
+    step = results["baseline"]["flops_per_token"] * 256
+    assert abs(flops["longer"] - flops["nexus-2"]) <= step / 2
+    base = GPTConfig(**{**PRESETS["tiny"], "n_layer": 20, "block_size": 1024})
+    layers = compare.equal_compute(base, 1)["deeper"]
+    target = GPT(replace(base, nexus_order=2)).flops_per_token(1024)
+    gaps = {n: abs(GPT(replace(base, n_layer=n)).flops_per_token(1024) - target)
+            for n in (layers - 1, layers, layers + 1)}
+    assert min(gaps, key=gaps.get) == layers > 21  # several layers at a long context
+    wrong = run(tmp_path / "wrong", "--variants", "longer")
+    assert wrong.returncode == 2 and "baseline before it" in wrong.stderr
 
 
 def test_an_interrupt_saves_and_the_same_command_continues(tmp_path):
