@@ -7,9 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import rank
 import torch
-
-from experiments import rank
 
 T, D = 12, 3
 
@@ -55,9 +54,9 @@ def test_the_command(tmp_path):
     out = subprocess.run([sys.executable, rank.__file__, *argv, "--out", str(tmp_path)],
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    kl = json.loads((tmp_path / "rank.json").read_text())["kl"]
-    assert list(kl) == ["causal", "not causal"] and list(kl["causal"]) == list(rank.VARIANTS)
-    mean = sum(kl["causal"]["order 2"]["3"]) / 2
+    kl = json.loads((tmp_path / "rank.json").read_text())["results"]
+    assert list(kl) == ["causal", "not causal"] and list(kl["causal"]["3"]) == list(rank.VARIANTS)
+    mean = sum(kl["causal"]["3"]["order 2"]["3"]) / 2
     assert f"{mean:.3f} ±" in out.stdout
     assert os.path.getsize(tmp_path / "rank.png") > 1000
     bad = subprocess.run([sys.executable, rank.__file__, "--d", "64"], capture_output=True,
