@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 
 import torch
@@ -56,6 +57,14 @@ def table(rows):
     return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
                                for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
                      for row in rows)
+
+
+def pydocs(folder):
+    """The token set of the embedded text, bytes, in folder; prepared if it is not there yet."""
+    if not os.path.exists(os.path.join(folder, "meta.json")):
+        subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--dataset",
+                        "pydocs", "--out", folder], check=True)
+    return folder
 
 
 def pyplot():

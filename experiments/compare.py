@@ -20,7 +20,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from common import ROOT, mean_spread, paired, paired_text, pyplot, save, table
+from common import ROOT, mean_spread, paired, paired_text, pydocs, pyplot, save, table
 
 from checkpoint import read_checkpoint
 from data import Parser, UserError, run_script
@@ -158,10 +158,7 @@ def main():
         json.dump(settings, f)
     dataset = args.dataset
     if dataset == "pydocs":  # one copy for all runs
-        dataset = os.path.join(args.out, "pydocs")
-        if not os.path.exists(os.path.join(dataset, "meta.json")):
-            subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--dataset",
-                            "pydocs", "--out", dataset], check=True)
+        dataset = pydocs(os.path.join(args.out, "pydocs"))
 
     logs, configs, equal = {name: [] for name in names}, {}, {}
     for seed in range(args.seeds):
