@@ -1,31 +1,37 @@
 """
-What does Nexus cost in time? Training and generation beside the baseline, in one interleaved run.
+What does Nexus cost in parameters, arithmetic, memory and time, beside the baseline?
 
-    python experiments/cost.py                                     # tiny: context 256, batch 8
-    python experiments/cost.py --preset pythia-70m --context 1024 --batch 1
+    python experiments/cost.py                                     # tiny, contexts 256 to 4096
+    python experiments/cost.py --presets pythia-70m --contexts 1024 --tokens 1024 --rounds 12
     python experiments/cost.py --nanogpt ~/nanoGPT/model.py --neox # and other code of that shape
+    python experiments/cost.py --quick
 
 A machine's speed drifts, so models take turns, a step each (A B C A B C ...), and what counts is
-the ratio to the baseline within each round: the median over rounds, and its quartiles.
+the ratio to the baseline within each round: the median over rounds, and its quartiles. Beside it
+stands what FLOPs alone predict. The model's own FLOPs are checked against torch's counter, which
+counts causal attention in full: that half is added back first. Peak memory is that of a training
+step, weights, gradients, optimizer and activations: on CUDA the allocator's, elsewhere what torch's
+tracker adds up without computing anything. On CUDA, models are compiled and multiply in bfloat16.
 """
 
+import contextlib
 import importlib.util
-import json
 import os
 import statistics
-import sys
 import time
 from dataclasses import replace
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from common import pyplot, save, table
 
-from data import Parser, UserError, keep_freed_memory, run_script  # noqa: E402
-from model import GPT, PRESETS, GPTConfig, ModelError  # noqa: E402
+from data import Parser, UserError, keep_freed_memory, run_script
+from model import GPT, PRESETS, GPTConfig, KVCache, ModelError
 
 
 def nanogpt(path, c):
@@ -58,10 +64,59 @@ def neox(c):
     return Wrapped()
 
 
-def interleave(jobs, rounds):
+def counted_flops(config):
+    """torch's count of a training step's FLOPs a token, causal attention in full. On the "meta"
+    device, where tensors have shapes and no numbers."""
+    with torch.device("meta"):
+        model = GPT(replace(config, attention="manual"))
+        idx = torch.zeros(2, config.block_size, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(idx, idx)[1].backward()
+    return counter.get_total_flops() / idx.numel()
+
+
+def own_flops(config):
+    """GPT.flops_per_token, with causal attention in full instead of its half."""
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = model.flops_per_token(0)
+    return weights + 2 * (model.flops_per_token(config.block_size) - weights)
+
+
+def peak_memory(config, batch, args):
+    """Peak bytes of the second training step of a model on its own."""
+    cuda = args.device == "cuda"
+    with contextlib.nullcontext() if cuda else FakeTensorMode(), torch.device(args.device):
+        model = GPT(config)
+        idx = torch.zeros(batch, config.block_size, dtype=torch.long)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
+        step = training_step(model, idx, idx, args, optimizer)
+        if cuda:
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            return torch.cuda.max_memory_allocated()
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        for _ in range(2):
+            tracker.reset_mod_stats()
+            with tracker:
+                step()
+        return tracker.get_tracker_snapshot("peak")[torch.device(args.device)]["Total"]
+
+
+def cache_bytes(model):
+    """Bytes that a KVCache keeps for a token, float32."""
+    cache = KVCache(8)
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.cos.device), cache=cache)
+    return sum(buffer[:, :, :1].nbytes for buffer in cache.buffers.values())
+
+
+def interleave(jobs, rounds, say):
     """Run every job once a round; {name: seconds of each round}, the first round left out."""
     seconds = {name: [] for name in jobs}
-    for _ in tqdm(range(rounds + 1), desc="rounds", disable=None, leave=False):
+    for _ in tqdm(range(rounds + 1), desc=say, disable=None, leave=False):
         for name, job in jobs.items():
             start = time.perf_counter()
             job()
@@ -69,88 +124,166 @@ def interleave(jobs, rounds):
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def training_step(model, idx, targets, device):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device != "mps")
+def training_step(model, idx, targets, args, optimizer=None):
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device != "mps")
+    run = torch.compile(model) if args.compile else model
 
     def job():
-        model(idx, targets)[1].backward()
+        with args.autocast():
+            loss = run(idx, targets)[1]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device == "cuda":
+        if args.device == "cuda":
             torch.cuda.synchronize()
 
     return job
 
 
-def report(title, seconds, base, unit, count):
-    print(f"\n{title}\n{'':24}{unit:>12}   speed relative to {base} (quartiles)")
-    rows = {}
+def speeds(seconds, base, count):
+    """{name: dict(rate, ratio to base: median over rounds, and its quartiles)}"""
+    result = {}
     for name, times in seconds.items():
         ratios = [b / t for b, t in zip(seconds[base], times, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        rate = count / statistics.median(times)
-        rows[name] = dict(rate=rate, ratio=middle, quartiles=[low, high])
-        print(f"{name:24}{rate:12,.0f}   {middle:.3f} ({low:.3f} to {high:.3f})")
-    return rows
+        result[name] = dict(rate=count / statistics.median(times), ratio=middle,
+                            quartiles=[low, high])
+    return result
 
 
-def main():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="tiny")
-    add("--context", type=int, help="tokens a window (default: the preset's)")
-    add("--batch", type=int, default=8, help="windows a step (default: 8)")
-    add("--orders", default="1,2,3", help="Nexus orders beside the baseline (default: 1,2,3)")
-    add("--rounds", type=int, default=20, help="how often each model takes its turn (default: 20)")
-    add("--new_tokens", type=int, default=200, help="tokens to generate (default: 200)")
-    add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure beside ours")
-    add("--neox", action="store_true", help="transformers' GPT-NeoX too")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", help="write the figures as JSON to this folder")
-    args = parser.parse_args()
-    if args.rounds < 2 or args.batch < 1:
-        raise UserError("--rounds must be at least 2 and --batch at least 1")
-    if args.nanogpt and not os.path.isfile(args.nanogpt):
-        raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
-    if args.device == "cpu":
-        keep_freed_memory()
-
+def at_context(preset, T, args):
+    """Every figure of one preset and context: {model's name: {figure: value}}"""
     torch.manual_seed(0)
-    config = GPTConfig(**PRESETS[args.preset])
-    config = replace(config, block_size=args.context or config.block_size)
-    models = {("baseline" if m == 1 else f"Nexus order {m}"): GPT(replace(config, nexus_order=m))
-              for m in map(int, args.orders.split(","))}
-    ours = dict(models)
+    config = replace(GPTConfig(**PRESETS[preset]), block_size=T)
+    configs = {("baseline" if m == 1 else f"order {m}"): replace(config, nexus_order=m)
+               for m in args.orders}
+    batch = max(1, args.tokens // T)
+    peaks = {name: peak_memory(c, batch, args) for name, c in configs.items()}
+    models = {name: GPT(c) for name, c in configs.items()}
     if args.nanogpt:
         models["nanoGPT"] = nanogpt(args.nanogpt, config)
     if args.neox:
         models["transformers GPT-NeoX"] = neox(config)
-    idx = torch.randint(config.vocab_size, (args.batch, config.block_size + 1), device=args.device)
+    idx = torch.randint(config.vocab_size, (batch, T + 1), device=args.device)
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-    base = next(iter(models))
-    jobs = {name: training_step(model.to(args.device).train(), x, y, args.device)
+    jobs = {name: training_step(model.to(args.device).train(), x, y, args)
             for name, model in models.items()}
-    shape = f"{args.preset}, context {config.block_size}, {args.device}"
-    train = report(f"training, {shape}, batch {args.batch}, float32", interleave(jobs, args.rounds),
-                   base, "tokens/s", x.numel())
+    results = speeds(interleave(jobs, args.rounds, f"{preset}, context {T}"), "baseline", x.numel())
+    for name, c in configs.items():
+        flops = models[name].flops_per_token(T)
+        results[name] |= dict(
+            parameters=models[name].num_params(), flops=flops, peak=peaks[name],
+            predicted=models["baseline"].flops_per_token(T) / flops,
+            counted=counted_flops(c) / own_flops(c), cache=cache_bytes(models[name].eval()))
+    return results
 
-    prompt = x[:1, :16]
-    new = min(args.new_tokens, config.block_size - 16)
-    jobs = {}
-    for name, model in ours.items():
-        model.eval()
+
+def generation(preset, args):
+    """Speeds of cached and recomputed generation, at the preset's own context."""
+    torch.manual_seed(0)
+    config = GPTConfig(**PRESETS[preset])
+    prompt = torch.randint(config.vocab_size, (1, 16), device=args.device)
+    new, jobs = min(args.new_tokens, config.block_size - 16), {}
+    for m in args.orders:
+        model = GPT(replace(config, nexus_order=m)).to(args.device).eval()
         for cached in (True, False):
             def job(model=model, cached=cached):
                 model.generate(prompt, new, use_cache=cached)
-            jobs[name + (", cached" if cached else ", recomputed")] = job
-    seconds = interleave(jobs, max(2, args.rounds // 5))
-    generate = report(f"generation of {new} tokens after 16, {shape}", seconds, f"{base}, cached",
-                      "tokens/s", new)
-    if args.out:
-        os.makedirs(args.out, exist_ok=True)
-        with open(os.path.join(args.out, "cost.json"), "w", encoding="utf-8") as f:
-            json.dump(dict(args=vars(args), torch=str(torch.__version__), training=train,
-                           generation=generate), f, indent=1)
+            name = "baseline" if m == 1 else f"order {m}"
+            jobs[name + ("" if cached else ", recomputed")] = job
+    seconds = interleave(jobs, max(2, args.rounds // 2), f"{preset}, generation")
+    return speeds(seconds, "baseline", new)
+
+
+def rows(results):
+    ours = "flops" in results["baseline"]  # training, or generation
+    yield ["", *(["parameters", "FLOPs/token", "counted / own", "cache bytes/token", "peak memory"]
+                 if ours else []), "tokens/s", "speed ratio (quartiles)",
+           *(["FLOPs predict"] if ours else [])]
+    for name, r in results.items():
+        low, high = r["quartiles"]
+        speed = [f"{r['rate']:,.0f}", f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})"]
+        if "flops" in r:
+            yield [name, f"{r['parameters']:,}", f"{r['flops'] / 1e6:,.2f} M",
+                   f"{r['counted']:.4f}", f"{r['cache']:,}", f"{r['peak'] / 2**20:,.0f} MiB",
+                   *speed, f"{r['predicted']:.3f}"]
+        else:
+            yield [name, *[""] * 5 * ours, *speed, *[""] * ours]
+
+
+def plot(plt, training, orders):
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
+    names = ["baseline" if m == 1 else f"order {m}" for m in orders]
+    for i, ((preset, T), results) in enumerate(training.items()):
+        for panel, key in ((panels[0], "rate"), (panels[1], "peak")):
+            panel.plot(orders, [results["baseline"][key] / results[name][key] if key == "rate" else
+                                results[name][key] / results["baseline"][key] for name in names],
+                       ".-", color=f"C{i}", label=f"{preset}, context {T}")
+        panels[0].plot(orders, [1 / results[name]["predicted"] for name in names], ":",
+                       color=f"C{i}")
+    panels[0].set(title="time of a training step; dotted: by FLOPs", ylabel="relative to baseline")
+    panels[1].set(title="peak memory of a training step")
+    for panel in panels:
+        panel.set(xlabel="order", xticks=orders)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    return figure
+
+
+def main():
+    def listed(kind):
+        return lambda text: [kind(x) for x in text.split(",")]
+
+    cuda = torch.cuda.is_available()
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--presets", type=listed(str), default="tiny", help=f"of {', '.join(PRESETS)} "
+        "(default: tiny)")
+    add("--contexts", type=listed(int), default="256,1024,4096", help="(default: 256,1024,4096)")
+    add("--orders", type=listed(int), default="1,2,3,4", help="1 first (default: 1,2,3,4)")
+    add("--tokens", type=int, default=4096, help="a step, or one window if that is more "
+        "(default: 4096)")
+    add("--rounds", type=int, default=10, help="how often each model takes its turn (default: 10)")
+    add("--new_tokens", type=int, default=200, help="tokens to generate (default: 200)")
+    add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure beside ours")
+    add("--neox", action="store_true", help="transformers' GPT-NeoX too")
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--quick", action="store_true", help="short contexts, few rounds: under a minute")
+    add("--out", default="out/cost", help="folder (default: out/cost)")
+    args = parser.parse_args()
+    if args.quick:
+        args.contexts, args.orders, args.rounds, args.tokens, args.new_tokens = \
+            [64, 128], [1, 2, 3], 3, 256, 20
+    if args.rounds < 2 or args.orders[0] != 1 or min(args.contexts + args.orders + [
+            args.tokens, args.new_tokens]) < 1:
+        raise UserError("--rounds must be at least 2, --orders begin with 1, the rest be above 0")
+    for preset in args.presets:
+        if preset not in PRESETS:
+            raise UserError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
+    if args.nanogpt and not os.path.isfile(args.nanogpt):
+        raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
+    plt, args.compile = pyplot(), args.device == "cuda"
+    if args.device == "cpu":
+        keep_freed_memory()
+
+    def autocast():
+        return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
+
+    args.autocast = autocast
+    training, generated = {}, {}
+    for preset in args.presets:
+        for T in args.contexts:
+            training[preset, T] = at_context(preset, T, args)
+            print(f"\ntraining {preset}, context {T}, {max(args.tokens, T)} tokens a step, "
+                  f"{args.device}\n{table(rows(training[preset, T]))}", flush=True)
+        generated[preset] = generation(preset, args)
+        print(f"\n{preset}: generation of {args.new_tokens} tokens after 16\n"
+              f"{table(rows(generated[preset]))}", flush=True)
+    del args.autocast
+    results = dict(training={f"{p}, {T}": r for (p, T), r in training.items()},
+                   generation=generated)
+    save(args, "cost", results, plot(plt, training, args.orders))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def plot(plt, all_results):
             panel.set(title=f"{title}, d = {d}", xlabel="rank of the target's log-weights / d")
             panel.grid(alpha=0.3)
         line[0].set_ylabel("KL left (nats a row)")
-    panels[0][0].legend(fontsize="small")
+    panels[0][-1].legend(fontsize="small")
     return figure
 
 

@@ -1,9 +1,11 @@
+import os
 import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the models here are tiny: more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # in the scripts that tests run, too
 
 
 @pytest.fixture(autouse=True)

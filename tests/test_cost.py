@@ -1,0 +1,62 @@
+"""cost.py: the arithmetic it reports is torch's count, and its ratios are of the same round."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import cost
+import pytest
+import torch
+
+from model import GPT, PRESETS, GPTConfig, KVCache
+
+
+@pytest.mark.parametrize("kind", [dict(), dict(nexus_order=3), dict(nexus_order=2,
+                         nexus_inner="shared"), dict(nexus_order=3, nexus_inner="separate",
+                         nexus_streams="k"), dict(nexus_order=2, nexus_streams="q")])
+def test_the_models_flops_are_torchs(kind):
+    config = GPTConfig(**PRESETS["tiny"], **kind)
+    assert cost.counted_flops(config) == pytest.approx(cost.own_flops(config), rel=0.01)
+
+
+def test_peak_memory_grows_with_order_by_what_is_kept():
+    args = SimpleNamespace(device="cpu", compile=False, autocast=lambda: torch.autocast(
+        "cpu", enabled=False))
+    small, order2, long = (cost.peak_memory(GPTConfig(**PRESETS["tiny"] | kind), 2, args)
+                           for kind in (dict(), dict(nexus_order=2), dict(block_size=512)))
+    weights = 4 * 4 * GPT(GPTConfig(**PRESETS["tiny"])).num_params()  # and gradient, two moments
+    assert weights < small < order2 < long
+    stream = 2 * 256 * 128 * 4  # one (B, T, C) of float32; a layer keeps 2 turned and 2 new ones
+    assert 4 * 4 * stream <= order2 - small <= 4 * 12 * stream
+
+
+def test_cache_bytes_are_the_generations():
+    config = GPTConfig(**PRESETS["tiny"], nexus_order=3)
+    model, cache = GPT(config), KVCache(10)
+    model(torch.zeros(1, 5, dtype=torch.long), cache=cache)
+    kept = sum(b[:, :, :5].nbytes for b in cache.buffers.values())
+    assert cost.cache_bytes(model) == kept / 5 == 4 * 128 * 4 * (2 + 2 * 3)
+
+
+def test_speeds_pair_within_a_round():
+    seconds = dict(baseline=[1.0, 2.0, 4.0], other=[2.0, 4.0, 8.0])  # a machine that slows down
+    result = cost.speeds(seconds, "baseline", 100)["other"]
+    assert result["ratio"] == 0.5 and result["quartiles"] == [0.5, 0.5] and result["rate"] == 25
+
+
+def test_the_command(tmp_path):
+    pytest.importorskip("matplotlib")
+    argv = "--contexts 16,32 --tokens 64 --orders 1,2 --rounds 2 --new_tokens 4".split()
+    out = subprocess.run([sys.executable, cost.__file__, *argv, "--out", str(tmp_path)],
+                         capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    results = json.loads((tmp_path / "cost.json").read_text())["results"]
+    short, long = (results["training"][f"tiny, {T}"]["order 2"] for T in (16, 32))
+    assert short["parameters"] == 875_264 and short["predicted"] > long["predicted"]
+    assert "order 2, recomputed" in results["generation"]["tiny"]
+    assert (tmp_path / "cost.png").exists()
+    for wrong in (["--orders", "2"], ["--presets", "huge"], ["--nanogpt", "nowhere.py"]):
+        bad = subprocess.run([sys.executable, cost.__file__, *wrong], capture_output=True,
+                             text=True)
+        assert bad.returncode == 2 and bad.stderr.count("\n") == 1
