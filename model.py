@@ -15,11 +15,14 @@ References:
 
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 # Shapes in comments: B batch, T new tokens, S all tokens seen (cached and new), C n_embd,
 # H n_head, D = C / H head width, n streams refined (1 or 2), V vocab_size.
@@ -45,7 +48,8 @@ class GPTConfig:
     parallel_residual: bool = True  # x + attn(ln1 x) + mlp(ln2 x); False: one after the other
     dropout: float = 0.0  # on the embedding and on what each block adds
     gelu: str = "tanh"  # "tanh", or "erf": exact, and twice as fast on a CPU
-    attention: str = "sdpa"  # "sdpa", or "manual": an explicit softmax that shows its maps
+    attention: str = "sdpa"  # "sdpa"; "flex": FlexAttention, trains on CUDA; "manual": shows maps
+    checkpoint_attention: bool = False  # compute inner loops again in backward, to save memory
     nexus_order: int = 1  # m: 1 is standard attention, m > 1 adds m-1 inner loops
     nexus_streams: str = "qk"  # which streams are refined: "qk", "q" or "k"
     nexus_inner: str = "self"  # how: "self", "shared" or "separate", see Attention.refine
@@ -57,7 +61,7 @@ class GPTConfig:
                 raise ModelError(f"{f.name} must be {f.type.__name__}, got {value!r}")
             if f.type is int and value < 1:
                 raise ModelError(f"{f.name} must be at least 1, got {value}")
-        for name, choices in dict(attention=("sdpa", "manual"), gelu=("tanh", "erf"),
+        for name, choices in dict(attention=("sdpa", "flex", "manual"), gelu=("tanh", "erf"),
                                   nexus_streams=("qk", "q", "k"),
                                   nexus_inner=("self", "shared", "separate")).items():
             if (value := getattr(self, name)) not in choices:
@@ -121,7 +125,7 @@ class Env(NamedTuple):
     """What one forward pass shares with every layer and with every loop of the recursion."""
 
     rope: tuple  # cos (T, D), sin (T, rotary_dim / 2)
-    mask: torch.Tensor | None  # (T, S), True where attention may look; None: plain causal
+    mask: object  # None: plain causal; (.., T, S), True where attention may look; or a BlockMask
     cache: KVCache | None
     maps: list | None  # if given, manual attention adds its weights here
 
@@ -151,7 +155,9 @@ class Rotary(torch.autograd.Function):
 
 def softmax_attention(q, k, v, backend, mask=None, maps=None):
     """softmax(mask + q k^T / sqrt(D)) v for q (B, H, T, D) and k, v (B, H, S, D), S >= T."""
-    if backend == "sdpa":
+    if backend == "flex" and isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
+    if backend != "manual":
         # one new token may look at everything; plain causal needs no mask in memory
         causal = mask is None and q.size(2) > 1
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -180,12 +186,15 @@ class Attention(nn.Module):
     def forward(self, x, env):
         q, k, v = (self.heads(s) for s in self.qkv(x).chunk(3, dim=-1))  # (B, H, T, D) each
         if self.config.nexus_order > 1:  # Nexus
+            refine = self.refine
+            if self.config.checkpoint_attention and torch.is_grad_enabled():
+                refine = partial(checkpoint, refine, use_reentrant=False)
             if self.config.nexus_streams == "qk":  # side by side as 2H heads: one call for both
-                q, k = self.refine(torch.cat([q, k], dim=1), env).chunk(2, dim=1)
+                q, k = refine(torch.cat([q, k], dim=1), env).chunk(2, dim=1)
             elif self.config.nexus_streams == "q":
-                q = self.refine(q, env)
+                q = refine(q, env)
             else:
-                k = self.refine(k, env)
+                k = refine(k, env)
         y = self.attend(q, k, self.keep("v", v, env), "k", env)
         return self.proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
@@ -290,13 +299,29 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx, cache=None, maps=None):
+    def visible(self, T, past, docs, device):
+        """The mask that every layer and every loop shares, for T tokens after `past` others."""
+        if self.config.attention == "flex" and not past:
+            def may_look(b, h, i, j):
+                return i >= j if docs is None else (i >= j) & (docs[b, i] == docs[b, j])
+
+            B = None if docs is None else docs.size(0)
+            return create_block_mask(may_look, B, None, T, T, device=device)
+        if docs is None and (T == 1 or not past):
+            return None
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)
+        return mask if docs is None else mask & (docs[:, None, :, None] == docs[:, None, None])
+
+    def hidden(self, idx, cache=None, maps=None, docs=None):
         """What the output layer reads: (B, T, C) for token ids idx (B, T).
 
         cache: a KVCache, to go on after the tokens it has seen; it then has seen these too.
         maps: a list to which `manual` attention adds its weights, (B, heads, T, S) for each inner
         loop (q heads first, then k) and then the outer attention, layer by layer.
-        Raises ModelError if cache and idx together are longer than block_size.
+        docs: (B, T), the number of each token's document: attention, inner loops too, stays within
+        one. Costs a (T, T) mask a row, except with flex.
+        Raises ModelError if cache and idx together are longer than block_size, or the attention
+        backend cannot do what is asked.
         """
         T, past = idx.size(1), cache.len if cache else 0
         if past + T > (limit := min(self.config.block_size, cache.capacity if cache else math.inf)):
@@ -304,11 +329,13 @@ class GPT(nn.Module):
         if maps is not None and self.config.attention != "manual":
             raise ModelError("attention maps need attention='manual'; "
                              f"{self.config.attention} never forms them")
-        mask = None
-        if past and T > 1:  # several tokens after a past: causal, shifted by the past
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
+        if docs is not None and cache is not None:
+            raise ModelError("a cache holds one document: give no docs with it")
+        if self.config.attention == "flex" and idx.device.type != "cuda" \
+                and torch.is_grad_enabled():
+            raise ModelError("flex attention trains on CUDA only: use attention sdpa here")
         rope = self.cos[past:past + T], self.sin[past:past + T]
-        env = Env(rope, mask, cache, maps)
+        env = Env(rope, self.visible(T, past, docs, idx.device), cache, maps)
 
         x = self.dropout(self.embed(idx))
         for block in self.blocks:
@@ -317,13 +344,13 @@ class GPT(nn.Module):
             cache.len += T
         return self.norm(x)
 
-    def forward(self, idx, targets=None, cache=None, maps=None):
+    def forward(self, idx, targets=None, cache=None, maps=None, docs=None):
         """Logits and, given targets, the loss.
 
         targets (B, T): the ids to predict; positions of -1 are ignored. The rest as in hidden.
         Returns logits (B, T, V) and the mean cross-entropy in nats, float32 (None if no targets).
         """
-        logits = self.head(self.hidden(idx, cache, maps))
+        logits = self.head(self.hidden(idx, cache, maps, docs))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),

@@ -167,7 +167,7 @@ def main():
     add("--depths", type=listed(int), default="2,6", help="layers (default: 2,6)")
     add("--lrs", type=listed(float), default="3e-3,3e-2", help="(default: 3e-3,3e-2)")
     add("--width", type=int, default=64, help="of the model (default: 64)")
-    add("--steps", type=int, default=80, help="of training (default: 80)")
+    add("--steps", type=int, default=50, help="of training (default: 50)")
     add("--seeds", type=int, default=3, help="of every setting (default: 3)")
     add("--quick", action="store_true", help="orders 1, 2 and 6, few steps: under a minute")
     add("--out", default="out/stability", help="folder (default: out/stability)")

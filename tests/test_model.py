@@ -350,7 +350,7 @@ def test_nothing_to_continue():
     (dict(n_layer=0), "n_layer must be at least 1"), (dict(nexus_order=0), "nexus_order must be"),
     (dict(n_head=3), "multiple of n_head"), (dict(rotary_pct=0.0), "rotary_pct"),
     (dict(rotary_pct=1.5), "rotary_pct"), (dict(rotary_pct=0.2), "even"),
-    (dict(dropout=1.0), "dropout"), (dict(attention="flash"), "sdpa, manual"),
+    (dict(dropout=1.0), "dropout"), (dict(attention="flash"), "sdpa, flex, manual"),
     (dict(nexus_streams="v"), "qk, q, k"), (dict(nexus_inner="own"), "self, shared, separate"),
     (dict(nexus_inner="separate"), "order >= 2"), (dict(n_embd="32"), "n_embd must be int"),
     (dict(n_layer=2.0), "n_layer must be int"), (dict(gelu="relu"), "tanh, erf"),

@@ -1,0 +1,151 @@
+"""model.py's backends beyond sdpa and manual: flex, document masks, recomputation, compilation."""
+
+import shutil
+import warnings
+
+import pytest
+import torch
+import torch._dynamo
+from test_model import ALL, READINGS, make, name, tokens
+
+from model import KVCache, ModelError
+
+warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def same_weights(gpt, **changes):
+    other = make(**vars(gpt.config) | changes)
+    other.load_state_dict(gpt.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "manual", "flex"])
+@pytest.mark.parametrize("reading", ALL, ids=name)
+def test_packed_documents_are_as_if_alone(reading, backend):
+    """Nothing leaks, through the refined keys neither: each document has the logits that it has by
+    itself (rotary positions are relative), and its neighbour may be anything."""
+    gpt = make(attention=backend, **reading)
+    lengths, idx = (7, 1, 12), tokens(2, 20)
+    docs = torch.arange(3).repeat_interleave(torch.tensor(lengths)).expand(2, -1)
+    with torch.no_grad():
+        packed = gpt(idx, docs=docs)[0]
+        for part, out in zip(idx.split(lengths, 1), packed.split(lengths, 1), strict=True):
+            torch.testing.assert_close(out, gpt(part)[0], rtol=0, atol=1e-9)
+        idx[:, :7] = tokens(2, 7)  # another first document
+        torch.testing.assert_close(gpt(idx, docs=docs)[0][:, 7:], packed[:, 7:], rtol=0, atol=0)
+        assert not torch.equal(gpt(idx)[0][:, 7:], packed[:, 7:])  # unlike without docs
+
+
+@pytest.mark.parametrize("reading", [dict(nexus_order=1), READINGS[0], READINGS[-1]], ids=name)
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_flex_equals_manual_forward(reading, width):
+    shape = dict(n_head=2, n_embd=2 * width, rotary_pct=0.25, block_size=300, n_layer=1)
+    gpt, idx = make(attention="manual", **reading, **shape), tokens(2, 261)  # not a multiple of 128
+    docs = (torch.rand(2, 261) < 0.02).cumsum(1)
+    flex = same_weights(gpt, attention="flex")
+    with torch.no_grad():
+        for d in (None, docs):
+            torch.testing.assert_close(flex(idx, docs=d)[0], gpt(idx, docs=d)[0], rtol=0, atol=1e-9)
+
+
+def test_flex_generates_with_the_cache_of_sdpa():
+    gpt = make(attention="flex", nexus_order=2)
+    with torch.no_grad():
+        want = same_weights(gpt, attention="sdpa").generate(tokens(1, 5), 8, temperature=0)
+        torch.manual_seed(0)
+    assert torch.equal(gpt.generate(want[:, :5], 8, temperature=0), want)
+
+
+def test_what_a_backend_cannot_do_is_said():
+    with pytest.raises(ModelError, match="trains on CUDA only: use attention sdpa"):
+        make(attention="flex")(tokens(1, 4))
+    with pytest.raises(ModelError, match="holds one document"):
+        make()(tokens(1, 4), cache=KVCache(8), docs=torch.zeros(1, 4))
+
+
+@CUDA
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("backend", ["sdpa", "flex"])
+@pytest.mark.parametrize("reading", ALL, ids=name)
+def test_outputs_and_gradients_on_cuda(reading, backend, dtype, error):
+    """Against manual attention in float32 on the same device, errors relative to the norm."""
+    torch.set_default_dtype(torch.float32)
+    shape = dict(n_head=2, n_embd=128, block_size=300)
+    idx = tokens(2, 261).cuda()
+    docs = (torch.rand(2, 261, device="cuda") < 0.02).cumsum(1) if backend == "flex" else None
+    gpt = make(attention="manual", **reading, **shape).cuda()
+    other = same_weights(gpt, attention=backend).cuda()
+    run = torch.compile(other, fullgraph=True)
+    want, loss = gpt(idx[:, :-1], idx[:, 1:], docs=None if docs is None else docs[:, :-1])
+    loss.backward()
+    with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+        got, loss = run(idx[:, :-1], idx[:, 1:], docs=None if docs is None else docs[:, :-1])
+    loss.backward()
+    assert (got - want).norm() < error * want.norm()
+    for p, r in zip(other.parameters(), gpt.parameters(), strict=True):
+        assert (p.grad - r.grad).norm() < 5 * error * r.grad.norm() + 1e-6
+
+
+@CUDA
+@pytest.mark.parametrize("order", [1, 2])
+def test_sdpa_runs_flash_on_cuda(order):
+    torch.set_default_dtype(torch.float32)
+    gpt, idx = make(nexus_order=order).cuda(), tokens(2, 24).cuda()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION), \
+            torch.autocast("cuda", torch.bfloat16):  # any other kernel would raise
+        gpt(idx, idx)[1].backward()
+
+
+@pytest.mark.parametrize("reading", READINGS[::4], ids=name)
+def test_recomputed_inner_loops_change_nothing_but_memory(reading):
+    gpt, idx = make(**reading), tokens(2, 24)
+    again = same_weights(gpt, checkpoint_attention=True)
+    kept = []
+    for model in (gpt, again):
+        sizes = {}
+
+        def pack(x, sizes=sizes):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        kept.append(sum(sizes.values()))
+    assert kept[1] < kept[0]
+    for p, r in zip(again.parameters(), gpt.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, r.grad, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", [dict(nexus_order=3), dict(nexus_order=2, nexus_inner="shared",
+                                                            nexus_streams="k")], ids=name)
+def test_compiles_to_one_graph_and_stays(kind):
+    """No graph break (fullgraph), no second compilation while steps go on, the same gradients."""
+    torch.set_default_dtype(torch.float32)
+    gpt = make(**kind)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = torch.compile(gpt, fullgraph=True)
+    for _ in range(3):
+        idx, grads = tokens(2, 17), []
+        for model in (run, gpt):
+            gpt.zero_grad()
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+            grads.append([p.grad.clone() for p in gpt.parameters()])
+        for compiled, eager in zip(*grads, strict=True):
+            torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+        with torch.no_grad():
+            for p in gpt.parameters():  # a step
+                p.sub_(p.grad, alpha=0.01)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
