@@ -167,6 +167,15 @@ class TokenSet:
         """What makes this set this set, for a checkpoint to compare on resume."""
         return self.meta["sha256"]["train"][:16] + self.meta["sha256"]["val"][:16]
 
+    @property
+    def eot(self):
+        """The id after each document: known here, so that training needs no tokenizer's files."""
+        known = {"bytes": 256, "gpt2": 50256}
+        if self.tokenizer not in known:
+            raise UserError(f"{self.folder} has the tokenizer {self.tokenizer!r}: choose from "
+                            f"{', '.join(known)}")
+        return known[self.tokenizer]
+
 
 @functools.lru_cache(maxsize=2)  # an epoch and its successor
 def epoch_order(seed, epoch, n):

@@ -20,12 +20,14 @@ import sys
 import time
 from dataclasses import asdict, fields
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 import data
 from checkpoint import read_checkpoint, save_checkpoint
 from data import Parser, TokenSet, UserError, run_script
+from loss import TrainingLoss
 from model import GPT, PRESETS, GPTConfig, ModelError
 
 # What each size trains well with. Pythia's learning rates; its batch is 2M tokens, ours a quarter.
@@ -39,7 +41,8 @@ RECIPES = {
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12,
               "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "V100": 125e12}
 # A resumed run must agree with its checkpoint on these, or it would not be the same run.
-FIXED = ["batch_tokens", "decay_steps", "lr", "warmup_steps", "weight_decay", "grad_clip", "seed"]
+FIXED = ["batch_tokens", "doc_mask", "decay_steps", "lr", "warmup_steps", "weight_decay",
+         "grad_clip", "seed"]
 
 
 def build_parser():
@@ -53,6 +56,8 @@ def build_parser():
     group.add_argument("--out", default="out", help="folder for checkpoint and log (default: out)")
     group.add_argument("--resume", action="store_true", help="go on from OUT/ckpt.pt; flags not "
                        "given are the checkpoint's")
+    group.add_argument("--doc_mask", action=flag, default=False, help="no token attends beyond its "
+                       "own document; meant for --attention flex")
     group = parser.add_argument_group("model (a field not given is the preset's)")
     group.add_argument("--preset", choices=PRESETS, default="tiny", help="size (default: tiny)")
     for f in fields(GPTConfig):
@@ -92,7 +97,8 @@ HELP = dict(
     n_head="attention heads", n_embd="width of the residual stream",
     rotary_pct="share of each head's dimensions that rotary turns",
     parallel_residual="attention and MLP side by side, as Pythia, or in turn", dropout="rate",
-    gelu="tanh or erf", attention="sdpa, or manual (slow, explicit softmax)",
+    gelu="tanh or erf", attention="sdpa; flex, on CUDA; or manual (slow, explicit softmax)",
+    checkpoint_attention="compute inner loops again in backward: less memory, more time",
     nexus_order="1 is the baseline, 2 (default) refines once, 3 twice, ...",
     nexus_streams="qk, q or k: which streams are refined",
     nexus_inner="self, shared or separate: how",
@@ -133,7 +139,7 @@ def parse_args(argv=None):
 
 def agree(given, saved, names):
     for name in names:
-        if given[name] != saved[name]:
+        if given[name] != saved.get(name, given[name]):  # an older file may lack a new name
             raise UserError(f"--{name} {given[name]} contradicts the checkpoint's {saved[name]}: "
                             "drop the flag, or start anew in another --out")
 
@@ -261,11 +267,14 @@ def main(argv=None):
     given = {f.name: getattr(args, f.name) for f in fields(GPTConfig)
              if getattr(args, f.name) is not None}
     config = GPTConfig(**{**PRESETS[args.preset], "vocab_size": tokens.vocab_size, **given})
+    if config.attention == "flex" and device.type != "cuda":
+        raise UserError("--attention flex trains on CUDA only: use --attention sdpa")
     if config.vocab_size < tokens.vocab_size:
         raise UserError(f"--vocab_size {config.vocab_size} is less than the token set's "
                         f"{tokens.vocab_size}")
     if saved:
-        agree(vars(config), saved["config"], saved["config"].keys() - {"attention"})
+        free = {"attention", "checkpoint_attention"}  # how, not what
+        agree(vars(config), saved["config"], saved["config"].keys() - free)
     if saved and saved["data"] != tokens.fingerprint:
         raise UserError(f"{tokens.folder} is not the token set that the checkpoint was trained on")
 
@@ -287,9 +296,10 @@ def main(argv=None):
         raw.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
-    model = raw
+    run = TrainingLoss(raw, tokens.eot if args.doc_mask else None)
     if args.compile if args.compile is not None else device.type == "cuda":
-        model = torch.compile(model)
+        run = torch.compile(run, fullgraph=True, dynamic=False)
+    model = run
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -316,9 +326,11 @@ def main(argv=None):
         indices = data.val_indices(n_val, args.eval_windows, rank, world)
         total = torch.zeros((), device=device)
         for i in range(0, len(indices), args.micro_batch):
-            x, y = to_device(data.batch(tokens.val, T, indices[i:i + args.micro_batch]))
+            x, y = data.batch(tokens.val, T, indices[i:i + args.micro_batch])
+            short = ((0, args.micro_batch - len(x)), (0, 0))  # to one shape: one compilation
+            padded = to_device([np.pad(x, short), np.pad(y, short, constant_values=-1)])
             with autocast:
-                total += raw(x, y)[1] * len(x)
+                total += run(*padded) * len(x)
         raw.train()
         return mean_over_processes(total, len(indices))
 
@@ -367,7 +379,7 @@ def main(argv=None):
             if world > 1:  # must be set before the forward pass
                 model.require_backward_grad_sync = micro == accumulate - 1
             with autocast:
-                loss = model(x, y)[1]
+                loss = model(x, y)
             (loss / accumulate).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)

@@ -2,12 +2,15 @@
 Can a single layer look up what goes with a key, and what goes with that in turn?
 
     python experiments/recall.py --out out/recall
+    python experiments/recall.py --tasks two-hops
     python experiments/recall.py --quick
 
 One hop (associative recall): n pairs of a key and a value, then the keys again in another order;
 after each key the model must name its value. Two hops: pairs a b and pairs b c, mixed; asked a it
 must name c (it is trained on b, c too, the first half of the way; only a, c counts). Keys and
-values are drawn anew for each sequence, so nothing can be learnt by heart.
+values are drawn anew for each sequence, so nothing can be learnt by heart. Each of the two has the
+sequential residual; `parallel` is one hop in Pythia's block, whose MLP never sees what its own
+attention found.
 
 Standard attention needs two layers for one hop, one to join each value with the key before it and
 one to look the key up. A refined key can carry its neighbour within one layer. Every variant gets
@@ -180,7 +183,8 @@ def main():
     add("--lrs", type=lambda s: [float(x) for x in s.split(",")], default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
     add("--quick", action="store_true", help="fewer steps and seeds, under a minute")
-    add("--tasks", default=",".join(TASKS), help=f"a list of them (default: {','.join(TASKS)})")
+    add("--tasks", default="one-hop,parallel", help=f"of {', '.join(TASKS)} "
+        "(default: one-hop,parallel)")
     add("--variants", default=",".join(VARIANTS), help="a list of them, baseline first (default: "
         f"{','.join(VARIANTS)})")
     add("--out", default="out/recall", help="folder (default: out/recall)")

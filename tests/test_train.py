@@ -285,3 +285,29 @@ def test_with_no_arguments_it_prepares_trains_and_samples(tmp_path):
     assert "Nexus order 2" in result.stdout and "python sample.py --checkpoint" in result.stdout
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "log.jsonl", "pydocs"]
+
+
+def test_doc_mask_trains_within_documents(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"document {i} says {i}{i}{i}\n<|endoftext|>\n" for i in range(3000)))
+    subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--dataset", "text",
+                    "--input", text, "--out", tmp_path / "set"], check=True)
+    plain, masked = (run(tmp_path / "set", tmp_path / str(i), "--max_steps", 3, *flags)
+                     for i, flags in enumerate(([], ["--doc_mask"])))
+    assert plain[0]["val_loss"] != masked[0]["val_loss"]
+    train.main(["--resume", "--out", str(tmp_path / "1"), "--max_steps", "4"])  # remembered
+    assert weights(tmp_path / "1")["args"]["doc_mask"] is True
+    with pytest.raises(UserError, match="contradicts"):
+        train.main(["--resume", "--out", str(tmp_path / "1"), "--max_steps", "5", "--no-doc_mask"])
+
+
+def test_a_short_last_validation_batch_is_padded_without_effect(tokens, tmp_path):
+    losses = [run(tokens, tmp_path / str(m), "--max_steps", 1, "--eval_windows", 6,
+                  "--micro_batch", m)[0]["val_loss"] for m in (4, 2)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_flex_on_a_cpu_is_refused_before_anything_is_written(tokens, tmp_path):
+    with pytest.raises(UserError, match="use --attention sdpa"):
+        run(tokens, tmp_path / "flex", "--attention", "flex", "--max_steps", 1)
+    assert not (tmp_path / "flex" / "log.jsonl").exists()

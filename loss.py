@@ -1,0 +1,67 @@
+"""
+The training loss: cross-entropy of the output layer, without all of its logits in memory.
+
+At a vocabulary of 50,304 the logits of 32,768 tokens are 6.6 GB in float32, their gradient as much
+again: more than all else in a 70M model. Here they exist for some rows at a time. The gradients are
+computed on the spot, in the forward pass, so nothing is computed twice.
+"""
+
+import torch
+import torch.nn as nn
+
+CHUNK = 2**26  # logits at once: 256 MiB in float32
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean of -log softmax(h Wᵀ)[target] over the rows whose target is not -1.
+
+    h (N, C), weight (V, C), targets (N,) -> a float32 scalar. Products are in `dtype`, the softmax
+    and all sums in float32 or better. learn=False computes no gradients.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, dtype, learn):
+        w, count = weight.to(dtype), (targets >= 0).sum()
+        total = torch.zeros((), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
+        dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if learn else (None, None)
+        rows = max(1, CHUNK // weight.size(0))
+        for start in range(0, h.size(0), rows):
+            part = slice(start, start + rows)
+            x, target = h[part].to(dtype), targets[part, None]
+            log_p = (x @ w.T).to(total.dtype).log_softmax(-1)  # (rows, V)
+            known = target >= 0
+            target = target.clamp(min=0)
+            total -= (log_p.gather(1, target) * known).sum()
+            if learn:  # of each row's logits: softmax - onehot(target)
+                p = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1]))
+                p = p.mul_(known.to(p.dtype) / count).to(dtype)
+                dh[part] = p @ w
+                dw += p.T @ x
+        ctx.save_for_backward(dh, dw)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dw = ctx.saved_tensors
+        return dh * grad, dw * grad, None, None, None
+
+
+class TrainingLoss(nn.Module):
+    """What a training step runs, compiles and wraps for DDP: tokens in, the mean loss out.
+
+    eot: the id that opens a document; if given, no token attends beyond its own document.
+    """
+
+    def __init__(self, gpt, eot=None):
+        super().__init__()
+        self.gpt, self.eot = gpt, eot
+
+    def forward(self, idx, targets):
+        """idx, targets (B, T); targets of -1 are ignored. The loss of GPT.forward, in nats."""
+        docs = None if self.eot is None else (idx == self.eot).cumsum(1)
+        h, weight = self.gpt.hidden(idx, docs=docs).flatten(0, 1), self.gpt.head.weight
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        with torch.autocast(kind, enabled=False):
+            return LinearCrossEntropy.apply(h, weight, targets.flatten(), dtype,
+                                            torch.is_grad_enabled())
