@@ -445,5 +445,16 @@ def show_sample(model, tokenizer_name, path):
           "--prompt 'The ' --max_new_tokens 300")
 
 
+def main_of_many():
+    """main, with the backend's words for a lost connection put into ours."""
+    try:
+        main()
+    except RuntimeError as error:  # gloo's are plain, NCCL's a subclass
+        if not any(word in str(error) for word in ("gloo", "NCCL")):
+            raise
+        raise UserError("another process of this run has ended, or the network to it: the last "
+                        "checkpoint is whole, the same command with --resume goes on") from error
+
+
 if __name__ == "__main__":
-    run_script(main, ModelError)
+    run_script(main_of_many, ModelError)

@@ -111,43 +111,6 @@ def test_micro_batches_do_not_change_the_result(tokens, tmp_path):
                 assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=2e-5)
 
 
-def test_one_process_is_two(tokens, tmp_path):
-    one = run(tokens, tmp_path / "one", "--max_steps", 20, "--micro_batch", 2)
-    subprocess.run(command(tokens, tmp_path / "two", "--max_steps", 20, "--micro_batch", 2,
-                           processes=2), check=True, capture_output=True)
-    two = read_log(tmp_path / "two")
-    assert len(one) == len(two) == 21
-    for a, b in zip(one, two, strict=True):
-        for key in ("train_loss", "val_loss", "grad_norm"):
-            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-4)
-
-
-def test_accumulation_synchronises_once_a_step(tokens, tmp_path, monkeypatch):
-    """no_sync on every micro-step but the last: two processes, gradients exchanged once a step."""
-    script = tmp_path / "count.py"
-    script.write_text(f"""
-import sys; sys.path.insert(0, {ROOT!r})
-import torch, train
-from torch.nn.parallel import DistributedDataParallel as DDP
-calls = []
-def hook(state, bucket):
-    calls.append(1)
-    return torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(
-        lambda f: f.value()[0])
-init = DDP.__init__
-def patched(self, *args, **kwargs):
-    init(self, *args, **kwargs)
-    self.register_comm_hook(None, hook)
-DDP.__init__ = patched
-train.main(sys.argv[1:])
-print("buckets", len(calls))
-""")
-    argv = command(tokens, tmp_path / "run", "--max_steps", 3, "--micro_batch", 1, processes=2)
-    argv[argv.index(os.path.join(ROOT, "train.py"))] = str(script)
-    out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-    assert out.count("buckets 3") == 2  # both: 3 steps of 4 micro-steps, one small bucket a step
-
-
 def test_learning_rate_schedule():
     args = train.build_parser().parse_args(["--lr", "1", "--warmup_steps", "10", "--decay_steps",
                                             "110"])
