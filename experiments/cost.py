@@ -11,7 +11,9 @@ the ratio to the baseline within each round: the median over rounds, and its qua
 stands what FLOPs alone predict. The model's own FLOPs are checked against torch's counter, which
 counts causal attention in full: that half is added back first. Peak memory is that of a training
 step, weights, gradients, optimizer and activations: on CUDA the allocator's, elsewhere what torch's
-tracker adds up without computing anything. On CUDA, models are compiled and multiply in bfloat16.
+tracker adds up without computing anything. On CUDA, models are compiled and multiply in bfloat16,
+FlexAttention and document masks are measured too, and MFU is printed where the peak is known.
+"plain loss" has all logits in memory at once; "recompute" is --checkpoint_attention.
 """
 
 import contextlib
@@ -31,7 +33,9 @@ from tqdm import tqdm
 from common import pyplot, save, table
 
 from data import Parser, UserError, keep_freed_memory, run_script
+from loss import TrainingLoss
 from model import GPT, PRESETS, GPTConfig, KVCache, ModelError
+from train import PEAK_FLOPS
 
 
 def nanogpt(path, c):
@@ -83,14 +87,14 @@ def own_flops(config):
     return weights + 2 * (model.flops_per_token(config.block_size) - weights)
 
 
-def peak_memory(config, batch, args):
+def peak_memory(name, config, batch, args):
     """Peak bytes of the second training step of a model on its own."""
     cuda = args.device == "cuda"
     with contextlib.nullcontext() if cuda else FakeTensorMode(), torch.device(args.device):
         model = GPT(config)
         idx = torch.zeros(batch, config.block_size, dtype=torch.long)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
-        step = training_step(model, idx, idx, args, optimizer)
+        step = training_step(name, model, idx, idx, args, optimizer)
         if cuda:
             step()
             torch.cuda.reset_peak_memory_stats()
@@ -124,15 +128,20 @@ def interleave(jobs, rounds, say):
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def training_step(model, idx, targets, args, optimizer=None):
+def training_step(name, model, idx, targets, args, optimizer=None):
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device != "mps")
-    run = torch.compile(model) if args.compile else model
+    if isinstance(model, GPT) and "plain loss" not in name:
+        run = TrainingLoss(model, eot=0 if "documents" in name else None)
+    else:
+        run = model
+    if args.compile:
+        run = torch.compile(run)
 
     def job():
         with args.autocast():
-            loss = run(idx, targets)[1]
-        loss.backward()
+            out = run(idx, targets)
+        (out[1] if isinstance(out, tuple) else out).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if args.device == "cuda":
@@ -152,22 +161,40 @@ def speeds(seconds, base, count):
     return result
 
 
+def variants(config, args):
+    """{name: config} of our own models, the baseline first; a name says how it is run, too."""
+    def order(m):
+        return "baseline" if m == 1 else f"order {m}"
+
+    configs = {order(m): replace(config, nexus_order=m) for m in args.orders}
+    if args.device == "cuda":
+        for m in args.orders[:2]:
+            flex = replace(config, nexus_order=m, attention="flex")
+            configs |= {f"{order(m)}, flex": flex, f"{order(m)}, flex, documents": flex}
+    configs["baseline, plain loss"] = config
+    if len(args.orders) > 1:
+        m = args.orders[1]
+        configs[f"{order(m)}, recompute"] = replace(config, nexus_order=m,
+                                                    checkpoint_attention=True)
+    return configs
+
+
 def at_context(preset, T, args):
     """Every figure of one preset and context: {model's name: {figure: value}}"""
     torch.manual_seed(0)
     config = replace(GPTConfig(**PRESETS[preset]), block_size=T)
-    configs = {("baseline" if m == 1 else f"order {m}"): replace(config, nexus_order=m)
-               for m in args.orders}
+    configs = variants(config, args)
     batch = max(1, args.tokens // T)
-    peaks = {name: peak_memory(c, batch, args) for name, c in configs.items()}
+    peaks = {name: peak_memory(name, c, batch, args) for name, c in configs.items()}
     models = {name: GPT(c) for name, c in configs.items()}
     if args.nanogpt:
         models["nanoGPT"] = nanogpt(args.nanogpt, config)
     if args.neox:
         models["transformers GPT-NeoX"] = neox(config)
-    idx = torch.randint(config.vocab_size, (batch, T + 1), device=args.device)
+    idx = torch.randint(1, config.vocab_size, (batch, T + 1), device=args.device)
+    idx[torch.rand(idx.shape, device=args.device) < 1 / 500] = 0  # opens a document of 500 tokens
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-    jobs = {name: training_step(model.to(args.device).train(), x, y, args)
+    jobs = {name: training_step(name, model.to(args.device).train(), x, y, args)
             for name, model in models.items()}
     results = speeds(interleave(jobs, args.rounds, f"{preset}, context {T}"), "baseline", x.numel())
     for name, c in configs.items():
@@ -175,7 +202,8 @@ def at_context(preset, T, args):
         results[name] |= dict(
             parameters=models[name].num_params(), flops=flops, peak=peaks[name],
             predicted=models["baseline"].flops_per_token(T) / flops,
-            counted=counted_flops(c) / own_flops(c), cache=cache_bytes(models[name].eval()))
+            counted=counted_flops(c) / own_flops(c), cache=cache_bytes(models[name].eval()),
+            mfu=results[name]["rate"] * flops / args.peak if args.peak else None)
     return results
 
 
@@ -200,16 +228,16 @@ def rows(results):
     ours = "flops" in results["baseline"]  # training, or generation
     yield ["", *(["parameters", "FLOPs/token", "counted / own", "cache bytes/token", "peak memory"]
                  if ours else []), "tokens/s", "speed ratio (quartiles)",
-           *(["FLOPs predict"] if ours else [])]
+           *(["FLOPs predict", "MFU"] if ours else [])]
     for name, r in results.items():
         low, high = r["quartiles"]
         speed = [f"{r['rate']:,.0f}", f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})"]
         if "flops" in r:
             yield [name, f"{r['parameters']:,}", f"{r['flops'] / 1e6:,.2f} M",
                    f"{r['counted']:.4f}", f"{r['cache']:,}", f"{r['peak'] / 2**20:,.0f} MiB",
-                   *speed, f"{r['predicted']:.3f}"]
+                   *speed, f"{r['predicted']:.3f}", f"{r['mfu']:.1%}" if r["mfu"] else ""]
         else:
-            yield [name, *[""] * 5 * ours, *speed, *[""] * ours]
+            yield [name, *[""] * 5 * ours, *speed, *[""] * 2 * ours]
 
 
 def plot(plt, training, orders):
@@ -271,6 +299,8 @@ def main():
         return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
 
     args.autocast = autocast
+    args.peak = next((peak for name, peak in PEAK_FLOPS.items() if args.device == "cuda"
+                      and name in torch.cuda.get_device_name()), None)
     training, generated = {}, {}
     for preset in args.presets:
         for T in args.contexts:

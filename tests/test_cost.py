@@ -23,7 +23,7 @@ def test_the_models_flops_are_torchs(kind):
 def test_peak_memory_grows_with_order_by_what_is_kept():
     args = SimpleNamespace(device="cpu", compile=False, autocast=lambda: torch.autocast(
         "cpu", enabled=False))
-    small, order2, long = (cost.peak_memory(GPTConfig(**PRESETS["tiny"] | kind), 2, args)
+    small, order2, long = (cost.peak_memory("", GPTConfig(**PRESETS["tiny"] | kind), 2, args)
                            for kind in (dict(), dict(nexus_order=2), dict(block_size=512)))
     weights = 4 * 4 * GPT(GPTConfig(**PRESETS["tiny"])).num_params()  # and gradient, two moments
     assert weights < small < order2 < long
