@@ -184,13 +184,15 @@ class Attention(nn.Module):
             self.inner = nn.ModuleList([nn.Linear(C, 3 * C, bias=False) for _ in range(streams)])
 
     def forward(self, x, env):
-        q, k, v = (self.heads(s) for s in self.qkv(x).chunk(3, dim=-1))  # (B, H, T, D) each
+        H = self.config.n_head
+        qk, v = self.heads(self.qkv(x)).split([2 * H, H], dim=1)  # (B, 2H, T, D), (B, H, T, D)
+        q, k = qk.chunk(2, dim=1)
         if self.config.nexus_order > 1:  # Nexus
             refine = self.refine
             if self.config.checkpoint_attention and torch.is_grad_enabled():
                 refine = partial(checkpoint, refine, use_reentrant=False)
             if self.config.nexus_streams == "qk":  # side by side as 2H heads: one call for both
-                q, k = refine(torch.cat([q, k], dim=1), env).chunk(2, dim=1)
+                q, k = refine(qk, env).chunk(2, dim=1)
             elif self.config.nexus_streams == "q":
                 q = refine(q, env)
             else:
