@@ -44,12 +44,13 @@ def load_checkpoint(path, device="cpu", **overrides):
     """Read what train.py saved; returns (model, meta), the model in eval mode.
 
     meta holds all but the tensors: config, step, tokens, tokenizer, data, args.
-    overrides change fields of the config, e.g. attention="manual" or nexus_order=2.
+    overrides change fields of the config, e.g. nexus_order=2. attention is sdpa, however it was
+    trained (the result is the same), unless they say otherwise.
     Raises ModelError with the reason if the file is missing, damaged or not ours.
     """
     saved = read_checkpoint(path, device)
     try:
-        config = GPTConfig(**{**saved["config"], **overrides})
+        config = GPTConfig(**{**saved["config"], "attention": "sdpa", **overrides})
     except TypeError as error:  # a field of another version
         raise ModelError(f"{path} has a config that is not ours: {error}") from error
     model = load_weights(GPT(config), saved.pop("model"), path).to(device).eval()

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 from test_model import ALL, READINGS, make, name, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import KVCache, ModelError
 
@@ -103,6 +104,26 @@ def test_sdpa_runs_flash_on_cuda(order):
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION), \
             torch.autocast("cuda", torch.bfloat16):  # any other kernel would raise
         gpt(idx, idx)[1].backward()
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_no_square_of_the_context_is_ever_in_memory(order):
+    T, largest = 512, [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(x, torch.Tensor):
+                    largest[0] = max(largest[0], x.numel())
+            return out
+
+    shape = dict(n_embd=16, block_size=T, nexus_order=order)
+    for backend, square in (("sdpa", False), ("manual", True)):
+        gpt, idx, largest[0] = make(attention=backend, **shape), tokens(1, T), 0
+        with Watch():
+            gpt(idx, idx)[1].backward()
+        assert (largest[0] >= T * T) is square  # logits, 61 T, and MLP, 64 T, are smaller
 
 
 @pytest.mark.parametrize("reading", READINGS[::4], ids=name)

@@ -1,0 +1,37 @@
+"""scripts/reproduce_70m.sh goes from text to a paired table, and goes on when it was stopped."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_train import ROOT, TINY, read_log
+
+SCRIPT = os.path.join(ROOT, "scripts", "reproduce_70m.sh")
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_from_text_to_scores_and_on(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a.txt").write_text("the quick brown fox and the lazy dog\n" * 3000)
+    env = os.environ | dict(OUT=str(tmp_path / "out"), TEXT=str(tmp_path / "*.txt"), PRESET="tiny",
+                            TOKENIZER="bytes", TASKS="demo",
+                            PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+    flags = [*TINY[:4], "--n_embd", "32", "--block_size", "512", "--batch_tokens", "1024",
+             "--micro_batch", "2", "--eval_windows", "2", "--device", "cpu", "--decay_steps", "4"]
+    for steps in ("2", "4"):
+        out = subprocess.run([SCRIPT, *flags], env=env | dict(STEPS=steps), capture_output=True,
+                             text=True)
+        assert out.returncode == 0, out.stderr
+    for order in (1, 2):
+        log = read_log(tmp_path / "out" / f"order{order}")
+        assert log[-1]["step"] == 4 and "resumed at step 2" in out.stdout
+    with open(tmp_path / "out" / "scores.json") as f:
+        scores = json.load(f)
+    assert scores["config"]["nexus_order"] == 1 and scores["versus"]["config"]["nexus_order"] == 2
+    assert 0 <= scores["paired"]["demo"]["acc"]["p"] <= 1
+    bad = subprocess.run([SCRIPT], env={k: v for k, v in env.items() if k != "OUT"},
+                         capture_output=True, text=True)
+    assert bad.returncode != 0 and "give a folder" in bad.stderr
