@@ -4,7 +4,9 @@ Checkpoints: written so that a whole one is always there, read so that a file ca
 
 import contextlib
 import os
-import pickle
+import shutil
+import sys
+import zipfile
 
 import torch
 
@@ -12,14 +14,32 @@ from data import UserError
 from model import GPT, GPTConfig, ModelError
 
 
-def save_checkpoint(path, state):
-    """Write state so that `path` is at every moment a whole checkpoint, the old or the new one."""
+def older(path, i):
+    """The i-th checkpoint before the one at path: ckpt.pt, ckpt.1.pt, ckpt.2.pt, ..."""
+    root, extension = os.path.splitext(path)
+    return f"{root}.{i}{extension}" if i else path
+
+
+def save_checkpoint(path, state, keep=1):
+    """Write state so that `path` is at every moment a whole checkpoint, the old or the new one; of
+    the ones before, keep - 1 stay. Raises UserError if it cannot, with all of them untouched."""
     partial = path + ".partial"
     try:
         with open(partial, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
+        for i in range(keep - 2, 0, -1):
+            if os.path.exists(older(path, i)):
+                os.replace(older(path, i), older(path, i + 1))
+        if keep > 1 and os.path.exists(path):  # by a second name, so that path never lacks one
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path + ".link")
+            try:
+                os.link(path, path + ".link")
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, path + ".link")
+            os.replace(path + ".link", older(path, 1))
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
@@ -63,10 +83,31 @@ def read_checkpoint(path, device="cpu"):
     if not os.path.isfile(path):
         raise ModelError(f"no checkpoint at {path}: train.py writes one as OUT/ckpt.pt")
     try:
+        with zipfile.ZipFile(path) as file:  # torch does not look at its own checksums
+            if (part := file.testzip()) is not None:
+                raise zipfile.BadZipFile(f"checksum of {part}")
         saved = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file can end its parsers in any way
         raise ModelError(f"{path} is damaged, or not a checkpoint: it cannot be read as tensors "
                          f"and plain values ({type(error).__name__})") from error
     if not isinstance(saved, dict) or not {"model", "config", "step", "tokenizer"} <= saved.keys():
         raise ModelError(f"{path} is not a checkpoint of ours: it was not written by train.py")
     return saved
+
+
+def newest_checkpoint(path):
+    """read_checkpoint of the newest whole one of path, ckpt.1.pt, ...; says so if it is not the
+    first. Raises ModelError, about the first, if there is none."""
+    i, errors = 0, []
+    while i == 0 or os.path.exists(older(path, i)):
+        try:
+            saved = read_checkpoint(older(path, i))
+        except ModelError as error:
+            errors.append(error)
+            i += 1
+            continue
+        if errors:
+            print(f"{errors[0]}; going on from {older(path, i)}, step {saved['step']}",
+                  file=sys.stderr)
+        return saved
+    raise errors[0]

@@ -141,7 +141,8 @@ class TokenSet:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} is damaged ({error!r}): prepare the set again") from error
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the "
+                            "set again") from error
 
     def _open(self, split, dtype, verify):
         path = os.path.join(self.folder, f"{split}.bin")

@@ -102,8 +102,11 @@ def read_task(name, folder, limit=None):
         if not os.path.isfile(path):
             raise UserError(f"no file {path}: task {name} needs it, with the columns of {repo}, or "
                             "leave out --data to read the hub")
-        with open(path, encoding="utf-8") as f:
-            rows = [line for line in f.read().split("\n") if line.strip()]
+        try:
+            with open(path, encoding="utf-8") as f:
+                rows = [line for line in f.read().split("\n") if line.strip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
         where, digest = f"{path}, line", sha256(path)
     else:
         try:

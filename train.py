@@ -11,7 +11,6 @@ the step, saves and stops; --resume goes on as if nothing had happened, bit for 
 """
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -25,8 +24,9 @@ import torch
 import torch.distributed as dist
 
 import data
-from checkpoint import read_checkpoint, save_checkpoint
+from checkpoint import newest_checkpoint, save_checkpoint
 from data import Parser, TokenSet, UserError, run_script
+from log import Log
 from loss import TrainingLoss
 from model import GPT, PRESETS, GPTConfig, ModelError
 
@@ -82,6 +82,14 @@ def build_parser():
     group.add_argument("--eval_windows", type=int, default=96, help="windows of validation text")
     group.add_argument("--save_interval", type=int, default=500, help="steps between checkpoints")
     group.add_argument("--log_interval", type=int, default=10, help="steps between log lines")
+    group.add_argument("--keep", type=int, default=2, help="checkpoints to keep: ckpt.pt and "
+                       "the ones before, ckpt.1.pt, ... (default: 2)")
+    group.add_argument("--max_minutes", type=float, default=math.inf, help="save and stop after "
+                       "this long, before a time limit does (default: never)")
+    group.add_argument("--on_nan", default="stop", choices=["stop", "skip"], help="if a gradient "
+                       "is not finite: stop (default), or leave that step out")
+    group.add_argument("--deterministic", action="store_true", help="the same bits in every run "
+                       "on one device, slower on CUDA")
     group.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                        help="of the matrix products (default: bfloat16 on CUDA, else float32)")
@@ -111,7 +119,7 @@ def parse_args(argv=None):
     args, _ = parser.parse_known_args(argv)
     path, saved = os.path.join(args.out, "ckpt.pt"), None
     if args.resume:
-        saved = read_checkpoint(path)
+        saved = newest_checkpoint(path)
         keep = {k: v for k, v in saved["args"].items() if k not in ("resume", "out", "device")}
         parser.set_defaults(**keep)
     else:
@@ -126,12 +134,14 @@ def parse_args(argv=None):
     if saved:
         agree(vars(args), saved["args"], FIXED)
     for name in ("batch_tokens", "micro_batch", "max_steps", "decay_steps", "eval_interval",
-                 "eval_windows", "save_interval", "log_interval"):
+                 "eval_windows", "save_interval", "log_interval", "keep"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
     for name in ("lr", "warmup_steps", "weight_decay", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must be a number from 0 up, got {getattr(args, name)}")
+    if not args.max_minutes > 0:
+        raise UserError(f"--max_minutes must be above 0, got {args.max_minutes}")
     if not args.grad_clip > 0:
         raise UserError(f"--grad_clip must be above 0 (inf: never clip), got {args.grad_clip}")
     return args, saved
@@ -159,67 +169,6 @@ def make_optimizer(model, args, device):
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8,
                              fused=device.type in ("cuda", "cpu"))
-
-
-class Log:
-    """log.jsonl, the terminal, and W&B or TensorBoard if asked. Only the first process has one."""
-
-    def __init__(self, args, resumed_at):
-        path = os.path.join(args.out, "log.jsonl")
-        events = []
-        if resumed_at is not None and os.path.exists(path):
-            # The log becomes that of a run never stopped: steps after the checkpoint will be taken
-            # and logged again, and what was logged only because the run ended there goes.
-            with open(path, encoding="utf-8") as f:
-                events = [json.loads(line) for line in f if line.endswith("\n")]
-            events = [event for event in events if event["step"] <= resumed_at
-                      and 0 in (event["step"] % args.log_interval,
-                                event["step"] % args.eval_interval)]
-            for event in events:
-                if event["step"] % args.eval_interval:
-                    event["val_loss"] = None
-        with open(path + ".partial", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(event) + "\n" for event in events)
-        os.replace(path + ".partial", path)
-        self.file = open(path, "a", encoding="utf-8")
-        self.bar, self.wandb, self.board = None, None, None
-        self.max_steps, self.start, self.step0 = args.max_steps, time.monotonic(), resumed_at or 0
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = tqdm(total=args.max_steps, initial=self.step0, unit="step", leave=False)
-        try:
-            if args.wandb:
-                import wandb
-                self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=args.out)
-            if args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(args.out)
-        except ImportError as error:
-            raise UserError(f"{error}: pip install it, or drop the flag") from error
-
-    def write(self, event):
-        self.file.write(json.dumps(event) + "\n")
-        self.file.flush()
-        step, numbers = event["step"], {k: v for k, v in event.items() if v is not None}
-        if self.wandb:
-            self.wandb.log(numbers, step=step)
-        if self.board:
-            for key, value in numbers.items():
-                self.board.add_scalar(key, value, step)
-        names = dict(train_loss="train {:.4f}", val_loss="val {:.4f}", lr="lr {:.2e}",
-                     grad_norm="norm {:.2f}", tokens_per_sec="{:,.0f} tok/s", mfu="mfu {:.1%}")
-        parts = [f"step {step}/{self.max_steps}"]
-        parts += [text.format(numbers[key]) for key, text in names.items() if key in numbers]
-        if step > self.step0:
-            left = (time.monotonic() - self.start) / (step - self.step0) * (self.max_steps - step)
-            parts.append(f"eta {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}")
-        self.say("  ".join(parts))
-
-    def say(self, text):
-        if self.bar:
-            self.bar.write(text)
-        else:
-            print(text, flush=True)
 
 
 def pick_device(args, local_rank):
@@ -255,13 +204,16 @@ def open_dataset(args, first):
 
 def main(argv=None):
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    first = rank == 0
+    first, began = rank == 0, time.monotonic()
     args, saved = parse_args(argv)
     device = pick_device(args, int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     os.makedirs(args.out, exist_ok=True)
     tokens = open_dataset(args, first)
     given = {f.name: getattr(args, f.name) for f in fields(GPTConfig)
@@ -340,7 +292,7 @@ def main(argv=None):
                 format=1, model=raw.state_dict(), optimizer=optimizer.state_dict(),
                 config=asdict(config), step=step, tokens=step * args.batch_tokens,
                 tokenizer=tokens.tokenizer, data=tokens.fingerprint, args=vars(args),
-                torch=str(torch.__version__)))
+                torch=str(torch.__version__)), args.keep)
 
     stop = []  # a signal to act on after the step
 
@@ -349,8 +301,9 @@ def main(argv=None):
             raise KeyboardInterrupt
         stop.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # Ctrl-C, the system, Slurm before its limit
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
 
     log = Log(args, step if saved else None) if first else None
     if first:
@@ -383,7 +336,16 @@ def main(argv=None):
             (loss / accumulate).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), args.grad_clip)
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
+        else:  # the weights are still good
+            wrong = (f"the gradient's norm is {norm.item()} at step {step + 1}, windows "
+                     f"{' '.join(map(str, indices[:8]))}{' ...' if len(indices) > 8 else ''}")
+            if args.on_nan == "stop":
+                raise UserError(f"{wrong}: the last checkpoint is kept; try a smaller --lr, or "
+                                "--on_nan skip")
+            if first:
+                log.say(f"{wrong}: left out")
         optimizer.zero_grad(set_to_none=True)
         step += 1
         if log and log.bar:
@@ -399,12 +361,9 @@ def main(argv=None):
                 log.write(dict(step=step, tokens=step * args.batch_tokens, train_loss=train_loss,
                                val_loss=val_loss, lr=group["lr"], grad_norm=norm.item(),
                                tokens_per_sec=round(speed, 1), mfu=mfu))
-            if not math.isfinite(train_loss):
-                raise UserError(f"the loss is {train_loss} at step {step}: try a smaller --lr; the "
-                                "last checkpoint is kept")
             timer, timed_from = time.perf_counter(), step
         # processes can stop only together: several of them agree on it at log steps
-        stopping = bool(stop)
+        stopping = bool(stop) or time.monotonic() - began > 60 * args.max_minutes
         if world > 1:
             stopping = step % args.log_interval == 0 and mean_over_processes(
                 torch.tensor(float(stopping), device=device), 1) > 0
@@ -415,8 +374,7 @@ def main(argv=None):
             break
 
     if first:
-        if log.bar:
-            log.bar.close()
+        log.close()
         path = os.path.join(args.out, "ckpt.pt")
         if step < args.max_steps:
             print(f"stopped at step {step}, saved in {path}; go on with: "

@@ -1,0 +1,122 @@
+"""
+A run's log: log.jsonl, the terminal, and W&B or TensorBoard if asked.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+
+from data import UserError
+
+SPIKE = 1.0  # nats above the median of the last ten logged losses
+
+
+def lock(folder):
+    """A file that this process keeps locked while it writes to folder; UserError if another does.
+    The system lets go of it when the process ends, however it ends."""
+    file = open(os.path.join(folder, ".lock"), "w")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl: there, nobody is stopped
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing to {folder}: choose another --out, or stop "
+                            "it first") from error
+    return file
+
+
+def read(path, resumed_at, args):
+    """The events of log.jsonl that a run never stopped would have at this step: steps after the
+    checkpoint will be taken and logged again, and what was logged only because the run ended there
+    goes. A last line cut short by a kill goes too; any other damage is a UserError."""
+    events = []
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, line in enumerate(f, 1):
+            if not line.endswith("\n"):
+                break
+            try:
+                event = json.loads(line)
+                if event["step"] <= resumed_at and 0 in (event["step"] % args.log_interval,
+                                                         event["step"] % args.eval_interval):
+                    events.append(event)
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path} is damaged in line {number}: remove that line, or the "
+                                "file, and resume") from error
+    for event in events:
+        if event["step"] % args.eval_interval:
+            event["val_loss"] = None
+    return events
+
+
+class Log:
+    """Only the first process of a run has one; it holds the lock on the folder."""
+
+    def __init__(self, args, resumed_at):
+        self.lock = lock(args.out)
+        path, self.out = os.path.join(args.out, "log.jsonl"), args.out
+        events = []
+        if resumed_at is not None and os.path.exists(path):
+            events = read(path, resumed_at, args)
+        with open(path + ".partial", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(event) + "\n" for event in events)
+        os.replace(path + ".partial", path)
+        self.file = open(path, "a", encoding="utf-8")
+        self.losses = [event["train_loss"] for event in events if event.get("train_loss")]
+        self.bar, self.wandb, self.board = None, None, None
+        self.max_steps, self.start, self.step0 = args.max_steps, time.monotonic(), resumed_at or 0
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=args.max_steps, initial=self.step0, unit="step", leave=False)
+        try:
+            if args.wandb:
+                import wandb
+                self.wandb = wandb.init(project=args.wandb, config=vars(args), dir=args.out)
+            if args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(args.out)
+        except ImportError as error:
+            raise UserError(f"{error}: pip install it, or drop the flag") from error
+
+    def write(self, event):
+        """Append one event; a loss far above the last ten is marked as a spike."""
+        step, loss = event["step"], event["train_loss"]
+        if loss is not None:
+            if len(self.losses) >= 10 and loss > statistics.median(self.losses[-10:]) + SPIKE:
+                event["spike"] = True
+                self.say(f"step {step}: the loss has jumped to {loss:.2f}")
+            self.losses.append(loss)
+        try:
+            self.file.write(json.dumps(event) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"could not write the log in {self.out} ({error}): the last checkpoint "
+                            "is untouched; free some space and --resume") from error
+        numbers = {k: v for k, v in event.items() if v is not None}
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, step)
+        names = dict(train_loss="train {:.4f}", val_loss="val {:.4f}", lr="lr {:.2e}",
+                     grad_norm="norm {:.2f}", tokens_per_sec="{:,.0f} tok/s", mfu="mfu {:.1%}")
+        parts = [f"step {step}/{self.max_steps}"]
+        parts += [text.format(numbers[key]) for key, text in names.items() if key in numbers]
+        if step > self.step0:
+            left = (time.monotonic() - self.start) / (step - self.step0) * (self.max_steps - step)
+            parts.append(f"eta {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}")
+        self.say("  ".join(parts))
+
+    def say(self, text):
+        if self.bar:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+        self.file.close()
+        self.lock.close()

@@ -1,0 +1,226 @@
+"""What really happens to runs: kills, signals, time limits, damage, full disks, two at once."""
+
+import contextlib
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torture
+from test_train import ROOT, command, numbers, read_log, run, tokens, weights  # noqa: F401
+
+import checkpoint
+import train
+from data import UserError
+from model import ModelError
+
+
+def test_killed_at_random_moments_it_loses_nothing(tokens, tmp_path):  # noqa: F811
+    assert torture.kills(tokens, str(tmp_path), 3)["killed"] == 3
+
+
+def test_damage_is_named_or_harmless(tokens, tmp_path):  # noqa: F811
+    run(tokens, tmp_path / "run", "--max_steps", 2)
+    outcomes = torture.damage(tokens, str(tmp_path / "run"), str(tmp_path), 100)
+    assert sum(sum(counts.values()) for counts in outcomes.values()) == 100
+    assert outcomes["checkpoint"]["named in one line"] >= 15
+
+
+def test_the_newest_whole_checkpoint_is_used_and_that_is_said(tokens, tmp_path, capsys):  # noqa: F811
+    whole = run(tokens, tmp_path / "whole", "--max_steps", 8)
+    out = tmp_path / "run"
+    run(tokens, out, "--max_steps", 6, "--decay_steps", 8, "--save_interval", 2, "--keep", 3)
+    assert [weights_at(out, i)["step"] for i in range(3)] == [6, 4, 2]
+    assert not (out / "ckpt.3.pt").exists()
+    for name in ("ckpt.pt", "ckpt.1.pt"):
+        with open(out / name, "r+b") as f:
+            f.truncate(5000)
+    parts = run(tokens, out, "--resume", "--max_steps", 8)
+    said = capsys.readouterr().err
+    assert "ckpt.pt is damaged" in said and "going on from" in said and "ckpt.2.pt, step 2" in said
+    assert numbers(parts) == numbers(whole)
+
+
+def weights_at(out, i):
+    return torch.load(checkpoint.older(str(out / "ckpt.pt"), i), weights_only=True)
+
+
+def start(tokens, out, *flags):  # noqa: F811
+    """A run in a process of its own, at its fifth step."""
+    job = subprocess.Popen(command(tokens, out, "--max_steps", 10**6, "--eval_interval", 10**6,
+                                   *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True)
+    for line in job.stdout:
+        if line.startswith("step 5/"):
+            return job
+    raise AssertionError(job.stderr.read())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_says_so(tokens, tmp_path, number):  # noqa: F811
+    job = start(tokens, tmp_path)
+    job.send_signal(number)
+    said, errors = job.communicate(timeout=60)
+    assert job.returncode == 128 + number and errors == ""
+    step = weights(tmp_path)["step"]
+    assert f"stopped at step {step}, saved in" in said and "--resume" in said
+    assert read_log(tmp_path)[-1]["step"] == step
+
+
+def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):  # noqa: F811
+    log = run(tokens, tmp_path, "--max_steps", 10**6, "--eval_interval", 10**6,
+              "--max_minutes", 0.01)
+    assert "stopped at step" in capsys.readouterr().out
+    assert weights(tmp_path)["step"] == log[-1]["step"] < 10**5
+
+
+def poison(monkeypatch, bad_step):
+    """Make the loss of one step NaN."""
+    calls, forward = [], train.TrainingLoss.forward
+
+    def patched(self, idx, targets):
+        loss = forward(self, idx, targets)
+        calls.append(torch.is_grad_enabled())
+        return loss * float("nan") if calls[-1] and sum(calls) == bad_step else loss
+
+    monkeypatch.setattr(train.TrainingLoss, "forward", patched)
+
+
+def test_not_a_number_is_named_where_it_appears(tokens, tmp_path, monkeypatch):  # noqa: F811
+    poison(monkeypatch, 4)
+    with pytest.raises(UserError, match=r"norm is nan at step 4, windows \d+ .*on_nan skip"):
+        run(tokens, tmp_path, "--max_steps", 9, "--save_interval", 2, "--micro_batch", 8)
+    assert weights(tmp_path)["step"] == 2
+    assert all(p.isfinite().all() for p in weights(tmp_path)["model"].values())
+
+
+def test_skipping_leaves_one_step_out(tokens, tmp_path, monkeypatch, capsys):  # noqa: F811
+    poison(monkeypatch, 4)
+    log = run(tokens, tmp_path, "--max_steps", 9, "--on_nan", "skip", "--micro_batch", 8)
+    assert "at step 4" in capsys.readouterr().out and log[-1]["step"] == 9
+    assert all(p.isfinite().all() for p in weights(tmp_path)["model"].values())
+
+
+def test_a_spike_is_marked(tokens, tmp_path, capsys):  # noqa: F811
+    from argparse import Namespace
+
+    from log import Log
+    args = Namespace(out=str(tmp_path), max_steps=20, wandb=None, tensorboard=False)
+    log = Log(args, None)
+    for step, loss in enumerate([3.0] * 10 + [3.9, 4.1, 3.0], 1):
+        log.write(dict(step=step, train_loss=loss))
+    assert [event["step"] for event in read_log(tmp_path) if event.get("spike")] == [12]
+    assert "jumped to 4.10" in capsys.readouterr().out
+
+
+def test_two_runs_into_one_folder(tokens, tmp_path):  # noqa: F811
+    job = start(tokens, tmp_path)
+    try:
+        with pytest.raises(UserError, match="another run is writing"):
+            run(tokens, tmp_path, "--max_steps", 1)
+    finally:
+        job.send_signal(signal.SIGINT)
+        said, _ = job.communicate(timeout=60)
+    assert "stopped at step" in said
+    steps = [event["step"] for event in read_log(tmp_path)]
+    assert steps == list(range(len(steps)))  # nothing of the second run is in it
+
+
+def test_an_evaluation_reads_whole_checkpoints_while_training_writes(tokens, tmp_path):  # noqa: F811
+    job = start(tokens, tmp_path, "--save_interval", 1)
+    try:
+        until, seen = time.monotonic() + 3, set()
+        while time.monotonic() < until:
+            with contextlib.suppress(ModelError) if not seen else contextlib.nullcontext():
+                seen.add(checkpoint.load_checkpoint(str(tmp_path / "ckpt.pt"))[1]["step"])
+    finally:
+        job.send_signal(signal.SIGINT)
+        job.communicate(timeout=60)
+    assert len(seen) > 2
+
+
+def test_a_folder_that_vanishes(tokens, tmp_path):  # noqa: F811
+    job = start(tokens, tmp_path / "gone", "--save_interval", 50)
+    shutil.rmtree(tmp_path / "gone")
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 2 and errors.count("\n") == 1 and "could not write" in errors
+
+
+def test_a_place_that_cannot_be_written(tokens):  # noqa: F811
+    with pytest.raises(OSError):  # run_script makes one line of it
+        run(tokens, "/proc/here/out", "--max_steps", 1)
+
+
+def test_a_damaged_line_of_the_log(tokens, tmp_path):  # noqa: F811
+    run(tokens, tmp_path, "--max_steps", 3, "--decay_steps", 9)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines(True)
+    (tmp_path / "log.jsonl").write_text("".join([lines[0], "}garbage{\n", *lines[2:]]))
+    with pytest.raises(UserError, match="damaged in line 2"):
+        run(tokens, tmp_path, "--resume", "--max_steps", 5)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == len(lines)  # untouched
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("wrap", ["torch", "pickle"])
+def test_a_checkpoint_cannot_run_code(tmp_path, wrap):
+    target, path = tmp_path / "created", tmp_path / "evil.pt"
+    state = dict(model={}, config={}, step=0, tokenizer=Evil(str(target)))
+    if wrap == "torch":
+        torch.save(state, path)
+    else:
+        path.write_bytes(pickle.dumps(state))
+    with pytest.raises(ModelError, match="damaged, or not a checkpoint"):
+        checkpoint.load_checkpoint(str(path))
+    assert not target.exists()
+    torch.load(path, weights_only=False) if wrap == "torch" else pickle.loads(path.read_bytes())
+    assert target.exists()  # the test's own bomb works
+
+
+def test_two_preparations_of_one_set(tmp_path):
+    argv = [sys.executable, os.path.join(ROOT, "prepare_data.py"), "--max_tokens", "200000",
+            "--out", str(tmp_path / "set")]
+    jobs = [subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    errors = [job.communicate(timeout=60)[1] for job in jobs]
+    codes = [job.returncode for job in jobs]
+    assert sorted(codes) == [0, 2] and errors[codes.index(2)].strip().count("\n") == 0
+    from data import TokenSet
+    TokenSet(str(tmp_path / "set"), verify=True)
+    assert os.listdir(tmp_path) == ["set"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--batch_tokens", "32", "--micro_batch", "1"],  # one window
+    ["--block_size", "1", "--batch_tokens", "8"], ["--n_head", "1"],
+    ["--n_embd", "30", "--n_head", "3", "--rotary_pct", "0.2"],  # head width 10
+    ["--vocab_size", "513"]])
+def test_odd_shapes_train(tokens, tmp_path, flags):  # noqa: F811
+    log = run(tokens, tmp_path, "--max_steps", 2, *flags)
+    assert log[-1]["step"] == 2 and log[-1]["val_loss"] < 7
+
+
+def test_a_schedule_resumed_past_its_end_stays_at_its_floor(tokens, tmp_path):  # noqa: F811
+    run(tokens, tmp_path, "--max_steps", 4)
+    log = run(tokens, tmp_path, "--resume", "--max_steps", 7)
+    assert [event["lr"] for event in log[5:]] == [pytest.approx(3e-4)] * 3
+
+
+def test_deterministic_runs_are_the_same(tokens, tmp_path):  # noqa: F811
+    try:
+        logs = [run(tokens, tmp_path / str(i), "--max_steps", 3, "--deterministic")
+                for i in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert numbers(logs[0]) == numbers(logs[1])

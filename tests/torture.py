@@ -1,0 +1,188 @@
+"""
+What a run survives: killed at random moments, and files damaged at random bytes. Prints the counts.
+
+    python tests/torture.py --kills 30 --damage 300
+
+The tests call the same functions with fewer of each.
+"""
+
+import argparse
+import collections
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import eval_sciq  # noqa: E402
+import train  # noqa: E402
+from checkpoint import read_checkpoint  # noqa: E402
+from model import ModelError  # noqa: E402
+
+TINY = """--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 256 --micro_batch 8
+          --eval_windows 8 --log_interval 1 --eval_interval 5 --warmup_steps 2 --device cpu
+          --no-sample --save_interval 3""".split()
+
+
+def in_child(job):
+    """Run job() in a forked process, silently; its pid."""
+    if pid := os.fork():
+        return pid
+    try:
+        torch.set_num_threads(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        job()
+        os._exit(0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        os._exit(1)
+
+
+def train_in_child(tokens, out, steps, *flags):
+    resume = ["--resume"] if os.path.exists(os.path.join(out, "ckpt.pt")) else []
+    return in_child(lambda: train.main(["--dataset", str(tokens), "--out", str(out), *TINY,
+                                        "--max_steps", str(steps), *resume, *flags]))
+
+
+def events(out):
+    """log.jsonl without what depends on the clock, and whether its last line is cut short."""
+    with open(os.path.join(out, "log.jsonl")) as f:
+        lines = f.read().split("\n")
+    whole = [json.loads(line) for line in lines[:-1]]
+    return [{k: v for k, v in event.items() if k != "tokens_per_sec"} for event in whole], lines[-1]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def kills(tokens, folder, count, seed=0, steps_each=40):
+    """Kill -9 a run `count` times and compare it with one never stopped: a Counter of outcomes."""
+    rng, steps = random.Random(seed), steps_each * count
+    whole, torn = os.path.join(folder, "whole"), os.path.join(folder, "torn")
+    assert os.waitpid(train_in_child(tokens, whole, steps), 0)[1] == 0
+    outcomes = collections.Counter()
+    while outcomes["killed"] < count:
+        pid = train_in_child(tokens, torn, steps)
+        time.sleep(rng.uniform(0.05, 0.8))
+        until = time.monotonic() + (0.2 if rng.random() < 0.5 else 0)
+        while time.monotonic() < until and not os.path.exists(torn + "/ckpt.pt.partial"):
+            pass  # half of the kills wait for a checkpoint to be under way
+        os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if not os.WIFSIGNALED(status):
+            assert status == 0, "a resume failed"
+            break  # it was at its end: no more to kill
+        outcomes["killed"] += 1
+        outcomes["killed while a checkpoint was written"] += os.path.exists(
+            os.path.join(torn, "ckpt.pt.partial"))
+        if os.path.exists(os.path.join(torn, "log.jsonl")):
+            seen, rest = events(torn)
+            at = 0
+            if os.path.exists(os.path.join(torn, "ckpt.pt")):
+                at = read_checkpoint(os.path.join(torn, "ckpt.pt"))["step"]
+            outcomes["last line cut short"] += bool(rest)
+            if seen:
+                assert seen[-1]["step"] - at <= 3, "more is lost than since the last checkpoint"
+    assert os.waitpid(train_in_child(tokens, torn, steps), 0)[1] == 0
+    assert events(torn) == events(whole), "the log has lost, doubled or changed a line"
+    a, b = (read_checkpoint(os.path.join(f, "ckpt.pt")) for f in (whole, torn))
+    assert same([a["model"], a["optimizer"]], [b["model"], b["optimizer"]]), "other weights"
+    return outcomes
+
+
+def spoil(content, rng):
+    """content with some bytes changed, or cut."""
+    if rng.random() < 0.3:
+        return content[:rng.randrange(len(content))]
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def damage(tokens, run, folder, count, seed=0):
+    """Damage every kind of file `count` times in all: {kind: Counter of outcomes}. Raises if a
+    reader ends in anything but its one-line errors, or believes a file that is not what it was."""
+    rng, outcomes = random.Random(seed), collections.defaultdict(collections.Counter)
+
+    def checkpoint(path):
+        return read_checkpoint(path)
+
+    def token_set(path):
+        found = data.TokenSet(os.path.dirname(path), verify=True)
+        return found.train.tobytes(), found.val.tobytes(), found.tokenizer, found.vocab_size
+
+    def evaluation(path):
+        docs, digest = eval_sciq.read_task("sciq", os.path.dirname(path), None)
+        return digest, [tuple(doc) for doc in docs]  # the digest is in the scores' JSON
+
+    sciq = os.path.join(folder, "sciq")
+    os.makedirs(sciq, exist_ok=True)
+    shutil.copy(os.path.join(ROOT, "demo_test.jsonl"), os.path.join(sciq, "sciq_test.jsonl"))
+    copy = os.path.join(folder, "set")
+    shutil.copytree(tokens, copy, dirs_exist_ok=True)
+    kinds = {"checkpoint": (os.path.join(run, "ckpt.pt"), checkpoint),
+             "train.bin": (os.path.join(copy, "train.bin"), token_set),
+             "val.bin": (os.path.join(copy, "val.bin"), token_set),
+             "meta.json": (os.path.join(copy, "meta.json"), token_set),
+             "evaluation file": (os.path.join(sciq, "sciq_test.jsonl"), evaluation)}
+    for i in range(count):
+        kind, (path, read) = list(kinds.items())[i % len(kinds)]
+        good = read(path)
+        with open(path, "rb") as f:
+            content = f.read()
+        try:
+            with open(path, "wb") as f:
+                f.write(bad := spoil(content, rng))
+            try:
+                found = read(path)
+            except (data.UserError, ModelError) as error:
+                assert "\n" not in " ".join(str(error).split()) and len(str(error)) < 500
+                outcomes[kind]["named in one line"] += 1
+            else:
+                if bad == content or same(found, good):
+                    outcomes[kind]["harmless: read as before"] += 1
+                else:
+                    assert kind == "evaluation file" and found[0] != good[0], f"{kind} believed"
+                    outcomes[kind]["read, with another sha256 in the scores"] += 1
+        finally:
+            with open(path, "wb") as f:
+                f.write(content)
+    return outcomes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--damage", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = os.path.join(folder, "tokens")
+        os.system(f"{sys.executable} {ROOT}/prepare_data.py --out {tokens} --max_tokens 40000")
+        print("kills:", dict(kills(tokens, folder, args.kills, args.seed)),
+              "; log and weights equal those of a run never stopped")
+        for kind, counts in damage(tokens, os.path.join(folder, "whole"), folder, args.damage,
+                                   args.seed).items():
+            print(f"damaged {kind}: {dict(counts)}")
+
+
+if __name__ == "__main__":
+    main()
