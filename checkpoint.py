@@ -49,6 +49,14 @@ def save_checkpoint(path, state, keep=1):
                         f"{kept}; free some space and --resume") from error
 
 
+def check_device(name):
+    """Raises UserError if this machine has no device of that name."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"no device {name!r} here: use --device cpu") from error
+
+
 def load_weights(model, state, path):
     """load_state_dict; ModelError, naming the first weight, if they are not the model's."""
     own = model.state_dict()

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
+from checkpoint import check_device, load_checkpoint
 from data import (
     Parser,
     UserError,
@@ -370,7 +370,12 @@ def run_lm_eval(scorer, tasks, limit):
                 text = text.split(stop)[0]
             return text
 
-    results = lm_eval.simple_evaluate(model=Adapter(), tasks=tasks, limit=limit)
+    try:
+        results = lm_eval.simple_evaluate(model=Adapter(), tasks=tasks, limit=limit)
+    except KeyError as error:
+        if "not a registered task" not in str(error):
+            raise
+        raise UserError(f"lm-evaluation-harness has no such task: {error.args[0]}") from error
     print(make_table(results))
     return results["results"]
 
@@ -402,6 +407,7 @@ def main():
         if not args.batch_size.isdecimal() or int(args.batch_size) < 1:
             raise UserError(f"--batch_size must be auto or at least 1, got {args.batch_size}")
         args.batch_size = int(args.batch_size)
+    check_device(args.device)
     if args.device == "cpu":
         keep_freed_memory()
     overrides = {} if args.nexus_order is None else dict(nexus_order=args.nexus_order)

@@ -251,6 +251,13 @@ def prepare(args):
           f"from {source} ({args.tokenizer})")
 
 
+def count(text):
+    """1e9 as well as 1000000000; argparse makes one line of a ValueError."""
+    if not float(text) < 1e18:
+        raise ValueError(text)
+    return int(float(text))
+
+
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -261,7 +268,7 @@ def main():
     add("--out", required=True, help="folder for the token set; must not exist or be empty")
     add("--text_field", help="which field of a row holds the text (default: text)")
     add("--revision", help="commit or branch of a set on the hub (default: the newest)")
-    add("--max_tokens", type=lambda s: int(float(s)), help="stop after this many, e.g. 1e9")
+    add("--max_tokens", type=count, help="stop after this many, e.g. 1e9")
     add("--val_fraction", type=float, help="share of the pieces of text kept for validation "
         "(default: 0.1 for small sets, less for large ones)")
     add("--workers", type=int, help="processes that tokenise (default: one a core)")

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from checkpoint import load_checkpoint
+from checkpoint import check_device, load_checkpoint
 from data import Parser, UserError, get_tokenizer, run_script
 from model import ModelError
 
@@ -31,6 +31,7 @@ def main():
     if args.max_new_tokens < 1 or args.num_samples < 1:
         raise UserError("--max_new_tokens and --num_samples must be at least 1")
 
+    check_device(args.device)
     model, meta = load_checkpoint(args.checkpoint, args.device)
     tokenizer = get_tokenizer(meta["tokenizer"])
     if args.prompt is None and sys.stdin.isatty():

@@ -1,0 +1,112 @@
+"""Whatever is typed, a script ends with status 0 or 2, one line, and nothing left behind."""
+
+import argparse
+import contextlib
+import io
+import os
+import shutil
+import sys
+
+import pytest
+from test_train import TINY, run, tokens  # noqa: F401
+
+import eval_sciq
+import prepare_data
+import sample
+import train
+from data import run_script
+from model import ModelError
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import given, settings, strategies  # noqa: E402
+
+JUNK = ["", " ", "-1", "0", "1", "2", "3", "-0", "nan", "-inf", "1e400", "1.5", "1e-9", "None",
+        "true", "999999999999", "9" * 400, "ü", "\u202e", "a b", "../nowhere", "/", ".", "--", "-",
+        "[]", "bytes", "gpt2", "sdpa", "flex", "manual", "qk", "self", "separate", "tiny", "demo",
+        "k", "pythia-1b", "sciq,demo", "cpu", "cuda", "mps", "{}", "%s", "\n", "*"]
+
+
+def flags_of(main):
+    """The flags of a script, from the parser that its main builds."""
+    class Stop(Exception):
+        pass
+
+    found = []
+
+    def stop(self, *args, **kwargs):
+        found.extend(self._actions)
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        with contextlib.suppress(Stop):
+            main()
+    return {a.option_strings[0]: a.nargs == 0 or isinstance(a, argparse.BooleanOptionalAction)
+            for a in found if a.option_strings
+            and a.dest not in ("help", "wandb", "tensorboard", "lm_eval", "compile")}
+
+
+def call(main, name, argv):
+    """(exit status, stderr) of a script, in this process."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), \
+            pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *argv])
+        try:
+            run_script(main, ModelError)
+        except SystemExit as end:
+            return end.code, errors.getvalue()
+    return 0, errors.getvalue()
+
+
+@pytest.fixture(scope="module")
+def place(tokens, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("place")
+    run(tokens, folder / "model", "--max_steps", 1)
+    (folder / "text.txt").write_text("a line of text\n" * 200)
+    return folder
+
+
+SCRIPTS = {
+    "train.py": (train.main, lambda p, t: ["--dataset", str(t), "--out", str(p / "out"), *TINY,
+                                           "--max_steps", "1", "--max_minutes", "0.002"]),
+    "sample.py": (sample.main, lambda p, t: ["--checkpoint", str(p / "model/ckpt.pt"),
+                                             "--prompt", "a", "--max_new_tokens", "2"]),
+    "prepare_data.py": (prepare_data.main, lambda p, t: [
+        "--dataset", "text", "--input", str(p / "text.txt"), "--out", str(p / "set"),
+        "--workers", "1"]),
+    "eval_sciq.py": (eval_sciq.main, lambda p, t: ["--checkpoint", str(p / "model/ckpt.pt"),
+                                                   "--tasks", "demo", "--limit", "1"]),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_any_arguments(name, place, tokens, monkeypatch):  # noqa: F811
+    main, base = SCRIPTS[name]
+    monkeypatch.chdir(place)  # relative names of the junk land here
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    known = flags_of(main)
+    flag = strategies.sampled_from(sorted(known))
+    pair = strategies.tuples(flag, strategies.sampled_from(JUNK) | strategies.text(max_size=5))
+    statuses = []
+
+    @settings(max_examples=130, deadline=None, database=None, derandomize=True,
+              phases=[hypothesis.Phase.generate],
+              suppress_health_check=list(hypothesis.HealthCheck))
+    @given(strategies.lists(pair, min_size=1, max_size=3))
+    def attempt(pairs):
+        argv = base(place, tokens)
+        for option, value in pairs:
+            argv += [option] if known[option] else [option, value]
+        status, errors = call(main, name, argv)
+        assert status in (0, 2), (argv, errors)
+        assert status == 0 or errors.count("\n") == 1 and "Traceback" not in errors, (argv, errors)
+        left = [f for _, _, files in os.walk(place) for f in files if "partial" in f]
+        assert not left, argv
+        statuses.append(status)
+        for folder in ("out", "set"):
+            if (place / folder).exists():
+                shutil.rmtree(place / folder)
+
+    attempt()
+    assert len(statuses) >= 125 and 2 in statuses
