@@ -21,7 +21,9 @@ from model import ModelError
 
 
 def test_killed_at_random_moments_it_loses_nothing(tokens, tmp_path):  # noqa: F811
-    assert torture.kills(tokens, str(tmp_path), 3)["killed"] == 3
+    outcomes = torture.kills(tokens, str(tmp_path), 6, steps_each=60)
+    assert outcomes["killed"] == 6 and outcomes["killed after new steps"] >= 2
+    assert outcomes["killed while a checkpoint was written"] >= 1
 
 
 def test_damage_is_named_or_harmless(tokens, tmp_path):  # noqa: F811

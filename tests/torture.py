@@ -8,6 +8,8 @@ The tests call the same functions with fewer of each.
 
 import argparse
 import collections
+import contextlib
+import io
 import json
 import os
 import random
@@ -74,21 +76,27 @@ def same(a, b):
 def kills(tokens, folder, count, seed=0, steps_each=40):
     """Kill -9 a run `count` times and compare it with one never stopped: a Counter of outcomes."""
     rng, steps = random.Random(seed), steps_each * count
+    with contextlib.redirect_stdout(io.StringIO()):  # what torch imports late: a child has it then
+        train.main(["--dataset", str(tokens), "--out", os.path.join(folder, "warm"), *TINY,
+                    "--max_steps", "1"])
     whole, torn = os.path.join(folder, "whole"), os.path.join(folder, "torn")
     assert os.waitpid(train_in_child(tokens, whole, steps), 0)[1] == 0
-    outcomes = collections.Counter()
+    outcomes, step = collections.Counter(), []
     while outcomes["killed"] < count:
         pid = train_in_child(tokens, torn, steps)
         time.sleep(rng.uniform(0.05, 0.8))
-        until = time.monotonic() + (0.2 if rng.random() < 0.5 else 0)
-        while time.monotonic() < until and not os.path.exists(torn + "/ckpt.pt.partial"):
-            pass  # half of the kills wait for a checkpoint to be under way
+        if rng.random() < 0.5:  # half of the kills wait for a checkpoint to be under way
+            until = time.monotonic() + 2
+            while time.monotonic() < until and not os.path.exists(torn + "/ckpt.pt.partial"):
+                pass
         os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         if not os.WIFSIGNALED(status):
             assert status == 0, "a resume failed"
             break  # it was at its end: no more to kill
         outcomes["killed"] += 1
+        before, step = step, events(torn)[0][-1:] if os.path.exists(torn + "/log.jsonl") else []
+        outcomes["killed after new steps"] += step != before
         outcomes["killed while a checkpoint was written"] += os.path.exists(
             os.path.join(torn, "ckpt.pt.partial"))
         if os.path.exists(os.path.join(torn, "log.jsonl")):
