@@ -185,7 +185,8 @@ def tokenise(items, args, dtype):
         init_worker(args.tokenizer, dtype)
         yield from (map(encode, chunk) for chunk in chunks)
         return
-    with multiprocessing.Pool(workers, init_worker, (args.tokenizer, dtype)) as pool:
+    processes = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
+    with processes.Pool(workers, init_worker, (args.tokenizer, dtype)) as pool:
         waiting = collections.deque()
         for chunk in chunks:
             waiting.append(pool.map_async(encode, chunk))
