@@ -22,6 +22,11 @@ sys.path.insert(0, ROOT)  # the scripts here run from any folder
 from data import UserError  # noqa: E402
 
 
+def listed(kind):
+    """The type of a flag that takes several: listed(int)("1,2") is [1, 2]."""
+    return lambda text: [kind(x) for x in text.split(",")]
+
+
 def mean_spread(values, digits=4):
     """"mean ± standard deviation" over seeds."""
     spread = f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "?"

@@ -30,7 +30,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import pyplot, save, table
+from common import listed, pyplot, save, table
 
 from data import Parser, UserError, keep_freed_memory, run_script
 from loss import TrainingLoss
@@ -260,9 +260,6 @@ def plot(plt, training, orders):
 
 
 def main():
-    def listed(kind):
-        return lambda text: [kind(x) for x in text.split(",")]
-
     cuda = torch.cuda.is_available()
     parser = Parser(__doc__)
     add = parser.add_argument

@@ -19,7 +19,7 @@ import math
 import torch
 from tqdm import tqdm
 
-from common import pyplot, save, table
+from common import listed, pyplot, save, table
 
 from data import Parser, UserError, run_script
 
@@ -138,15 +138,12 @@ def plot(plt, all_results):
 
 
 def main():
-    def integers(text):
-        return [int(number) for number in text.split(",")]
-
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--T", type=int, default=64, help="tokens (default: 64)")
-    add("--d", type=integers, default="8,16,32", help="their widths, and the head's "
+    add("--d", type=listed(int), default="8,16,32", help="their widths, and the head's "
         "(default: 8,16,32)")
-    add("--ranks", type=integers, help="of the targets (default: d/8 to 2d)")
+    add("--ranks", type=listed(int), help="of the targets (default: d/8 to 2d)")
     add("--seeds", type=int, default=5, help="targets, and tokens, of each rank (default: 5)")
     add("--restarts", type=int, default=2, help="fits of each; the best counts (default: 2)")
     add("--steps", type=int, default=600, help="of Adam (default: 600)")

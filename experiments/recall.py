@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import mean_spread, paired, paired_text, pyplot, save, table
+from common import listed, mean_spread, paired, paired_text, pyplot, save, table
 
 from data import Parser, UserError, run_script
 from model import GPT, GPTConfig
@@ -180,7 +180,7 @@ def main():
     add("--steps", type=int, default=400, help="of training (default: 400)")
     add("--batch", type=int, default=64, help="problems a step (default: 64)")
     add("--seeds", type=int, default=5, help="that are counted (default: 5)")
-    add("--lrs", type=lambda s: [float(x) for x in s.split(",")], default="1e-3,3e-3,1e-2",
+    add("--lrs", type=listed(float), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
     add("--quick", action="store_true", help="fewer steps and seeds, under a minute")
     add("--tasks", default="one-hop,parallel", help=f"of {', '.join(TASKS)} "

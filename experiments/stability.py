@@ -22,7 +22,7 @@ import types
 import torch
 from tqdm import tqdm
 
-from common import mean_spread, paired, paired_text, pydocs, pyplot, save, table
+from common import listed, mean_spread, paired, paired_text, pydocs, pyplot, save, table
 
 from data import Parser, TokenSet, UserError, batch, run_script, train_indices, windows
 from model import GPT, GPTConfig, Rotary
@@ -158,9 +158,6 @@ def plot(plt, starts, runs, args):
 
 
 def main():
-    def listed(kind):
-        return lambda text: [kind(x) for x in text.split(",")]
-
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--orders", type=listed(int), default="1,2,3,4,5,6", help="1 first (default: 1 to 6)")

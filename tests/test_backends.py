@@ -6,21 +6,13 @@ import warnings
 import pytest
 import torch
 import torch._dynamo
-from test_model import ALL, READINGS, make, name, tokens
+from test_model import ALL, READINGS, float64, make, name, tokens  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import KVCache, ModelError
 
 warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def same_weights(gpt, **changes):

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from torture import same
 
 import data
 import train
@@ -58,17 +59,6 @@ def weights(out):
     return torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
 
 
-def equal(a, b):
-    """Whether two nested dicts and lists of tensors and values are bit for bit the same."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
-
-
 @pytest.mark.parametrize("n, flags", [(6, []), (4, ["--dropout", "0.2", "--nexus_order", "3"])])
 def test_n_plus_m_steps_are_n_stop_resume_m(tokens, tmp_path, n, flags):
     whole = run(tokens, tmp_path / "whole", "--max_steps", 10, *flags)
@@ -77,7 +67,7 @@ def test_n_plus_m_steps_are_n_stop_resume_m(tokens, tmp_path, n, flags):
     assert numbers(parts) == numbers(whole)
     assert [event["step"] for event in whole] == list(range(11))
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert equal(a["model"], b["model"]) and equal(a["optimizer"], b["optimizer"])
+    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
 
 
 def test_steps_after_the_checkpoint_are_taken_and_logged_again(tokens, tmp_path):

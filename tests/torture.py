@@ -64,6 +64,7 @@ def events(out):
 
 
 def same(a, b):
+    """Whether two nested dicts and lists of tensors and values are bit for bit the same."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, dict):
