@@ -24,7 +24,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         w, count = weight.to(dtype), (targets >= 0).sum()
         total = torch.zeros((), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if learn else (None, None)
-        rows = max(1, CHUNK // weight.size(0))
+        rows, ids = max(1, CHUNK // weight.size(0)), torch.arange(weight.size(0), device=h.device)
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
             x, target = h[part].to(dtype), targets[part, None]
@@ -32,8 +32,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             known = target >= 0
             target = target.clamp(min=0)
             total -= (log_p.gather(1, target) * known).sum()
-            if learn:  # of each row's logits: softmax - onehot(target)
-                p = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1]))
+            if learn:  # of each row's logits: softmax - onehot(target), compiled into one kernel
+                p = log_p.exp_().add_(ids == target, alpha=-1)
                 p = p.mul_(known.to(p.dtype) / count).to(dtype)
                 dh[part] = p @ w
                 dw += p.T @ x

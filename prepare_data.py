@@ -25,6 +25,8 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 from tqdm import tqdm
@@ -177,23 +179,33 @@ def encode(piece):
     return np.array(tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * ends, out_dtype)
 
 
+def encode_all(chunk):
+    return [encode(piece) for piece in chunk]
+
+
 def tokenise(items, args, dtype):
     """encode() each item, in order, on all cores, never more than some pieces ahead."""
-    workers = args.workers or os.cpu_count() or 1
     chunks = iter(lambda: list(itertools.islice(items, 32)), [])
-    if workers == 1:
+    if args.workers == 1:
         init_worker(args.tokenizer, dtype)
-        yield from (map(encode, chunk) for chunk in chunks)
+        yield from map(encode_all, chunks)
         return
-    processes = multiprocessing.get_context("spawn")  # a fork of a process with threads can hang
-    with processes.Pool(workers, init_worker, (args.tokenizer, dtype)) as pool:
+    # spawn: a fork of a process with threads can hang, and so can multiprocessing.Pool as it ends
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), init_worker,
+                               (args.tokenizer, dtype))
+    try:
         waiting = collections.deque()
         for chunk in chunks:
-            waiting.append(pool.map_async(encode, chunk))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().get()
+            waiting.append(pool.submit(encode_all, chunk))
+            if len(waiting) > 2 * args.workers:
+                yield waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().get()
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError("a tokenising process was killed: if memory ran out, use fewer --workers") \
+            from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def prepare(args):
@@ -209,6 +221,8 @@ def prepare(args):
         raise UserError(f"--val_fraction must be more than 0 and at most 0.5, got {share}")
     if args.max_tokens is not None and args.max_tokens < 1:
         raise UserError(f"--max_tokens must be at least 1, got {args.max_tokens}")
+    if not 1 <= args.workers <= 256:
+        raise UserError(f"--workers must be from 1 to 256, got {args.workers}")
     every = round(1 / share)  # the last of every `every` pieces of text is for validation
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     limit = args.max_tokens or sys.maxsize
@@ -272,7 +286,8 @@ def main():
     add("--max_tokens", type=count, help="stop after this many, e.g. 1e9")
     add("--val_fraction", type=float, help="share of the pieces of text kept for validation "
         "(default: 0.1 for small sets, less for large ones)")
-    add("--workers", type=int, help="processes that tokenise (default: one a core)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise (default: "
+        "one a core)")
     args = parser.parse_args()
     prepare(args)
 

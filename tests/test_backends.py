@@ -2,11 +2,14 @@
 
 import shutil
 import warnings
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo
 from test_model import ALL, READINGS, float64, make, name, tokens  # noqa: F401
+from test_train import run
+from test_train import tokens as tokens_on_disk  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import KVCache, ModelError
@@ -162,3 +165,17 @@ def test_compiles_to_one_graph_and_stays(kind):
                 p.sub_(p.grad, alpha=0.01)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_training_compiles_twice_whatever_comes(tokens_on_disk, tmp_path, monkeypatch):  # noqa: F811
+    """One graph with gradients and one without: over steps, validations and a short last batch."""
+    log = run(tokens_on_disk, tmp_path / "plain", "--max_steps", 5, "--eval_windows", 7)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = run(tokens_on_disk, tmp_path / "compiled", "--max_steps", 5, "--eval_windows", 7,
+                   "--compile")
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    for a, b in zip(log, compiled, strict=True):
+        assert a["val_loss"] == b["val_loss"] or abs(a["val_loss"] - b["val_loss"]) < 1e-4

@@ -8,7 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_train import ROOT, TINY, command, read_log, run, tokens, weights  # noqa: F401
+
+from loss import TrainingLoss
+from model import GPT, GPTConfig
 
 
 def check_same(one, many):
@@ -87,6 +91,37 @@ def test_a_killed_process_ends_the_run_and_leaves_a_whole_checkpoint(tokens, tmp
     flags = ["--resume", "--max_steps", steps, "--micro_batch", 8]
     resumed = run(tokens, tmp_path, *flags)  # one process goes on with what two began
     assert [event["step"] for event in resumed] == list(range(steps + 1))
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
+def test_gradients_travel_while_backward_goes_on(backend):
+    """In buckets: the last layer's are on their way before the first layer's exist."""
+    gpt = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=6, n_head=4, n_embd=512,
+                        nexus_order=2, checkpoint_attention=True))  # 75 MB; a bucket has 25
+    events = []
+    gpt.embed.weight.register_post_accumulate_grad_hook(lambda p: events.append("embedding"))
+    loss = TrainingLoss(gpt)
+    if backend:
+        torch._dynamo.reset()
+        loss = torch.compile(loss, fullgraph=True, dynamic=False, backend=backend)
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1,
+                                         store=torch.distributed.HashStore())
+    try:
+        ddp = torch.nn.parallel.DistributedDataParallel(loss)
+
+        def travel(state, bucket):
+            events.append("bucket")
+            return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(
+                lambda future: future.value()[0])
+
+        ddp.register_comm_hook(None, travel)
+        idx = torch.randint(64, (2, 16))
+        for _ in range(2):  # DDP orders its buckets after the first backward
+            events.clear()
+            ddp(idx, idx).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(events) >= 4 and events.index("embedding") >= 2 and events[-1] == "bucket"
 
 
 def test_accumulation_synchronises_once_a_step(tokens, tmp_path):  # noqa: F811

@@ -188,3 +188,14 @@ def test_killed_preparation_leaves_no_token_set(tmp_path):
     assert not (tmp_path / "set").exists()
     with pytest.raises(UserError, match="no token set"):
         TokenSet(tmp_path / "set")
+
+
+def die(*args):
+    os._exit(1)
+
+
+def test_a_killed_worker_is_said_and_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "init_worker", die)
+    with pytest.raises(UserError, match="was killed: if memory ran out, use fewer --workers"):
+        run("--workers", 2, "--out", tmp_path / "set", monkeypatch=monkeypatch)
+    assert os.listdir(tmp_path) == []
