@@ -52,7 +52,7 @@ def save_checkpoint(path, state, keep=1):
 def check_device(name):
     """Raises UserError if this machine has no device of that name."""
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"no device {name!r} here: use --device cpu") from error
 

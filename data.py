@@ -38,11 +38,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main, *also):
-    """Call main(); turn UserError, OSError and the exceptions in `also` into one line, status 2."""
+    """Call main(); turn UserError, OSError, the exceptions in `also` and a lack of memory into one
+    line, status 2."""
     try:
         main()
-    except (UserError, OSError, *also) as error:
+    except (UserError, OSError, MemoryError, RuntimeError, *also) as error:
         message = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "out of memory" in message \
+                or "can't allocate memory" in message:  # numpy's, CUDA's, torch's on a CPU
+            message = "out of memory: use a smaller batch, context or model"
+        elif isinstance(error, RuntimeError):
+            raise
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -75,6 +75,11 @@ class GPTConfig:
             raise ModelError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.nexus_inner == "separate" and self.nexus_order < 2:
             raise ModelError("nexus_inner separate needs nexus_order >= 2: order 1 has no loop")
+        size = self.n_embd * (12 * self.n_layer * self.n_embd + 2 * self.vocab_size
+                              + self.block_size)
+        if size > 1e12:  # a slip of the keyboard would take all memory, and then the machine
+            raise ModelError(f"vocab_size, block_size, n_layer and n_embd make {size:.0e} numbers: "
+                             "more than a trillion")
 
     @property
     def rotary_dim(self):

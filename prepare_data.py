@@ -23,8 +23,8 @@ import platform
 import re
 import shutil
 import sys
-import tempfile
 import time
+import uuid
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -227,11 +227,11 @@ def prepare(args):
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     limit = args.max_tokens or sys.maxsize
 
-    os.makedirs(os.path.dirname(out), exist_ok=True)
-    partial = tempfile.mkdtemp(prefix=f"{os.path.basename(out)}.partial-", dir=os.path.dirname(out))
+    partial = f"{out}.partial-{uuid.uuid4().hex[:8]}"
     files = {split: os.path.join(partial, f"{split}.bin") for split in ("train", "val")}
     counts, seen, total, start = {"train": 0, "val": 0}, 0, 0, time.monotonic()
     try:
+        os.makedirs(partial)
         bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:.0f}%"
                    " |{bar}| {elapsed} gone, {remaining} to go, {postfix}")
         with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
@@ -258,7 +258,6 @@ def prepare(args):
                     dataset=args.dataset, source=source, revision=revision)
         with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as f:
             json.dump(meta, f, indent=2)
-        os.chmod(partial, 0o755)  # mkdtemp made it private
         os.replace(partial, out)  # onto nothing, or onto an empty folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -286,8 +285,8 @@ def main():
     add("--max_tokens", type=count, help="stop after this many, e.g. 1e9")
     add("--val_fraction", type=float, help="share of the pieces of text kept for validation "
         "(default: 0.1 for small sets, less for large ones)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise (default: "
-        "one a core)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise "
+        "(default: one a core)")
     args = parser.parse_args()
     prepare(args)
 

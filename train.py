@@ -135,8 +135,8 @@ def parse_args(argv=None):
         agree(vars(args), saved["args"], FIXED)
     for name in ("batch_tokens", "micro_batch", "max_steps", "decay_steps", "eval_interval",
                  "eval_windows", "save_interval", "log_interval", "keep"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        if not 1 <= getattr(args, name) <= 2**31:
+            raise UserError(f"--{name} must be from 1 to 2^31, got {getattr(args, name)}")
     for name in ("lr", "warmup_steps", "weight_decay", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must be a number from 0 up, got {getattr(args, name)}")

@@ -109,6 +109,13 @@ def peak_memory(name, config, batch, args):
         return tracker.get_tracker_snapshot("peak")[torch.device(args.device)]["Total"]
 
 
+def largest_batch(name, config, batch, args):
+    """How many windows at once fit into args.gib: memory is a line in the batch, so the peaks of
+    `batch` and of twice as many tell."""
+    one, two = (peak_memory(name, config, n * batch, args) for n in (1, 2))
+    return max(0, int(batch + (args.gib * 2**30 - one) / ((two - one) / batch)))
+
+
 def cache_bytes(model):
     """Bytes that a KVCache keeps for a token, float32."""
     cache = KVCache(8)
@@ -186,6 +193,8 @@ def at_context(preset, T, args):
     configs = variants(config, args)
     batch = max(1, args.tokens // T)
     peaks = {name: peak_memory(name, c, batch, args) for name, c in configs.items()}
+    fits = {name: largest_batch(name, c, batch, args) if args.gib else None
+            for name, c in configs.items()}
     models = {name: GPT(c) for name, c in configs.items()}
     if args.nanogpt:
         models["nanoGPT"] = nanogpt(args.nanogpt, config)
@@ -202,6 +211,7 @@ def at_context(preset, T, args):
         results[name] |= dict(
             parameters=models[name].num_params(), flops=flops, peak=peaks[name],
             predicted=models["baseline"].flops_per_token(T) / flops,
+            fits=fits[name],
             counted=counted_flops(c) / own_flops(c), cache=cache_bytes(models[name].eval()),
             mfu=results[name]["rate"] * flops / args.peak if args.peak else None)
     return results
@@ -226,8 +236,8 @@ def generation(preset, args):
 
 def rows(results):
     ours = "flops" in results["baseline"]  # training, or generation
-    yield ["", *(["parameters", "FLOPs/token", "counted / own", "cache bytes/token", "peak memory"]
-                 if ours else []), "tokens/s", "speed ratio (quartiles)",
+    yield ["", *(["parameters", "FLOPs/token", "counted / own", "cache bytes/token", "peak memory",
+                   "largest micro-batch"] if ours else []), "tokens/s", "speed ratio (quartiles)",
            *(["FLOPs predict", "MFU"] if ours else [])]
     for name, r in results.items():
         low, high = r["quartiles"]
@@ -235,9 +245,10 @@ def rows(results):
         if "flops" in r:
             yield [name, f"{r['parameters']:,}", f"{r['flops'] / 1e6:,.2f} M",
                    f"{r['counted']:.4f}", f"{r['cache']:,}", f"{r['peak'] / 2**20:,.0f} MiB",
-                   *speed, f"{r['predicted']:.3f}", f"{r['mfu']:.1%}" if r["mfu"] else ""]
+                   "" if r["fits"] is None else str(r["fits"]), *speed, f"{r['predicted']:.3f}",
+                   f"{r['mfu']:.1%}" if r["mfu"] else ""]
         else:
-            yield [name, *[""] * 5 * ours, *speed, *[""] * 2 * ours]
+            yield [name, *[""] * 6 * ours, *speed, *[""] * 2 * ours]
 
 
 def plot(plt, training, orders):
@@ -270,6 +281,8 @@ def main():
     add("--tokens", type=int, default=4096, help="a step, or one window if that is more "
         "(default: 4096)")
     add("--rounds", type=int, default=10, help="how often each model takes its turn (default: 10)")
+    add("--gib", type=float, help="also say how many windows at once fit into a memory of this "
+        "many GiB (default: not said)")
     add("--new_tokens", type=int, default=200, help="tokens to generate (default: 200)")
     add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure beside ours")
     add("--neox", action="store_true", help="transformers' GPT-NeoX too")
@@ -280,6 +293,8 @@ def main():
     if args.quick:
         args.contexts, args.orders, args.rounds, args.tokens, args.new_tokens = \
             [64, 128], [1, 2, 3], 3, 256, 20
+    if args.gib is not None and not 0 < args.gib < 1e6:
+        raise UserError(f"--gib must be above 0, got {args.gib}")
     if args.rounds < 2 or args.orders[0] != 1 or min(args.contexts + args.orders + [
             args.tokens, args.new_tokens]) < 1:
         raise UserError("--rounds must be at least 2, --orders begin with 1, the rest be above 0")

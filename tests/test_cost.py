@@ -20,15 +20,25 @@ def test_the_models_flops_are_torchs(kind):
     assert cost.counted_flops(config) == pytest.approx(cost.own_flops(config), rel=0.01)
 
 
+ON_CPU = SimpleNamespace(device="cpu", compile=False, gib=0.25, autocast=lambda: torch.autocast(
+    "cpu", enabled=False))
+
+
 def test_peak_memory_grows_with_order_by_what_is_kept():
-    args = SimpleNamespace(device="cpu", compile=False, autocast=lambda: torch.autocast(
-        "cpu", enabled=False))
+    args = ON_CPU
     small, order2, long = (cost.peak_memory("", GPTConfig(**PRESETS["tiny"] | kind), 2, args)
                            for kind in (dict(), dict(nexus_order=2), dict(block_size=512)))
     weights = 4 * 4 * GPT(GPTConfig(**PRESETS["tiny"])).num_params()  # and gradient, two moments
     assert weights < small < order2 < long
     stream = 2 * 256 * 128 * 4  # one (B, T, C) of float32; a layer keeps 2 turned and 2 new ones
     assert 4 * 4 * stream <= order2 - small <= 4 * 12 * stream
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    config = GPTConfig(**PRESETS["tiny"], nexus_order=2)
+    fits = cost.largest_batch("", config, 4, ON_CPU)
+    assert cost.peak_memory("", config, fits, ON_CPU) <= ON_CPU.gib * 2**30 \
+        < cost.peak_memory("", config, fits + 1, ON_CPU)
 
 
 def test_cache_bytes_are_the_generations():

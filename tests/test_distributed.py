@@ -1,6 +1,5 @@
 """Several processes, on one node or two, are one; a lost one ends the run and nothing else."""
 
-import contextlib
 import os
 import signal
 import socket
@@ -10,6 +9,7 @@ import sys
 import pytest
 import torch
 from test_train import ROOT, TINY, command, read_log, run, tokens, weights  # noqa: F401
+from torture import workers
 
 from loss import TrainingLoss
 from model import GPT, GPTConfig
@@ -56,23 +56,12 @@ def test_one_node_is_two(one, tokens, tmp_path):  # noqa: F811
     check_same(one, read_log(tmp_path))
 
 
-def workers(mark):
-    """{rank: pid} of the processes that torchrun has started for the run with this mark."""
-    found = {}
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as f:
-            env = dict(pair.split(b"=", 1) for pair in f.read().split(b"\0") if b"=" in pair)
-            if env.get(b"RUN_OF_THIS_TEST") == os.fsencode(mark) and b"RANK" in env:
-                found[int(env[b"RANK"])] = int(pid)
-    return found
-
-
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the process by Linux's /proc")
 def test_a_killed_process_ends_the_run_and_leaves_a_whole_checkpoint(tokens, tmp_path):  # noqa: F811
     argv = command(tokens, tmp_path, "--max_steps", 10**6, "--eval_interval", 10**6,
                    "--save_interval", 3, processes=2)
     job = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                           env=os.environ | dict(RUN_OF_THIS_TEST=str(tmp_path)))
+                           env=os.environ | dict(MARK=str(tmp_path)))
     try:
         said = ""
         for line in job.stdout:

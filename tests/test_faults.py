@@ -1,6 +1,9 @@
 """What really happens to runs: kills, signals, time limits, damage, full disks, two at once."""
 
+import ast
 import contextlib
+import glob
+import json
 import os
 import pickle
 import shutil
@@ -17,7 +20,7 @@ from test_train import ROOT, command, numbers, read_log, run, tokens, weights  #
 import checkpoint
 import train
 from data import UserError
-from model import ModelError
+from model import GPT, ModelError
 
 
 def test_killed_at_random_moments_it_loses_nothing(tokens, tmp_path):  # noqa: F811
@@ -146,6 +149,65 @@ def test_an_evaluation_reads_whole_checkpoints_while_training_writes(tokens, tmp
     assert len(seen) > 2
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)],
+                             capture_output=True) if shutil.which("mount") else None
+    if not mounted or mounted.returncode:
+        pytest.skip("mounting a small disk needs Linux and root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fails_in_one_line(job_argv):
+    result = subprocess.run(job_argv, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_a_disk_that_fills_up(tokens, tmp_path, disk):  # noqa: F811
+    whole = run(tokens, tmp_path / "whole", "--max_steps", 8)
+    run(tokens, disk / "run", "--max_steps", 4, "--decay_steps", 8)
+    with open(disk / "other", "wb", buffering=0) as f, contextlib.suppress(OSError):
+        while True:
+            f.write(bytes(4096))
+    resume = command(tokens, disk / "run", "--resume", "--max_steps", 8, "--save_interval", 2)
+    assert "could not write" in (said := fails_in_one_line(resume)) or "No space left" in said
+    with open(disk / "other", "r+b") as f:  # the log fits again, a checkpoint does not
+        f.truncate(os.path.getsize(disk / "other") - 20_000)
+    said = fails_in_one_line(resume)
+    assert "is the disk full?" in said and "the last one is untouched" in said
+    assert weights(disk / "run")["step"] == 4 and not (disk / "run/ckpt.pt.partial").exists()
+    os.remove(disk / "other")
+    assert numbers(run(tokens, disk / "run", "--resume", "--max_steps", 8)) == numbers(whole)
+
+
+def test_a_folder_that_can_only_be_read(tokens, disk):  # noqa: F811
+    run(tokens, disk / "run", "--max_steps", 2)
+    before = {f.name: f.read_bytes() for f in (disk / "run").iterdir()}
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for out, flags in (("run", ["--resume"]), ("new", [])):
+        said = fails_in_one_line(command(tokens, disk / out, *flags, "--max_steps", 4))
+        assert "Read-only file system" in said
+    assert before == {f.name: f.read_bytes() for f in (disk / "run").iterdir()}
+
+
+def test_a_second_interrupt_stops_at_once(tokens, tmp_path):  # noqa: F811
+    """While the first one waits for a step that takes hours."""
+    argv = command(tokens, tmp_path / "long", "--batch_tokens", 2**24, "--micro_batch", 8)
+    job = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout.readline() and job.stdout.readline().startswith("step 0/")
+    job.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert job.poll() is None  # it means to finish the step
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=20)
+    assert job.returncode == 130 and errors == "interrupted\n"
+
+
 def test_a_folder_that_vanishes(tokens, tmp_path):  # noqa: F811
     job = start(tokens, tmp_path / "gone", "--save_interval", 50)
     shutil.rmtree(tmp_path / "gone")
@@ -188,6 +250,39 @@ def test_a_checkpoint_cannot_run_code(tmp_path, wrap):
     assert not target.exists()
     torch.load(path, weights_only=False) if wrap == "torch" else pickle.loads(path.read_bytes())
     assert target.exists()  # the test's own bomb works
+
+
+def test_weights_are_read_from_the_folder_alone(tmp_path):
+    """An index may name a file elsewhere; it is not followed."""
+    pytest.importorskip("safetensors")
+    from safetensors.torch import save_file
+    save_file({"embed_out.weight": torch.zeros(64, 16)}, tmp_path / "outside.safetensors")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(dict(
+        model_type="gpt_neox", vocab_size=64, max_position_embeddings=8, num_hidden_layers=1,
+        num_attention_heads=2, hidden_size=16, intermediate_size=64, hidden_act="gelu")))
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(dict(
+        weight_map={"embed_out.weight": "../outside.safetensors"})))
+    with pytest.raises(ModelError, match="missing"):
+        GPT.from_hf(str(tmp_path / "model"))
+
+
+def test_nothing_here_runs_text_as_code():
+    """No eval, exec or compile of text, no pickle, no trust_remote_code."""
+    for path in glob.glob(os.path.join(ROOT, "**/*.py"), recursive=True):
+        if os.path.relpath(path, ROOT).startswith("tests"):
+            continue
+        with open(path, encoding="utf-8") as f:
+            tree = ast.parse(f.read())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), path
+            if isinstance(node, ast.keyword):
+                assert node.arg not in ("trust_remote_code", "shell"), path
+                assert node.arg != "weights_only" or node.value.value is True, path
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+                assert not {"pickle", "marshal", "shelve", "dill"} & {*names}, path
 
 
 def test_two_preparations_of_one_set(tmp_path):

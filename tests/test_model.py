@@ -347,7 +347,8 @@ def test_nothing_to_continue():
 # --- configurations -------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(n_layer=0), "n_layer must be at least 1"), (dict(nexus_order=0), "nexus_order must be"),
+    (dict(n_layer=0), "n_layer must be at least 1"), (dict(n_layer=10**9), "more than a trillion"),
+    (dict(block_size=10**12), "more than a trillion"), (dict(nexus_order=0), "nexus_order must be"),
     (dict(n_head=3), "multiple of n_head"), (dict(rotary_pct=0.0), "rotary_pct"),
     (dict(rotary_pct=1.5), "rotary_pct"), (dict(rotary_pct=0.2), "even"),
     (dict(dropout=1.0), "dropout"), (dict(attention="flash"), "sdpa, flex, manual"),

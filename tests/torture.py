@@ -1,7 +1,7 @@
 """
 What a run survives: killed at random moments, and files damaged at random bytes. Prints the counts.
 
-    python tests/torture.py --kills 30 --damage 300
+    python tests/torture.py --kills 30 --damage 300 --torchrun 20
 
 The tests call the same functions with fewer of each.
 """
@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -74,6 +75,26 @@ def same(a, b):
     return a == b
 
 
+def check_killed(out, before, outcomes):
+    """What must hold of a run just killed; its last event, to see if the next one gets further."""
+    seen, rest = events(out) if os.path.exists(os.path.join(out, "log.jsonl")) else ([], "")
+    path, at = os.path.join(out, "ckpt.pt"), 0
+    if os.path.exists(path):
+        at = read_checkpoint(path)["step"]
+    outcomes["killed"] += 1
+    outcomes["killed after new steps"] += seen[-1:] != before
+    outcomes["killed while a checkpoint was written"] += os.path.exists(path + ".partial")
+    outcomes["last line cut short"] += bool(rest)
+    assert not seen or seen[-1]["step"] - at <= 3, "more is lost than since the last checkpoint"
+    return seen[-1:]
+
+
+def check_equal(whole, torn):
+    assert events(torn) == events(whole), "the log has lost, doubled or changed a line"
+    a, b = (read_checkpoint(os.path.join(f, "ckpt.pt")) for f in (whole, torn))
+    assert same([a["model"], a["optimizer"]], [b["model"], b["optimizer"]]), "other weights"
+
+
 def kills(tokens, folder, count, seed=0, steps_each=40):
     """Kill -9 a run `count` times and compare it with one never stopped: a Counter of outcomes."""
     rng, steps = random.Random(seed), steps_each * count
@@ -95,23 +116,58 @@ def kills(tokens, folder, count, seed=0, steps_each=40):
         if not os.WIFSIGNALED(status):
             assert status == 0, "a resume failed"
             break  # it was at its end: no more to kill
-        outcomes["killed"] += 1
-        before, step = step, events(torn)[0][-1:] if os.path.exists(torn + "/log.jsonl") else []
-        outcomes["killed after new steps"] += step != before
-        outcomes["killed while a checkpoint was written"] += os.path.exists(
-            os.path.join(torn, "ckpt.pt.partial"))
-        if os.path.exists(os.path.join(torn, "log.jsonl")):
-            seen, rest = events(torn)
-            at = 0
-            if os.path.exists(os.path.join(torn, "ckpt.pt")):
-                at = read_checkpoint(os.path.join(torn, "ckpt.pt"))["step"]
-            outcomes["last line cut short"] += bool(rest)
-            if seen:
-                assert seen[-1]["step"] - at <= 3, "more is lost than since the last checkpoint"
+        step = check_killed(torn, step, outcomes)
     assert os.waitpid(train_in_child(tokens, torn, steps), 0)[1] == 0
-    assert events(torn) == events(whole), "the log has lost, doubled or changed a line"
-    a, b = (read_checkpoint(os.path.join(f, "ckpt.pt")) for f in (whole, torn))
-    assert same([a["model"], a["optimizer"]], [b["model"], b["optimizer"]]), "other weights"
+    check_equal(whole, torn)
+    return outcomes
+
+
+def workers(mark):
+    """{rank: pid} of the processes that torchrun has started in an environment with this mark."""
+    found = {}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as f:
+            env = dict(pair.split(b"=", 1) for pair in f.read().split(b"\0") if b"=" in pair)
+            if env.get(b"MARK") == os.fsencode(mark) and b"RANK" in env:
+                found[int(env[b"RANK"])] = int(pid)
+    return found
+
+
+def torchrun(tokens, out, steps):
+    """A run of two processes; its environment is marked with `out`, for workers()."""
+    resume = ["--resume"] if os.path.exists(os.path.join(out, "ckpt.pt")) else []
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            os.path.join(ROOT, "train.py"), "--dataset", str(tokens), "--out", str(out), *TINY,
+            "--max_steps", str(steps), "--micro_batch", "4", *resume]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | dict(MARK=str(out), OMP_NUM_THREADS="1"))
+
+
+def torchrun_kills(tokens, folder, count, seed=0, steps_each=100):
+    """The same for two processes under torchrun, either of them killed."""
+    rng, steps = random.Random(seed), steps_each * count
+    whole, torn = os.path.join(folder, "whole2"), os.path.join(folder, "torn2")
+    job = torchrun(tokens, whole, steps)
+    assert job.communicate() and job.returncode == 0
+    outcomes, step = collections.Counter(), []
+    while outcomes["killed"] < count:
+        job = torchrun(tokens, torn, steps)
+        for line in job.stdout:
+            if line.startswith("step "):
+                break
+        time.sleep(rng.uniform(0, 1.5))
+        rank = rng.randrange(2)
+        if not (pid := workers(torn).get(rank)):
+            break  # it was at its end
+        os.kill(pid, signal.SIGKILL)
+        errors = job.communicate()[1]
+        assert job.returncode != 0
+        outcomes[f"rank {rank} killed"] += 1
+        outcomes["the other one says what to do"] += "with --resume goes on" in errors
+        step = check_killed(torn, step, outcomes)
+    job = torchrun(tokens, torn, steps)
+    assert job.communicate() and job.returncode == 0
+    check_equal(whole, torn)
     return outcomes
 
 
@@ -179,8 +235,9 @@ def damage(tokens, run, folder, count, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills", type=int, default=30, help="of a run of one process")
     parser.add_argument("--damage", type=int, default=300)
+    parser.add_argument("--torchrun", type=int, default=20, help="kills of one process of two")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -188,6 +245,8 @@ def main():
         os.system(f"{sys.executable} {ROOT}/prepare_data.py --out {tokens} --max_tokens 40000")
         print("kills:", dict(kills(tokens, folder, args.kills, args.seed)),
               "; log and weights equal those of a run never stopped")
+        print("kills of one of two processes:",
+              dict(torchrun_kills(tokens, folder, args.torchrun, args.seed)))
         for kind, counts in damage(tokens, os.path.join(folder, "whole"), folder, args.damage,
                                    args.seed).items():
             print(f"damaged {kind}: {dict(counts)}")
