@@ -29,8 +29,8 @@ class UserError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse whose help begins with the script's docstring and whose errors are one line."""
 
-    def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False,
+    def __init__(self, doc, **kwargs):
+        super().__init__(description=doc, allow_abbrev=False, **kwargs,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
