@@ -150,6 +150,7 @@ def nexus_class(attention_class):
     forward = inspect.unwrap(attention_class.forward)
     scope = dict(forward.__globals__)
     scope["apply_rotary_pos_emb"] = refined_rotary(scope["apply_rotary_pos_emb"])
+    scope.pop("__name__")  # else torch.compile would look its names up in their file
     refined = FunctionType(forward.__code__, scope, "forward", forward.__defaults__,
                            forward.__closure__)
     names = [p.name for p in inspect.signature(forward).parameters.values()
@@ -376,7 +377,8 @@ def score(path, args):
         results = lm_eval.simple_evaluate(
             model=harness, tasks=args.tasks, limit=args.limit, num_fewshot=args.fewshot,
             apply_chat_template=args.chat, log_samples=True, bootstrap_iters=0,
-            task_manager=TaskManager(include_path=args.include_path))
+            task_manager=TaskManager(include_path=args.include_path,
+                                     include_defaults=args.include_path is None))
     except KeyError as error:
         raise UserError(f"lm-evaluation-harness has no such task: {error.args[0]}") from error
     documents = {}
@@ -454,7 +456,7 @@ def main():
     add("--fewshot", type=int, help="examples before the question (default: the task's)")
     add("--chat", action="store_true", help="put questions into the chat template")
     add("--batch", type=int, default=8, help="questions at once (8)")
-    add("--include_path", metavar="DIR", help="folder with more tasks, as .yaml")
+    add("--include_path", metavar="DIR", help="take the tasks from this folder of .yaml files")
     add("--json", metavar="FILE", help="write the scores here")
     args = parser.parse_args()
     check_device(args.device)

@@ -1,0 +1,451 @@
+"""retrofit.py: equal to model.py and to the formula, and at home in all that transformers does."""
+
+import copy
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+transformers = pytest.importorskip("transformers")
+import retrofit  # noqa: E402
+from data import UserError, run_script  # noqa: E402
+from model import GPT, ModelError  # noqa: E402
+from retrofit import FAMILIES, Nexus, attentions, load, nexus, read_examples  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+SHAPE = dict(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64,
+             pad_token_id=0, bos_token_id=1, eos_token_id=2)
+
+
+def make(family, dtype=torch.float64, backend="sdpa", **changes):
+    """A random model of a family, with weights large enough for attention to be sharp."""
+    torch.manual_seed(0)
+    shape = dict(SHAPE)
+    if family == "gpt_neox":
+        shape.pop("num_key_value_heads")
+    if family in ("gemma", "mixtral", "qwen3", "qwen3_moe"):
+        shape["head_dim"] = 8
+    config = transformers.AutoConfig.for_model(family, **shape | changes)
+    config._attn_implementation = backend
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def tokens(B, T, seed=1):
+    return torch.randint(3, 100, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, idx, **kwargs):
+    return model(idx, **kwargs).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    """Order 1 is the original bit for bit; higher orders are causal, change something, are the same
+    token by token through the cache, and leave no trace when undone."""
+    # experts have no float64 products, and sum in another order for another number of tokens
+    experts = family.endswith(("moe", "mixtral"))
+    dtype, error = (torch.float32, 1e-4) if experts else (torch.float64, 1e-9)
+    model, idx = make(family, dtype), tokens(2, 12)
+    own, weights = logits(model, idx), copy.deepcopy(model.state_dict())
+    for order, streams in ((2, "qk"), (3, "k"), (3, "q")):
+        nexus(model, order, streams)
+        refined = logits(model, idx)
+        assert (refined - own).abs().max() > 1e-3
+        other = torch.cat([idx[:, :7], tokens(2, 5, seed=2)], dim=1)
+        torch.testing.assert_close(logits(model, other)[:, :7], refined[:, :7], rtol=0, atol=error)
+        cache, parts = None, []
+        for part in idx.split([5, 1, 1, 3, 2], dim=1):
+            with torch.no_grad():
+                out = model(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), refined, rtol=0, atol=error)
+    assert nexus(model, 1) is model and torch.equal(logits(model, idx), own)
+    assert not any(isinstance(m, Nexus) for m in model.modules())
+    assert model.state_dict().keys() == weights.keys() and not hasattr(model.config, "nexus")
+    assert all(torch.equal(w, weights[key]) for key, w in model.state_dict().items())
+
+
+@pytest.mark.parametrize("streams", ["qk", "q", "k"])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_a_retrofitted_pythia_is_our_gpt(order, streams, tmp_path):
+    model = make("gpt_neox", torch.float32)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1) if p.dim() > 1 else None
+    model.config.intermediate_size = 128
+    model = transformers.GPTNeoXForCausalLM(model.config).eval()
+    model.save_pretrained(tmp_path)
+    ours, idx = GPT.from_hf(str(tmp_path), nexus_order=order, nexus_streams=streams), tokens(2, 40)
+    with torch.no_grad():
+        want = ours.eval()(idx)[0]
+    torch.testing.assert_close(logits(nexus(model, order, streams), idx), want, rtol=0, atol=1e-4)
+
+
+def reference(attention, x, cos, sin, allowed, order, streams):
+    """The attention's output by the formula: loops of softmax(mask + rope(h) rope(h)^T scale) s."""
+    B, T, _ = x.shape
+
+    def heads(linear, norm=None):
+        y = linear(x).view(B, T, -1, attention.head_dim)
+        return (y if norm is None else norm(y)).transpose(1, 2)
+
+    def rope(h):
+        a, b = h.chunk(2, dim=-1)
+        return h * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+
+    def attend(q, k, v):
+        scores = (rope(q) @ rope(k).mT * attention.scaling).masked_fill(~allowed, -math.inf)
+        return scores.softmax(-1) @ v
+
+    q = heads(attention.q_proj, getattr(attention, "q_norm", None))
+    k = heads(attention.k_proj, getattr(attention, "k_norm", None))
+    v, s, t = heads(attention.v_proj), q, k
+    for _ in range(order - 1):
+        q = attend(q, q, s) if "q" in streams else q
+        k = attend(k, k, t) if "k" in streams else k
+    groups = q.size(1) // k.size(1)
+    y = attend(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
+    return attention.o_proj(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("backend, dtype, error", [
+    ("sdpa", torch.float64, 1e-9), ("flex_attention", torch.float64, 1e-9),
+    ("eager", torch.float32, 1e-4)])  # its softmax is float32 always
+@pytest.mark.parametrize("family, changes, window", [
+    ("qwen2", {}, 64), ("qwen3", {}, 64), ("llama", dict(attention_bias=True), 64),
+    ("mistral", dict(sliding_window=5), 5)])
+def test_each_attention_is_the_formula(family, changes, window, backend, dtype, error, monkeypatch):
+    """Grouped queries, norms, the sliding window, and padding on the left."""
+    monkeypatch.setattr(  # not compiled: slower, and in float64
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention",
+        lambda *args, training, **kwargs: flex_attention(*args, **kwargs))
+    model, idx = make(family, dtype, backend, **changes), tokens(2, 14)
+    padding = torch.ones_like(idx)
+    padding[1, :4] = 0
+    past = torch.arange(14)[:, None] - torch.arange(14)
+    allowed = (past >= 0) & (past < window) & padding[:, None, None, :].bool()
+    allowed |= torch.eye(14, dtype=torch.bool)  # padding sees itself here: no row without a sum
+    for order, streams in ((1, "qk"), (2, "qk"), (3, "q"), (3, "k")):
+        nexus(model, order, streams)
+        for attention in attentions(model):
+            seen = []
+            hook = attention.register_forward_hook(
+                lambda module, args, kwargs, out, seen=seen: seen.append((kwargs, out[0])),
+                with_kwargs=True)
+            logits(model, idx, attention_mask=padding)
+            hook.remove()
+            with torch.no_grad():
+                want = reference(attention, seen[0][0]["hidden_states"],
+                                 *seen[0][0]["position_embeddings"], allowed, order, streams)
+            real = padding.bool()
+            torch.testing.assert_close(seen[0][1][real], want[real], rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_generation(family, order):
+    """Greedy, sampled and by beams: with and without a cache, a static one too, and in a batch that
+    is padded on the left as each prompt alone."""
+    model = nexus(make(family, **dict(sliding_window=6) if family == "mistral" else {}), order)
+    idx, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    idx[1, :3], mask[1, :3] = 0, 0
+    kinds = [dict(do_sample=False), dict(do_sample=True, top_k=20),
+             dict(do_sample=False, num_beams=3)]
+
+    def generate(ids, mask, **kwargs):
+        torch.manual_seed(3)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=10, min_new_tokens=10,
+                              pad_token_id=0, **kwargs)
+
+    for kind in kinds:
+        cached = generate(idx, mask, **kind)
+        assert torch.equal(cached, generate(idx, mask, use_cache=False, **kind))
+    greedy = generate(idx, mask, **kinds[0])
+    assert torch.equal(generate(idx, mask, cache_implementation="static", **kinds[0]), greedy)
+    alone = generate(idx[1:, 3:], mask[1:, 3:], **kinds[0])
+    assert torch.equal(alone[0], greedy[1, 3:])
+
+
+def test_a_cache_of_the_original_model_is_refused():
+    model, idx = make("llama"), tokens(1, 6)
+    with torch.no_grad():
+        cache = model(idx, use_cache=True).past_key_values
+        nexus(model)
+        with pytest.raises(ModelError, match="filled before nexus"):
+            model(idx, past_key_values=cache)
+
+
+def test_packed_examples_do_not_see_each_other():
+    model, idx = nexus(make("qwen2"), 3), tokens(1, 15)
+    model.config.use_cache = False
+    positions = torch.cat([torch.arange(6), torch.arange(9)])[None]
+    packed = logits(model, idx, position_ids=positions)
+    torch.testing.assert_close(packed[:, 6:], logits(model, idx[:, 6:]), rtol=0, atol=1e-9)
+    idx[:, :6] = tokens(1, 6, seed=5)
+    assert torch.equal(logits(model, idx, position_ids=positions)[:, 6:], packed[:, 6:])
+
+
+@pytest.mark.parametrize("streams, heads", [("qk", 6), ("q", 4), ("k", 2)])
+def test_gates(streams, heads):
+    """At 0 the original, at 1 Nexus; a number a head and stream, which learns from the start."""
+    model, idx = make("qwen2"), tokens(2, 10)
+    own, count = logits(model, idx), sum(p.numel() for p in model.parameters())
+    full = logits(nexus(model, 2, streams), idx)
+    torch.testing.assert_close(logits(nexus(model, 2, streams, gate=1.0), idx), full)
+    nexus(model, 2, streams, gate=0)
+    assert torch.equal(logits(model, idx), own)
+    assert sum(p.numel() for p in model.parameters()) == count + 2 * heads
+    model(idx, labels=idx).loss.backward()
+    for attention in attentions(model):
+        assert (attention.nexus_gate.weight.grad != 0).all()
+
+
+def test_some_layers_only():
+    model = nexus(make("llama"), 2, layers=[1])
+    assert [isinstance(m, Nexus) for m in attentions(model)] == [False, True]
+    idx, cached = tokens(1, 9), copy.deepcopy(model)
+    assert torch.equal(model.generate(idx, max_new_tokens=5, do_sample=False),
+                       cached.generate(idx, max_new_tokens=5, do_sample=False, use_cache=False))
+
+
+@pytest.mark.parametrize("gate", [None, 0.25])
+def test_saved_and_loaded_and_copied(gate, tmp_path):
+    model, idx = nexus(make("qwen2", torch.float32), 3, "k", layers=[0], gate=gate), tokens(1, 9)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "gate" in name:
+                p.add_(0.3 * torch.randn_like(p))
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.config.nexus == dict(order=3, streams="k", layers=[0], gate=gate)
+    assert torch.equal(logits(again.eval(), idx), logits(model, idx))
+    other = copy.deepcopy(model)
+    for p in other.parameters():
+        p.data.zero_()
+    assert logits(other, idx).abs().max() == 0 and logits(model, idx).abs().max() > 0
+    if gate is not None:
+        from safetensors.torch import load_file, save_file
+        weights = load_file(tmp_path / "model.safetensors")
+        save_file({k: w for k, w in weights.items() if "gate.weight" not in k},
+                  tmp_path / "model.safetensors", metadata=dict(format="pt"))
+        with pytest.raises(ModelError, match="has gates, but not"):
+            load(tmp_path)
+
+
+def gradients(model, idx):
+    model.zero_grad()
+    model(idx, labels=idx, use_cache=False).loss.backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_gradient_checkpointing_and_compilation_change_nothing():
+    model, idx = nexus(make("qwen3"), 3, gate=0.5).train(), tokens(2, 11)
+    plain = gradients(model, idx)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for a, b in zip(gradients(compiled, idx), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    model.gradient_checkpointing_enable()
+    for a, b in zip(gradients(model, idx), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_lora_on_top():
+    peft = pytest.importorskip("peft")
+    model, idx = nexus(make("qwen2"), 2, gate=0.1), tokens(2, 9)
+    before = logits(model, idx)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(
+        r=2, target_modules=["q_proj", "k_proj"], modules_to_save=["nexus_gate"]))
+    assert torch.equal(logits(tuned, idx), before)
+    tuned(idx, labels=idx).loss.backward()
+    learnt = {name for name, p in tuned.named_parameters() if p.grad is not None}
+    assert learnt and all("lora" in name or "nexus_gate" in name for name in learnt)
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    after = logits(tuned, idx)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(logits(tuned.merge_and_unload(), idx), after, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(order=0), "order must be"), (dict(order=2.0), "order must be"),
+    (dict(streams="v"), "streams must be"), (dict(layers=[2]), "layers must be from 0 to 1"),
+    (dict(order=1, gate=0), "a gate needs order 2")])
+def test_settings_out_of_range(settings, message):
+    model = make("llama")
+    with pytest.raises(ModelError, match=message):
+        nexus(model, **settings)
+    assert not any(isinstance(m, Nexus) for m in model.modules())
+
+
+@pytest.mark.parametrize("family, shape", [
+    ("gpt2", dict(n_layer=1, n_embd=16, n_head=2)), ("bert", {}), ("phi", {}), ("t5", {})])
+def test_models_that_it_does_not_fit(family, shape):
+    config = transformers.AutoConfig.for_model(family, **shape)
+    model = torch.nn.Linear(1, 1)
+    model.config = config
+    with pytest.raises(ModelError, match=f"qwen2, .* this model is '{family}'"):
+        nexus(model)
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small Qwen2 with a tokenizer of characters and a chat template, and questions for it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    special = ["<pad>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    words = [*special, *map(chr, range(32, 123))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+        additional_special_tokens=special[2:], chat_template=TEMPLATE)
+    folder = tmp_path_factory.mktemp("base")
+    model = make("qwen2", torch.float32, eos_token_id=1, bos_token_id=None)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05) if p.dim() > 1 else None
+    model.save_pretrained(folder / "model")
+    fast.save_pretrained(folder / "model")
+    rows = [dict(prompt=f"{i}+1=", answer=str(i + 1)) for i in range(1, 9)]
+    (folder / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "chat.jsonl").write_text("".join(json.dumps(dict(messages=[
+        dict(role="user", content=row["prompt"]), dict(role="assistant", content=row["answer"]),
+        dict(role="user", content="so?"), dict(role="assistant", content="yes")])) + "\n"
+        for row in rows))
+    (folder / "add.yaml").write_text(f"""
+task: add
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/plain.jsonl}}, cache_dir: {folder}/cache}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["</s>"], max_gen_toks: 3}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+""")
+    return folder
+
+
+def command(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["retrofit.py", *map(str, argv)])
+    retrofit.main()
+
+
+def sft(monkeypatch, base, out, *argv, data="plain.jsonl"):
+    command(monkeypatch, "sft", "--model", base / "model", "--data", base / data, "--out", out,
+            "--lr", 3e-3, "--batch", 4, "--warmup", 0, "--device", "cpu", *argv)
+    return json.loads((out / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_loss_is_on_the_answers_alone(base):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    first = read_examples(base / "chat.jsonl", tokenizer, 100)[0]
+    assert tokenizer.decode(first["input_ids"]) == (
+        "<|user|>1+1=<|end|><|assistant|>2<|end|><|user|>so?<|end|><|assistant|>yes<|end|>")
+    learnt = [i for i, label in enumerate(first["labels"]) if label != -100]
+    assert tokenizer.decode([first["labels"][i] for i in learnt]) == "2<|end|>yes<|end|>"
+    assert all(first["labels"][i] == first["input_ids"][i] for i in learnt)
+    first = read_examples(base / "plain.jsonl", tokenizer, 100)[0]
+    assert tokenizer.decode(first["input_ids"]) == "1+1=2</s>" and first["labels"][:4] == [-100] * 4
+
+
+def test_fine_tuning_learns_and_the_folder_remembers(base, tmp_path, monkeypatch):
+    log = sft(monkeypatch, base, tmp_path / "out", "--max_steps", 30, "--log_interval", 1,
+              "--gate", 0, data="chat.jsonl")
+    losses = [event["loss"] for event in log if "loss" in event]
+    assert len(losses) == 30 and losses[-1] < 0.5 * losses[0]
+    model = load(tmp_path / "out")
+    assert model.config.nexus["order"] == 2 and model.config.use_cache
+    assert all(p.abs().max() > 0.01 for name, p in model.named_parameters() if "gate" in name)
+    with pytest.raises(UserError, match="not empty: --resume"):
+        sft(monkeypatch, base, tmp_path / "out", data="chat.jsonl")
+
+
+def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
+    flags = ["--save_interval", 3, "--log_interval", 1, "--gate", 0]
+    sft(monkeypatch, base, tmp_path / "whole", "--max_steps", 6, *flags)
+    sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags)
+    for name in ("model.safetensors", "checkpoint-6"):
+        path = tmp_path / "torn" / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags, "--resume")
+    a, b = (load(tmp_path / name).state_dict() for name in ("whole", "torn"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+
+
+def test_order_1_is_the_control(base, tmp_path, monkeypatch):
+    """Plain fine-tuning by transformers; with adapters, merged at the end."""
+    sft(monkeypatch, base, tmp_path / "out", "--max_steps", 2, "--order", 1, "--lora", 2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    own = load(base / "model").state_dict()
+    assert not hasattr(model.config, "nexus") and model.state_dict().keys() == own.keys()
+    assert any(not torch.equal(w, own[key]) for key, w in model.state_dict().items())
+
+
+def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    sft(monkeypatch, base, tmp_path / "tuned", "--max_steps", 60, "--order", 2)
+    command(monkeypatch, "eval", "--model", base / "model", "--versus", tmp_path / "tuned",
+            "--tasks", "add", "--include_path", base, "--json", tmp_path / "scores.json",
+            "--device", "cpu")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    [gap] = scores["paired"]
+    assert gap["metric"] == "exact_match" and gap["difference"] > 0.5 and gap["p"] < 0.2
+    assert scores[str(base / "model")]["add"]["exact_match,none"] == 0
+    assert "paired by document" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such task.*nonsense"):
+        command(monkeypatch, "eval", "--model", base / "model", "--tasks", "nonsense",
+                "--device", "cpu")
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{}", "line 2: needs messages"), ("nonsense", "line 2: needs messages"),
+    ('{"prompt": "a"}', "line 2: .*'answer'"), ('{"prompt": 1, "answer": "b"}', "line 2"),
+    ('{"messages": [{"role": "user"}]}', "no example|line 2"), ("", "line 2")])
+def test_data_with_a_wrong_line(line, message, base, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    (tmp_path / "data.jsonl").write_text(f'{{"prompt": "a", "answer": "b"}}\n{line}\n')
+    if "messages" in line:
+        (tmp_path / "data.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        read_examples(tmp_path / "data.jsonl", tokenizer, 100)
+
+
+@pytest.mark.parametrize("argv", [
+    ["sft", "--order", "0"], ["sft", "--model", "nowhere/at-all"], ["sft", "--data", "none.jsonl"],
+    ["sft", "--max_length", "1"], ["eval", "--model", "nowhere/at-all"], ["sfd"], []])
+def test_mistakes_are_one_line(argv, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given = dict(zip(argv[1::2], argv[2::2], strict=False))
+    if argv[:1] in (["sft"], ["eval"]):
+        given = {"--model": base / "model", "--device": "cpu"} | given
+    if argv[:1] == ["sft"]:
+        given = {"--data": base / "plain.jsonl", "--out": tmp_path / "out"} | given
+    flat = [str(x) for pair in given.items() for x in pair]
+    monkeypatch.setattr(sys, "argv", ["retrofit.py", *argv[:1], *flat])
+    with pytest.raises(SystemExit) as end:
+        run_script(retrofit.main, ModelError)
+    assert end.value.code == 2 and capsys.readouterr().err.strip().count("\n") == 0
