@@ -176,6 +176,7 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None):
     streams: what is refined, "qk", "q" or "k". layers: numbers of the layers (None: all).
     gate: None, or what a new parameter a head and stream starts at; 0 starts as the original model,
     since at order 2 without a gate a pretrained model changes at once.
+    Asked again with the same settings, it keeps what the gates have learnt.
     The settings stand in model.config.nexus: save_pretrained writes them, load() obeys them.
     Raises ModelError if they are out of range, or the model is of no family in FAMILIES.
     """
@@ -191,6 +192,10 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None):
     if gate is not None and order == 1:
         raise ModelError("a gate needs order 2 or more: order 1 has nothing to let through")
 
+    settings = dict(order=order, streams=streams, gate=gate,
+                    layers=None if layers is None else list(layers))
+    if any(isinstance(m, Nexus) for m in modules) and model.config.nexus == settings:
+        return model  # as it is, with the gates it has learnt
     for attention in modules:  # the original, whatever it was before
         if isinstance(attention, Nexus):
             attention.__class__ = type(attention).__bases__[1]
@@ -206,8 +211,7 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None):
         heads = {"qk": query + key, "q": query, "k": key}[streams]
         like = next(attention.parameters())
         attention.nexus_gate = None if gate is None else Gate(heads, float(gate), like)
-    model.config.nexus = dict(order=order, streams=streams, gate=gate,
-                              layers=None if layers is None else list(layers))
+    model.config.nexus = settings
     return model
 
 

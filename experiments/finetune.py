@@ -9,7 +9,8 @@ of text; retrofit.nexus() turns it into orders 2 to 4, with gates more or less o
 divergence from its own predictions says how much that changes them; then `retrofit.py sft` trains
 each variant on the same questions in the same order, and it answers new ones.
 
-A question is a chain in shuffled order, "d=b+4 a=3 b=a+2 d?": 9. Each step is a look-up and a sum.
+A question is a chain of sums modulo 10 in shuffled order, "d=b+4 a=3 b=a+2 d?"; its answer goes
+step by step, "b=5 d=9", and counts if every step is right.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
@@ -119,22 +121,23 @@ def change(model, batch):
 
 
 def questions(n, steps, seed):
-    """n of {"prompt", "answer"}: chains of `steps` sums, and of letters that do not matter."""
+    """n of {"prompt", "answer"}: chains of `steps` sums modulo 10, the answer step by step."""
     rng, rows = random.Random(seed), []
-    while len(rows) < n:
-        names = rng.sample("abcdefgh", steps + 1)
-        value, facts = rng.randint(0, 9), []
-        facts.append(f"{names[0]}={value}")
+    for _ in range(n):
+        names, value = rng.sample("abcdefgh", steps + 1), rng.randint(0, 9)
+        facts, answer = [f"{names[0]}={value}"], []
         for before, name in zip(names, names[1:], strict=False):
             plus = rng.randint(0, 9)
-            value, facts = (value + plus) % 10, [*facts, f"{name}={before}+{plus}"]
+            value = (value + plus) % 10
+            facts.append(f"{name}={before}+{plus}")
+            answer.append(f"{name}={value}")
         rng.shuffle(facts)
-        rows.append(dict(prompt=f"{' '.join(facts)} {names[-1]}?", answer=str(value)))
+        rows.append(dict(prompt=f"{' '.join(facts)} {names[-1]}?", answer=" ".join(answer)))
     return rows
 
 
 @torch.no_grad()
-def accuracy(folder, tokenizer, rows):
+def accuracy(folder, tokenizer, rows, args):
     """Share of the questions that the model in folder answers, greedily, exactly."""
     model, right = load(folder).eval(), 0
     tokenizer.padding_side = "left"
@@ -142,29 +145,38 @@ def accuracy(folder, tokenizer, rows):
         part = rows[start:start + 100]
         inputs = tokenizer([row["prompt"] for row in part], return_tensors="pt", padding=True)
         inputs.pop("token_type_ids", None)
-        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=4 * args.hops,
+                             do_sample=False)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].size(1):],
                                        skip_special_tokens=True)
         right += sum(text == row["answer"] for text, row in zip(texts, part, strict=True))
     return right / len(rows)
 
 
-def finetune(args, variant, seed, data):
-    """(accuracy, logged losses, gates) of one run of retrofit.py sft; a finished one is read."""
+def finetune(args, variant, seed):
+    """The folder of one run of retrofit.py sft; a finished one is used again."""
     folder = os.path.join(args.out, f"{variant.replace(', ', '-').replace(' ', '')}-{seed}")
+    data = os.path.join(args.out, f"questions-{seed}.jsonl")
     if not os.path.exists(os.path.join(folder, "trainer_state.json")):
         argv = [sys.executable, os.path.join(ROOT, "retrofit.py"), "sft", "--model",
                 os.path.join(args.out, "base"), "--data", data, "--out", folder, "--max_steps",
                 str(args.sft_steps), "--batch", str(args.sft_batch), "--lr", str(args.sft_lr),
                 "--seed", str(seed), "--log_interval", str(max(1, args.sft_steps // 20)),
                 "--save_interval", str(args.sft_steps), "--device", "cpu", *VARIANTS[variant]]
-        done = subprocess.run(argv, capture_output=True, text=True)
+        done = subprocess.run(argv, capture_output=True, text=True,
+                              env=os.environ | dict(OMP_NUM_THREADS="1"))
         if done.returncode:
             raise UserError(f"{' '.join(argv)} failed: {done.stderr[-500:]}")
+    return folder
+
+
+def read_run(folder):
+    """(logged losses, mean size of the gates or None) of a fine-tuned model."""
     with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as f:
         losses = [(e["step"], e["loss"]) for e in json.load(f)["log_history"] if "loss" in e]
-    gates = [p.abs().mean().item() for name, p in load(folder).named_parameters() if "gate" in name]
-    return folder, losses, sum(gates) / len(gates) if "gated" in variant else None
+    gates = [p.abs().mean().item() for name, p in load(folder).named_parameters()
+             if "nexus_gate" in name]
+    return losses, sum(gates) / len(gates) if gates else None
 
 
 def plot(plt, changes, runs):
@@ -198,13 +210,15 @@ def main():
     add("--sft_steps", type=int, default=800, help="of fine-tuning (default: 800)")
     add("--sft_batch", type=int, default=32, help="questions a step (default: 32)")
     add("--sft_lr", type=float, default=1e-3, help="of fine-tuning (default: 1e-3)")
+    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a core each (default: "
+        "one a core)")
     add("--seeds", type=int, default=3, help="(default: 3)")
-    add("--quick", action="store_true", help="few steps, two seeds: a minute or two")
+    add("--quick", action="store_true", help="few steps, one seed: under a minute")
     add("--out", default="out/finetune", help="folder (default: out/finetune)")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.batch, args.sft_steps, args.examples, args.seeds = 20, 4, 12, 400, 2
-    if min(args.steps, args.batch, args.sft_steps, args.sft_batch, args.seeds) < 1 \
+        args.steps, args.batch, args.sft_steps, args.examples, args.seeds = 20, 4, 12, 400, 1
+    if min(args.steps, args.batch, args.sft_steps, args.sft_batch, args.seeds, args.jobs) < 1 \
             or not 16 <= args.context <= 2048 or not 1 <= args.hops <= 7:
         raise UserError("numbers must be at least 1, --context from 16 to 2048, --hops up to 7")
     try:
@@ -227,21 +241,22 @@ def main():
          *([name, f"{r['kl']:.4f}", f"{r['loss']:.4f}"] for name, r in changes.items())]))
 
     test = questions(1000, args.hops, seed=10**6)
-    runs = {name: dict(accuracy=[], losses=[], gates=[]) for name in VARIANTS}
-    bar = tqdm(total=args.seeds * len(VARIANTS), desc="fine-tuning", disable=None)
     for seed in range(args.seeds):
-        data = os.path.join(args.out, f"questions-{seed}.jsonl")
         rows = questions(args.examples, args.hops, seed)
-        with open(data, "w", encoding="utf-8") as f:
+        with open(os.path.join(args.out, f"questions-{seed}.jsonl"), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
-        for name, r in runs.items():
-            folder, losses, gate = finetune(args, name, seed, data)
-            r["accuracy"].append(accuracy(folder, tokenizer, test))
-            r["losses"].append(losses)
-            r["gates"].append(gate)
+    jobs = [(name, seed) for seed in range(args.seeds) for name in VARIANTS]
+    runs = {name: dict(accuracy=[], losses=[], gates=[]) for name in VARIANTS}
+    with ThreadPoolExecutor(args.jobs) as pool, \
+            tqdm(total=len(jobs), desc="fine-tuning", disable=None) as bar:
+        folders = pool.map(lambda job: finetune(args, *job), jobs)
+        for (name, seed), folder in zip(jobs, folders, strict=True):
+            losses, gate = read_run(folder)
+            runs[name]["accuracy"].append(accuracy(folder, tokenizer, test, args))
+            runs[name]["losses"].append(losses)
+            runs[name]["gates"].append(gate)
             bar.update()
-            bar.write(f"{name}, seed {seed}: {r['accuracy'][-1]:.3f}")
-    bar.close()
+            bar.write(f"{name}, seed {seed}: {runs[name]['accuracy'][-1]:.3f}")
     base = runs["order 1"]["accuracy"]
     print(table([["", "accuracy", "minus order 1", "last loss", "mean |gate|"], *(
         [name, mean_spread(r["accuracy"], 3),
