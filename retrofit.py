@@ -63,10 +63,9 @@ class Heads:
 class Gate(nn.Module):
     """One number a head, h <- s + g (h - s): 0 is the original model, 1 is Nexus."""
 
-    def __init__(self, heads, start, like):
+    def __init__(self, heads, start):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((heads, 1, 1), start, dtype=like.dtype,
-                                              device=like.device))
+        self.weight = nn.Parameter(torch.full((heads, 1, 1), float(start)))
 
     def forward(self, s, h):
         return s + self.weight * (h - s)
@@ -129,6 +128,7 @@ def refined_rotary(rotary):
     """apply_rotary_pos_emb of a model's file, with Nexus before it."""
     def apply(q, k, turn, sin, *args, **kwargs):
         attention, H = turn.attention, q.size(1)
+
         def turned(h):
             return rotary(h, h[:, :0], turn.cos, sin, *args, **kwargs)[0]
 
@@ -203,29 +203,36 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None):
     model.config.__dict__.pop("nexus", None)
     if order == 1:
         return model
-    for i in chosen:
+    for i in set(chosen):
         attention, c = modules[i], model.config
         attention.__class__ = nexus_class(type(attention))
         attention.nexus_order, attention.nexus_streams = order, streams
         query, key = c.num_attention_heads, getattr(c, "num_key_value_heads", c.num_attention_heads)
         heads = {"qk": query + key, "q": query, "k": key}[streams]
-        like = next(attention.parameters())
-        attention.nexus_gate = None if gate is None else Gate(heads, float(gate), like)
+        device = next(attention.parameters()).device
+        attention.nexus_gate = None if gate is None else Gate(heads, gate).to(device, model.dtype)
     model.config.nexus = settings
     return model
 
 
 def load(path, **kwargs):
-    """A model as save_pretrained left it, Nexus or not; kwargs go to from_pretrained."""
+    """A model as save_pretrained left it, Nexus or not; kwargs go to from_pretrained.
+
+    (from_pretrained alone would give the original attention with those weights.) Raises ModelError
+    if its config.json has settings that nexus() does not take, or gates are missing.
+    """
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path)
     if settings := getattr(config, "nexus", None):  # gates are read below, with nothing said here
-        own = getattr(transformers, config.architectures[0])
+        own = transformers.AutoModelForCausalLM._model_mapping[type(config)]
         own._keys_to_ignore_on_load_unexpected = ["nexus_gate"]
     model = transformers.AutoModelForCausalLM.from_pretrained(path, **kwargs)
     if settings:
-        nexus(model, **settings)
+        try:
+            nexus(model, **settings)
+        except TypeError as error:
+            raise ModelError(f"{path}: config.json has no settings of nexus() ({error})") from error
         load_gates(model, path)
     return model
 

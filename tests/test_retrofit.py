@@ -212,7 +212,7 @@ def test_gates(streams, heads):
 
 
 def test_some_layers_only():
-    model = nexus(make("llama"), 2, layers=[1])
+    model = nexus(make("llama"), 2, layers=[1, 1])
     assert [isinstance(m, Nexus) for m in attentions(model)] == [False, True]
     idx, cached = tokens(1, 9), copy.deepcopy(model)
     assert torch.equal(model.generate(idx, max_new_tokens=5, do_sample=False),
@@ -235,6 +235,11 @@ def test_saved_and_loaded_and_copied(gate, tmp_path):
     for p in other.parameters():
         p.data.zero_()
     assert logits(other, idx).abs().max() == 0 and logits(model, idx).abs().max() > 0
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | dict(nexus=dict(depth=2))))
+    with pytest.raises(ModelError, match="config.json has no settings of nexus"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     if gate is not None:
         from safetensors.torch import load_file, save_file
         weights = load_file(tmp_path / "model.safetensors")
