@@ -9,8 +9,8 @@ of text; retrofit.nexus() turns it into orders 2 to 4, with gates more or less o
 divergence from its own predictions says how much that changes them; then `retrofit.py sft` trains
 each variant on the same questions in the same order, and it answers new ones.
 
-A question is a chain of sums modulo 10 in shuffled order, "d=b+4 a=3 b=a+2 d?"; its answer goes
-step by step, "b=5 d=9", and counts if every step is right.
+A question is a sum modulo 10, "3+4+8+6="; its answer goes step by step, "7 5 1", and counts if
+every step is right.
 """
 
 import argparse
@@ -121,18 +121,12 @@ def change(model, batch):
 
 
 def questions(n, steps, seed):
-    """n of {"prompt", "answer"}: chains of `steps` sums modulo 10, the answer step by step."""
+    """n of {"prompt", "answer"}: sums of steps + 1 digits modulo 10, the answer step by step."""
     rng, rows = random.Random(seed), []
     for _ in range(n):
-        names, value = rng.sample("abcdefgh", steps + 1), rng.randint(0, 9)
-        facts, answer = [f"{names[0]}={value}"], []
-        for before, name in zip(names, names[1:], strict=False):
-            plus = rng.randint(0, 9)
-            value = (value + plus) % 10
-            facts.append(f"{name}={before}+{plus}")
-            answer.append(f"{name}={value}")
-        rng.shuffle(facts)
-        rows.append(dict(prompt=f"{' '.join(facts)} {names[-1]}?", answer=" ".join(answer)))
+        digits = [rng.randint(0, 9) for _ in range(steps + 1)]
+        sums = [sum(digits[:i + 2]) % 10 for i in range(steps)]
+        rows.append(dict(prompt="+".join(map(str, digits)) + "=", answer=" ".join(map(str, sums))))
     return rows
 
 
@@ -145,7 +139,7 @@ def accuracy(folder, tokenizer, rows, args):
         part = rows[start:start + 100]
         inputs = tokenizer([row["prompt"] for row in part], return_tensors="pt", padding=True)
         inputs.pop("token_type_ids", None)
-        out = model.generate(**inputs, max_new_tokens=4 * args.hops,
+        out = model.generate(**inputs, max_new_tokens=2 * args.terms,
                              do_sample=False)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].size(1):],
                                        skip_special_tokens=True)
@@ -205,9 +199,9 @@ def main():
     add("--batch", type=int, default=16, help="windows a step of pretraining (default: 16)")
     add("--context", type=int, default=256, help="bytes a window (default: 256)")
     add("--lr", type=float, default=2e-3, help="of pretraining (default: 2e-3)")
-    add("--hops", type=int, default=2, help="sums of a question (default: 2)")
+    add("--terms", type=int, default=4, help="digits of a question (default: 4)")
     add("--examples", type=int, default=20_000, help="questions to train on (default: 20000)")
-    add("--sft_steps", type=int, default=800, help="of fine-tuning (default: 800)")
+    add("--sft_steps", type=int, default=600, help="of fine-tuning (default: 600)")
     add("--sft_batch", type=int, default=32, help="questions a step (default: 32)")
     add("--sft_lr", type=float, default=1e-3, help="of fine-tuning (default: 1e-3)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a core each (default: "
@@ -219,8 +213,8 @@ def main():
     if args.quick:
         args.steps, args.batch, args.sft_steps, args.examples, args.seeds = 20, 4, 12, 400, 1
     if min(args.steps, args.batch, args.sft_steps, args.sft_batch, args.seeds, args.jobs) < 1 \
-            or not 16 <= args.context <= 2048 or not 1 <= args.hops <= 7:
-        raise UserError("numbers must be at least 1, --context from 16 to 2048, --hops up to 7")
+            or not 16 <= args.context <= 2048 or args.terms < 2:
+        raise UserError("numbers must be at least 1, --context from 16 to 2048, --terms from 2")
     try:
         import transformers
     except ImportError as error:
@@ -240,9 +234,9 @@ def main():
         [["", "KL from the original", "loss, nats a byte"],
          *([name, f"{r['kl']:.4f}", f"{r['loss']:.4f}"] for name, r in changes.items())]))
 
-    test = questions(1000, args.hops, seed=10**6)
+    test = questions(1000, args.terms - 1, seed=10**6)
     for seed in range(args.seeds):
-        rows = questions(args.examples, args.hops, seed)
+        rows = questions(args.examples, args.terms - 1, seed)
         with open(os.path.join(args.out, f"questions-{seed}.jsonl"), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
     jobs = [(name, seed) for seed in range(args.seeds) for name in VARIANTS]

@@ -9,6 +9,7 @@ import cost
 import pytest
 import torch
 
+from data import UserError
 from model import GPT, PRESETS, GPTConfig, KVCache
 
 
@@ -55,7 +56,7 @@ def test_speeds_pair_within_a_round():
     assert result["ratio"] == 0.5 and result["quartiles"] == [0.5, 0.5] and result["rate"] == 25
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     argv = "--contexts 16,32 --tokens 64 --orders 1,2 --rounds 2 --new_tokens 4".split()
     out = subprocess.run([sys.executable, cost.__file__, *argv, "--out", str(tmp_path)],
@@ -66,7 +67,8 @@ def test_the_command(tmp_path):
     assert short["parameters"] == 875_264 and short["predicted"] > long["predicted"]
     assert "order 2, recomputed" in results["generation"]["tiny"]
     assert (tmp_path / "cost.png").exists()
-    for wrong in (["--orders", "2"], ["--presets", "huge"], ["--nanogpt", "nowhere.py"]):
-        bad = subprocess.run([sys.executable, cost.__file__, *wrong], capture_output=True,
-                             text=True)
-        assert bad.returncode == 2 and bad.stderr.count("\n") == 1
+    for wrong in (["--orders", "2"], ["--presets", "huge"], ["--nanogpt", "nowhere.py"],
+                  ["--gib", "-1"]):
+        monkeypatch.setattr(sys, "argv", ["cost.py", *wrong])
+        with pytest.raises(UserError):
+            cost.main()
