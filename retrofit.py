@@ -13,8 +13,10 @@ attends. That is where Nexus comes in: what is to be turned is first refined, by
 model's own attention (same mask, scaling and backend). All else is the model's own code.
 """
 
+import argparse
 import copy
 import functools
+import importlib
 import inspect
 import json
 import os
@@ -331,6 +333,8 @@ def sft(args):
     if os.path.isdir(args.out) and os.listdir(args.out) and not args.resume:
         raise UserError(f"{args.out} is not empty: --resume goes on with it, another --out starts "
                         "anew")
+    if args.report_to != "none":
+        importlib.import_module(args.report_to)  # is it there?
     torch.manual_seed(args.seed)
     tokenizer = pretrained(AutoTokenizer.from_pretrained, args.model)
     examples = read_examples(args.data, tokenizer, args.max_length)
@@ -343,7 +347,7 @@ def sft(args):
             r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear",
             modules_to_save=None if args.gate is None else ["nexus_gate"]))
     settings = TrainingArguments(
-        output_dir=args.out, num_train_epochs=args.epochs, max_steps=args.max_steps,
+        output_dir=args.out, num_train_epochs=args.epochs, max_steps=args.max_steps or -1,
         per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accumulate,
         lr_scheduler_type="cosine", warmup_steps=args.warmup, seed=args.seed,
         bf16=args.dtype == "bfloat16", logging_steps=args.log_interval, report_to=args.report_to,
@@ -424,49 +428,61 @@ def evaluate(args):
         write_json(args.json, report)
 
 
+def number(kind, least):
+    """The type of a flag that is an int or a float from `least` up."""
+    def read(text):
+        value = kind(text)
+        if not least <= value < 2**31:  # nan neither
+            raise argparse.ArgumentTypeError(f"must be a number from {least} up, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # in argparse's own message
+    return read
+
+
 def main():
-    parser = Parser(__doc__)
+    parser, whole, share = Parser(__doc__), number(int, 1), number(float, 0)
     commands = parser.add_subparsers(dest="command", required=True, metavar="sft|eval")
     train = commands.add_parser("sft", help="supervised fine-tuning", doc=sft.__doc__)
     test = commands.add_parser("eval", help="lm-evaluation-harness", doc=evaluate.__doc__)
     for add in (train.add_argument, test.add_argument):
         add("--model", required=True, help="a folder, or a name on the hub")
         add("--streams", default="qk", choices=["qk", "q", "k"], help="refined (default: qk)")
-        add("--layers", type=int, nargs="+", help="numbers of the layers (default: all)")
-        add("--gate", type=float, help="start of a gate a head; 0 starts as the original model "
-            "(default: no gate)")
+        add("--layers", type=number(int, 0), nargs="+", help="numbers of the layers (default: all)")
+        add("--gate", type=number(float, -100), help="start of a gate a head; 0 starts as the "
+            "original model (default: no gate)")
         add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32",
             choices=["float32", "bfloat16"])
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add = train.add_argument
     add("--data", required=True, metavar="FILE", help=".jsonl: messages, or prompt and answer")
     add("--out", required=True, help="folder for the model and its checkpoints")
-    add("--order", type=int, default=2, help="1 is the control (default: 2)")
-    add("--epochs", type=float, default=3)
-    add("--max_steps", type=int, default=-1, help="instead of --epochs")
-    add("--batch", type=int, default=8, help="examples that a process packs into a row (8)")
-    add("--accumulate", type=int, default=1, help="micro-steps a step (1)")
-    add("--lr", type=float, default=1e-5)
-    add("--gate_lr", type=float, default=1e-2, help="of the gates, which have a way to go (1e-2)")
-    add("--warmup", type=float, default=0.03, help="steps, or a share of all (0.03)")
-    add("--weight_decay", type=float, default=0.0)
-    add("--max_length", type=int, default=4096, help="longer examples are left out (4096)")
-    add("--lora", type=int, help="rank: train adapters alone, merged into the model at the end")
+    add("--order", type=whole, default=2, help="1 is the control (default: 2)")
+    add("--epochs", type=share, default=3)
+    add("--max_steps", type=whole, help="instead of --epochs")
+    add("--batch", type=whole, default=8, help="examples that a process packs into a row (8)")
+    add("--accumulate", type=whole, default=1, help="micro-steps a step (1)")
+    add("--lr", type=share, default=1e-5)
+    add("--gate_lr", type=share, default=1e-2, help="of the gates, which have a way to go (1e-2)")
+    add("--warmup", type=share, default=0.03, help="steps, or a share of all (0.03)")
+    add("--weight_decay", type=share, default=0.0)
+    add("--max_length", type=whole, default=4096, help="longer examples are left out (4096)")
+    add("--lora", type=whole, help="rank: train adapters alone, merged into the model at the end")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    add("--save_interval", type=int, default=500, help="steps between checkpoints (500)")
-    add("--log_interval", type=int, default=10, help="steps between log lines (10)")
-    add("--report_to", default="none", help="wandb, tensorboard, ... (none)")
-    add("--seed", type=int, default=0, help="of the order of the data, dropout and adapters")
+    add("--save_interval", type=whole, default=500, help="steps between checkpoints (500)")
+    add("--log_interval", type=whole, default=10, help="steps between log lines (10)")
+    add("--report_to", default="none", choices=["none", "tensorboard", "wandb"])
+    add("--seed", type=number(int, 0), default=0, help="of the data's order, dropout and adapters")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add = test.add_argument
     add("--tasks", type=lambda text: text.split(","), default=["sciq"], help="of the harness, e.g. "
         "hendrycks_math500,aime24,gpqa_diamond_cot_zeroshot,gsm8k (default: sciq)")
     add("--versus", metavar="MODEL", help="a second model: differences paired by document")
-    add("--order", type=int, help="read the model at this order instead of its own")
-    add("--limit", type=int, help="only the first N documents of each task")
-    add("--fewshot", type=int, help="examples before the question (default: the task's)")
+    add("--order", type=whole, help="read the model at this order instead of its own")
+    add("--limit", type=whole, help="only the first N documents of each task")
+    add("--fewshot", type=number(int, 0), help="examples before the question (default: the task's)")
     add("--chat", action="store_true", help="put questions into the chat template")
-    add("--batch", type=int, default=8, help="questions at once (8)")
+    add("--batch", type=whole, default=8, help="questions at once (8)")
     add("--include_path", metavar="DIR", help="take the tasks from this folder of .yaml files")
     add("--json", metavar="FILE", help="write the scores here")
     args = parser.parse_args()

@@ -12,13 +12,19 @@ from test_train import TINY, run, tokens  # noqa: F401
 
 import eval_sciq
 import prepare_data
+import retrofit
 import sample
 import train
 from data import run_script
 from model import ModelError
 
 hypothesis = pytest.importorskip("hypothesis")
+transformers = pytest.importorskip("transformers")
+from finetune import byte_tokenizer  # noqa: E402
 from hypothesis import given, settings, strategies  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 JUNK = ["", " ", "-1", "0", "1", "2", "3", "-0", "nan", "-inf", "1e400", "1.5", "1e-9", "None",
         "true", "999999999999", "9" * 400, "ü", "\u202e", "a b", "../nowhere", "/", ".", "--", "-",
@@ -41,6 +47,8 @@ def flags_of(main):
         patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         with contextlib.suppress(Stop):
             main()
+    for subparsers in [a for a in found if isinstance(a, argparse._SubParsersAction)]:
+        found.extend(subparsers.choices["sft"]._actions)
     return {a.option_strings[0]: a.nargs == 0 or isinstance(a, argparse.BooleanOptionalAction)
             for a in found if a.option_strings
             and a.dest not in ("help", "wandb", "tensorboard", "lm_eval", "compile")}
@@ -64,6 +72,11 @@ def place(tokens, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("place")
     run(tokens, folder / "model", "--max_steps", 1)
     (folder / "text.txt").write_text("a line of text\n" * 200)
+    (folder / "text.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 8)
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+        vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1)).save_pretrained(folder / "hf")
+    byte_tokenizer().save_pretrained(folder / "hf")
     return folder
 
 
@@ -77,6 +90,9 @@ SCRIPTS = {
         "--workers", "1"]),
     "eval_sciq.py": (eval_sciq.main, lambda p, t: ["--checkpoint", str(p / "model/ckpt.pt"),
                                                    "--tasks", "demo", "--limit", "1"]),
+    "retrofit.py": (retrofit.main, lambda p, t: [
+        "sft", "--model", str(p / "hf"), "--data", str(p / "text.jsonl"), "--out", str(p / "out"),
+        "--max_steps", "1", "--batch", "2", "--log_interval", "1", "--device", "cpu"]),
 }
 
 
@@ -85,12 +101,13 @@ def test_any_arguments(name, place, tokens, monkeypatch):  # noqa: F811
     main, base = SCRIPTS[name]
     monkeypatch.chdir(place)  # relative names of the junk land here
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     known = flags_of(main)
     flag = strategies.sampled_from(sorted(known))
     pair = strategies.tuples(flag, strategies.sampled_from(JUNK) | strategies.text(max_size=5))
     statuses = []
 
-    @settings(max_examples=130, deadline=None, database=None, derandomize=True,
+    @settings(max_examples=105, deadline=None, database=None, derandomize=True,
               phases=[hypothesis.Phase.generate],
               suppress_health_check=list(hypothesis.HealthCheck))
     @given(strategies.lists(pair, min_size=1, max_size=3))
@@ -109,4 +126,4 @@ def test_any_arguments(name, place, tokens, monkeypatch):  # noqa: F811
                 shutil.rmtree(place / folder)
 
     attempt()
-    assert len(statuses) >= 125 and 2 in statuses
+    assert len(statuses) >= 100 and 2 in statuses
