@@ -119,7 +119,6 @@ def keep(cache, layer, loop, key, value):
         if own.is_initialized and own.get_seq_length():
             raise ModelError("this cache was filled before nexus(): begin with a new one")
         fresh = copy.deepcopy(own)
-        fresh.keys = fresh.values = None
         fresh.is_initialized = False
         places[layer, loop] = len(cache.layers)
         cache.layers.append(fresh)

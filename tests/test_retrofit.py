@@ -186,6 +186,16 @@ def test_a_cache_of_the_original_model_is_refused():
             model(idx, past_key_values=cache)
 
 
+def test_a_static_cache_that_is_already_allocated():
+    model, idx = nexus(make("qwen2"), 3), tokens(2, 9)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    cache.early_initialization(2, 2, 8, torch.float64, "cpu")
+    with torch.no_grad():
+        first = model(idx[:, :6], past_key_values=cache).logits
+        second = model(idx[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat([first, second], 1), logits(model, idx), rtol=0, atol=1e-9)
+
+
 def test_packed_examples_do_not_see_each_other():
     model, idx = nexus(make("qwen2"), 3), tokens(1, 15)
     model.config.use_cache = False
@@ -374,6 +384,15 @@ def test_the_loss_is_on_the_answers_alone(base):
     assert tokenizer.decode(first["input_ids"]) == "1+1=2</s>" and first["labels"][:4] == [-100] * 4
 
 
+@pytest.mark.parametrize("kept", ["loop.last", "loop.last or m.role == 'user'"])
+def test_a_template_that_rewrites_earlier_turns_is_refused(base, kept):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}",
+                                               f"{{% if {kept} %}}{{{{ m.content }}}}{{% endif %}}")
+    with pytest.raises(UserError, match="line 1: .*turn by turn"):
+        read_examples(base / "chat.jsonl", tokenizer, 100)
+
+
 def test_fine_tuning_learns_and_the_folder_remembers(base, tmp_path, monkeypatch):
     log = sft(monkeypatch, base, tmp_path / "out", "--max_steps", 30, "--log_interval", 1,
               "--gate", 0, data="chat.jsonl")
@@ -396,7 +415,10 @@ def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
             shutil.rmtree(path)
         else:
             path.unlink()
-    sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags, "--resume")
+    state = tmp_path / "torn/checkpoint-3/trainer_state.json"
+    state.write_text(state.read_text().replace('"step": 1', '"step": 1, "mark": "seen"'))
+    log = sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags, "--resume")
+    assert log[0]["mark"] == "seen"  # it did not begin anew
     a, b = (load(tmp_path / name).state_dict() for name in ("whole", "torn"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
