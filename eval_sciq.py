@@ -153,10 +153,11 @@ class Scorer:
             self.encode, self.decode = tokenizer.encode_ordinary, tokenizer.decode
             self.eot, self.vocab = tokenizer.eot_token, tokenizer.n_vocab
         else:
-            from hf import fetch
-            self.model = GPT.from_hf(path, **overrides).to(device).eval()
-            self.identity, trained = dict(path=path), dict(nexus_order=1)
-            tokenizer = read_tokenizer(fetch(path))
+            from hf import fetch, read_config
+            folder = fetch(path)
+            self.model = GPT.from_hf(folder, **overrides).to(device).eval()
+            self.identity, trained = dict(path=path), read_config(folder)
+            tokenizer = read_tokenizer(folder)
             self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
             self.decode = tokenizer.decode
             self.eot = tokenizer.token_to_id("<|endoftext|>")

@@ -43,10 +43,7 @@ def read_neox(path_or_name):
 
     folder = fetch(path_or_name)
     try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            hf = json.load(f)
-        check(hf, path_or_name)
-        config = read_config(hf)
+        config = read_config(folder)
         state = {}
         for name in sorted(os.listdir(folder)):
             if name.endswith(".safetensors"):
@@ -78,9 +75,15 @@ def load_neox(path_or_name, **overrides):
     return load_weights(model, new | state, path_or_name)  # separate's own weights stay new
 
 
-def read_config(hf):
+def read_config(folder):
+    """The fields of our GPTConfig that a GPT-NeoX folder's config.json gives."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+        hf = json.load(f)
+    check(hf, folder)
     rope = hf.get("rope_parameters") or {}
-    return dict(vocab_size=hf["vocab_size"], block_size=hf["max_position_embeddings"],
+    nexus = hf.get("nexus") or dict(order=1, streams="qk")  # what retrofit.py has left there
+    return dict(nexus_order=nexus["order"], nexus_streams=nexus["streams"],
+                vocab_size=hf["vocab_size"], block_size=hf["max_position_embeddings"],
                 n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
                 n_embd=hf["hidden_size"], gelu=GELUS[hf["hidden_act"]],
                 rotary_pct=float(rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))),
@@ -97,6 +100,8 @@ def check(hf, path):
             ("layer_norm_eps", 1e-5, hf.get("layer_norm_eps", 1e-5)),
             ("attention_bias", True, hf.get("attention_bias", True)),
             ("tie_word_embeddings", False, hf.get("tie_word_embeddings", False)),
+            *((f"nexus {name}", None, (hf.get("nexus") or {}).get(name))
+              for name in ("gate", "layers")),
             ("rope_type", "default", rope["rope_type"]), ("rope_theta", 10000, rope["rope_theta"])):
         if ours != theirs:
             raise ModelError(f"{path} has {name} {theirs!r}; this model has {ours!r} and no other")

@@ -146,7 +146,7 @@ def training_step(name, model, idx, targets, args, optimizer=None):
         run = torch.compile(run)
 
     def job():
-        with args.autocast():
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
             out = run(idx, targets)
         (out[1] if isinstance(out, tuple) else out).backward()
         optimizer.step()
@@ -307,10 +307,6 @@ def main():
     if args.device == "cpu":
         keep_freed_memory()
 
-    def autocast():
-        return torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
-
-    args.autocast = autocast
     args.peak = next((peak for name, peak in PEAK_FLOPS.items() if args.device == "cuda"
                       and name in torch.cuda.get_device_name()), None)
     training, generated = {}, {}
@@ -322,7 +318,6 @@ def main():
         generated[preset] = generation(preset, args)
         print(f"\n{preset}: generation of {args.new_tokens} tokens after 16\n"
               f"{table(rows(generated[preset]))}", flush=True)
-    del args.autocast
     results = dict(training={f"{p}, {T}": r for (p, T), r in training.items()},
                    generation=generated)
     save(args, "cost", results, plot(plt, training, args.orders))

@@ -90,6 +90,15 @@ def test_a_retrofitted_pythia_is_our_gpt(order, streams, tmp_path):
     with torch.no_grad():
         want = ours.eval()(idx)[0]
     torch.testing.assert_close(logits(nexus(model, order, streams), idx), want, rtol=0, atol=1e-4)
+    model.save_pretrained(tmp_path)  # and what was retrofitted there, ours reads as such
+    again = GPT.from_hf(str(tmp_path))
+    assert again.config.nexus_order == order
+    with torch.no_grad():
+        assert torch.equal(again.eval()(idx)[0], want)
+    if order == 2:
+        nexus(model, order, streams, gate=0.5).save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match="has nexus gate 0.5"):
+            GPT.from_hf(str(tmp_path))
 
 
 def reference(attention, x, cos, sin, allowed, order, streams):
