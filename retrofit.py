@@ -328,7 +328,11 @@ def sft(args):
     for load(). Examples of a batch are packed into one row, and positions that begin anew keep each
     from seeing the others, in the inner loops too."""
     from transformers import AutoTokenizer, DataCollatorWithFlattening, Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
 
+    newest = get_last_checkpoint(args.out) if os.path.isdir(args.out) else None
+    if args.resume and newest is None:
+        raise UserError(f"no checkpoint in {args.out} to --resume: drop the flag to begin")
     if os.path.isdir(args.out) and os.listdir(args.out) and not args.resume:
         raise UserError(f"{args.out} is not empty: --resume goes on with it, another --out starts "
                         "anew")
@@ -363,10 +367,12 @@ def sft(args):
         dict(params=gates, lr=args.gate_lr)], lr=args.lr, weight_decay=0)
     trainer = Trainer(model=model, args=settings, train_dataset=examples,
                       data_collator=DataCollatorWithFlattening(), optimizers=(optimizer, None))
-    trainer.train(resume_from_checkpoint=args.resume or None)
+    trainer.train(resume_from_checkpoint=newest if args.resume else None)
     if args.lora:
         model = model.merge_and_unload()
     model.config.use_cache = True
+    if not trainer.is_world_process_zero():
+        return
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     trainer.save_state()  # trainer_state.json: every logged loss
@@ -383,18 +389,17 @@ def score(path, args):
     from transformers import AutoTokenizer
 
     tokenizer = pretrained(AutoTokenizer.from_pretrained, path)
+    manager = TaskManager(include_path=args.include_path,
+                          include_defaults=args.include_path is None)
+    if unknown := set(args.tasks) - set(manager.all_tasks):
+        raise UserError(f"lm-evaluation-harness has no such task: {', '.join(sorted(unknown))}")
     model = pretrained(load, path, dtype=args.dtype).to(args.device).eval()
     if args.order is not None:
         nexus(model, args.order, args.streams, args.layers, args.gate)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch)
-    try:
-        results = lm_eval.simple_evaluate(
-            model=harness, tasks=args.tasks, limit=args.limit, num_fewshot=args.fewshot,
-            apply_chat_template=args.chat, log_samples=True, bootstrap_iters=0,
-            task_manager=TaskManager(include_path=args.include_path,
-                                     include_defaults=args.include_path is None))
-    except KeyError as error:
-        raise UserError(f"lm-evaluation-harness has no such task: {error.args[0]}") from error
+    results = lm_eval.simple_evaluate(
+        model=harness, tasks=args.tasks, limit=args.limit, num_fewshot=args.fewshot,
+        apply_chat_template=args.chat, log_samples=True, bootstrap_iters=0, task_manager=manager)
     documents = {}
     for task, samples in results["samples"].items():
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):

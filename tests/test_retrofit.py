@@ -403,6 +403,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(base, kept):
 
 
 def test_fine_tuning_learns_and_the_folder_remembers(base, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no checkpoint in .* to --resume"):
+        sft(monkeypatch, base, tmp_path / "out", "--resume", data="chat.jsonl")
     log = sft(monkeypatch, base, tmp_path / "out", "--max_steps", 30, "--log_interval", 1,
               "--gate", 0, data="chat.jsonl")
     losses = [event["loss"] for event in log if "loss" in event]
@@ -455,7 +457,7 @@ def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys)
     assert "paired by document" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such task.*nonsense"):
         command(monkeypatch, "eval", "--model", base / "model", "--tasks", "nonsense",
-                "--device", "cpu")
+                "--include_path", base, "--device", "cpu")
 
 
 @pytest.mark.parametrize("line, message", [
@@ -473,7 +475,8 @@ def test_data_with_a_wrong_line(line, message, base, tmp_path):
 
 @pytest.mark.parametrize("argv", [
     ["sft", "--order", "0"], ["sft", "--model", "nowhere/at-all"], ["sft", "--data", "none.jsonl"],
-    ["sft", "--max_length", "1"], ["eval", "--model", "nowhere/at-all"], ["sfd"], []])
+    ["sft", "--max_length", "1"], ["sft", "--streams", "v"],
+    ["eval", "--model", "nowhere/at-all"], ["sfd"], []])
 def test_mistakes_are_one_line(argv, base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     given = dict(zip(argv[1::2], argv[2::2], strict=False))
