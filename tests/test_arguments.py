@@ -12,9 +12,9 @@ from test_train import TINY, run, tokens  # noqa: F401
 
 import eval_sciq
 import prepare_data
-import retrofit
 import sample
 import train
+import tune
 from data import run_script
 from model import ModelError
 
@@ -90,7 +90,7 @@ SCRIPTS = {
         "--workers", "1"]),
     "eval_sciq.py": (eval_sciq.main, lambda p, t: ["--checkpoint", str(p / "model/ckpt.pt"),
                                                    "--tasks", "demo", "--limit", "1"]),
-    "retrofit.py": (retrofit.main, lambda p, t: [
+    "retrofit.py": (tune.main, lambda p, t: [
         "sft", "--model", str(p / "hf"), "--data", str(p / "text.jsonl"), "--out", str(p / "out"),
         "--max_steps", "1", "--batch", "2", "--log_interval", "1", "--device", "cpu"]),
 }
