@@ -193,7 +193,7 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None):
     for attention in modules:  # the original, whatever it was before
         if isinstance(attention, Nexus):
             attention.__class__ = type(attention).__bases__[1]
-            del attention.nexus_gate
+            del attention.nexus_order, attention.nexus_streams, attention.nexus_gate
     model.config.__dict__.pop("nexus", None)
     if order == 1:
         return model
@@ -237,8 +237,10 @@ def load_gates(model, path):
     from safetensors import safe_open
 
     gates = {name: p for name, p in model.named_parameters() if "nexus_gate" in name}
-    folder = fetch(path) if gates else ""
-    for name in sorted(os.listdir(folder)) if gates else []:
+    if not gates:
+        return
+    folder = fetch(path)
+    for name in sorted(os.listdir(folder)):
         if name.endswith(".safetensors"):
             with safe_open(os.path.join(folder, name), framework="pt") as file:
                 for key in gates.keys() & file.keys():

@@ -109,11 +109,11 @@ def peak_memory(name, config, batch, args):
         return tracker.get_tracker_snapshot("peak")[torch.device(args.device)]["Total"]
 
 
-def largest_batch(name, config, batch, args):
-    """How many windows at once fit into args.gib: memory is a line in the batch, so the peaks of
-    `batch` and of twice as many tell."""
-    one, two = (peak_memory(name, config, n * batch, args) for n in (1, 2))
-    return max(0, int(batch + (args.gib * 2**30 - one) / ((two - one) / batch)))
+def largest_batch(name, config, batch, peak, args):
+    """How many windows at once fit into args.gib: memory is a line in the batch, so the peak of
+    `batch` windows and that of twice as many tell."""
+    window = (peak_memory(name, config, 2 * batch, args) - peak) / batch
+    return max(0, int(batch + (args.gib * 2**30 - peak) / window))
 
 
 def cache_bytes(model):
@@ -193,7 +193,7 @@ def at_context(preset, T, args):
     configs = variants(config, args)
     batch = max(1, args.tokens // T)
     peaks = {name: peak_memory(name, c, batch, args) for name, c in configs.items()}
-    fits = {name: largest_batch(name, c, batch, args) if args.gib else None
+    fits = {name: largest_batch(name, c, batch, peaks[name], args) if args.gib else None
             for name, c in configs.items()}
     models = {name: GPT(c) for name, c in configs.items()}
     if args.nanogpt:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import ROOT, mean_spread, paired, paired_text, pyplot, save, table
 
-from data import Parser, UserError, keep_freed_memory, run_script
+from data import EOT, Parser, UserError, keep_freed_memory, run_script
 from model import ModelError
 from prepare_data import documents
 from retrofit import load, nexus
@@ -49,7 +49,7 @@ def byte_tokenizer():
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>",
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOT,
                                    pad_token="<|pad|>")
 
 
@@ -131,16 +131,15 @@ def questions(n, steps, seed):
 
 
 @torch.no_grad()
-def accuracy(folder, tokenizer, rows, args):
-    """Share of the questions that the model in folder answers, greedily, exactly."""
-    model, right = load(folder).eval(), 0
+def accuracy(model, tokenizer, rows, args):
+    """Share of the questions that the model answers, greedily, exactly."""
+    right = 0
     tokenizer.padding_side = "left"
     for start in range(0, len(rows), 100):
         part = rows[start:start + 100]
         inputs = tokenizer([row["prompt"] for row in part], return_tensors="pt", padding=True)
         inputs.pop("token_type_ids", None)
-        out = model.generate(**inputs, max_new_tokens=2 * args.terms,
-                             do_sample=False)
+        out = model.generate(**inputs, max_new_tokens=2 * args.terms, do_sample=False)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].size(1):],
                                        skip_special_tokens=True)
         right += sum(text == row["answer"] for text, row in zip(texts, part, strict=True))
@@ -164,12 +163,11 @@ def finetune(args, variant, seed):
     return folder
 
 
-def read_run(folder):
-    """(logged losses, mean size of the gates or None) of a fine-tuned model."""
+def read_run(folder, model):
+    """(logged losses, mean size of the gates or None) of the model fine-tuned in folder."""
     with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as f:
         losses = [(e["step"], e["loss"]) for e in json.load(f)["log_history"] if "loss" in e]
-    gates = [p.abs().mean().item() for name, p in load(folder).named_parameters()
-             if "nexus_gate" in name]
+    gates = [p.abs().mean().item() for name, p in model.named_parameters() if "nexus_gate" in name]
     return losses, sum(gates) / len(gates) if gates else None
 
 
@@ -245,8 +243,9 @@ def main():
             tqdm(total=len(jobs), desc="fine-tuning", disable=None) as bar:
         folders = pool.map(lambda job: finetune(args, *job), jobs)
         for (name, seed), folder in zip(jobs, folders, strict=True):
-            losses, gate = read_run(folder)
-            runs[name]["accuracy"].append(accuracy(folder, tokenizer, test, args))
+            tuned = load(folder).eval()
+            losses, gate = read_run(folder, tuned)
+            runs[name]["accuracy"].append(accuracy(tuned, tokenizer, test, args))
             runs[name]["losses"].append(losses)
             runs[name]["gates"].append(gate)
             bar.update()

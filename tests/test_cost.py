@@ -9,8 +9,8 @@ import cost
 import pytest
 import torch
 
-from data import UserError
-from model import GPT, PRESETS, GPTConfig, KVCache
+from data import run_script
+from model import GPT, PRESETS, GPTConfig, KVCache, ModelError
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(nexus_order=3), dict(nexus_order=2,
@@ -35,7 +35,8 @@ def test_peak_memory_grows_with_order_by_what_is_kept():
 
 def test_the_largest_batch_fits_and_one_more_does_not():
     config = GPTConfig(**PRESETS["tiny"], nexus_order=2)
-    fits = cost.largest_batch("", config, 4, ON_CPU)
+    peak = cost.peak_memory("", config, 4, ON_CPU)
+    fits = cost.largest_batch("", config, 4, peak, ON_CPU)
     assert cost.peak_memory("", config, fits, ON_CPU) <= ON_CPU.gib * 2**30 \
         < cost.peak_memory("", config, fits + 1, ON_CPU)
 
@@ -54,7 +55,7 @@ def test_speeds_pair_within_a_round():
     assert result["ratio"] == 0.5 and result["quartiles"] == [0.5, 0.5] and result["rate"] == 25
 
 
-def test_the_command(tmp_path, monkeypatch):
+def test_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     argv = "--contexts 16,32 --tokens 64 --orders 1,2 --rounds 2 --new_tokens 4".split()
     out = subprocess.run([sys.executable, cost.__file__, *argv, "--out", str(tmp_path)],
@@ -68,5 +69,7 @@ def test_the_command(tmp_path, monkeypatch):
     for wrong in (["--orders", "2"], ["--presets", "huge"], ["--nanogpt", "nowhere.py"],
                   ["--gib", "-1"]):
         monkeypatch.setattr(sys, "argv", ["cost.py", *wrong])
-        with pytest.raises(UserError):
-            cost.main()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            run_script(cost.main, ModelError)
+        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -24,7 +24,7 @@ from model import GPT, ModelError
 
 
 def test_killed_at_random_moments_it_loses_nothing(tokens, tmp_path):  # noqa: F811
-    outcomes = torture.kills(tokens, str(tmp_path), 6, steps_each=60)
+    outcomes = torture.kills(tokens, str(tmp_path), 6, steps_each=150)
     assert outcomes["killed"] == 6 and outcomes["killed after new steps"] >= 2
     assert outcomes["killed while a checkpoint was written"] >= 1
 
@@ -269,9 +269,10 @@ def test_weights_are_read_from_the_folder_alone(tmp_path):
 
 def test_nothing_here_runs_text_as_code():
     """No eval, exec or compile of text, no pickle, no trust_remote_code."""
-    for path in glob.glob(os.path.join(ROOT, "**/*.py"), recursive=True):
-        if os.path.relpath(path, ROOT).startswith("tests"):
-            continue
+    # these folders alone: a virtual environment may lie beside them
+    paths = glob.glob(f"{ROOT}/*.py") + glob.glob(f"{ROOT}/experiments/*.py")
+    assert len(paths) > 15
+    for path in paths:
         with open(path, encoding="utf-8") as f:
             tree = ast.parse(f.read())
         for node in ast.walk(tree):

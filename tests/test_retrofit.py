@@ -69,6 +69,7 @@ def test_every_family(family):
         torch.testing.assert_close(torch.cat(parts, 1), refined, rtol=0, atol=error)
     assert nexus(model, 1) is model and torch.equal(logits(model, idx), own)
     assert not any(isinstance(m, Nexus) for m in model.modules())
+    assert not any("nexus" in name for m in model.modules() for name in vars(m))
     assert model.state_dict().keys() == weights.keys() and not hasattr(model.config, "nexus")
     assert all(torch.equal(w, weights[key]) for key, w in model.state_dict().items())
 
