@@ -27,17 +27,14 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from checkpoint import check_device, load_checkpoint
-from data import (
-    Parser,
-    UserError,
-    get_tokenizer,
-    keep_freed_memory,
-    load_hub,
-    run_script,
-    sha256,
-)
-from model import GPT, KVCache, ModelError
+from model import GPT
+from nanonexus.checkpoint import load_checkpoint
+from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.data import load_hub
+from nanonexus.device import check_device, keep_freed_memory
+from nanonexus.files import sha256
+from nanonexus.generate import KVCache
+from nanonexus.tokenizer import get_tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -153,7 +150,7 @@ class Scorer:
             self.encode, self.decode = tokenizer.encode_ordinary, tokenizer.decode
             self.eot, self.vocab = tokenizer.eot_token, tokenizer.n_vocab
         else:
-            from hf import fetch, read_config
+            from nanonexus.hf import fetch, read_config
             folder = fetch(path)
             self.model = GPT.from_hf(folder, **overrides).to(device).eval()
             self.identity, trained = dict(path=path), read_config(folder)
@@ -271,20 +268,6 @@ def evaluate(scorer, name, docs):
     return dict(n=len(docs), acc=statistics.mean(hits), acc_stderr=stderr(hits),
                 acc_norm=statistics.mean(hits_norm), acc_norm_stderr=stderr(hits_norm),
                 chance=statistics.mean(1 / len(doc.choices) for doc in docs), docs=entries)
-
-
-def stderr(values):
-    """Standard error of the mean, from the sample's deviation; nan for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def mcnemar(a, b):
-    """Two-sided exact p-value that two lists of hits differ by luck: the documents that one model
-    alone got right are, if the models are equal, coin tosses (McNemar 1947)."""
-    only_a = sum(x > y for x, y in zip(a, b, strict=True))
-    only_b = sum(x < y for x, y in zip(a, b, strict=True))
-    n, k = only_a + only_b, min(only_a, only_b)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
 def compare(first, second):
@@ -463,4 +446,4 @@ def write_json(path, result):
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError)
+    run_script(main)

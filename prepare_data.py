@@ -31,17 +31,10 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
-from data import (
-    EOT,
-    VERSION,
-    Parser,
-    UserError,
-    get_tokenizer,
-    load_hub,
-    padded_vocab,
-    run_script,
-    sha256,
-)
+from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.data import VERSION, load_hub
+from nanonexus.files import sha256
+from nanonexus.tokenizer import EOT, get_tokenizer, padded_vocab
 
 # name -> (hub repository, its configuration, the field with the text, share for validation)
 HUB = {

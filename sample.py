@@ -10,9 +10,11 @@ import sys
 
 import torch
 
-from checkpoint import check_device, load_checkpoint
-from data import Parser, UserError, get_tokenizer, run_script
-from model import ModelError
+from nanonexus.checkpoint import load_checkpoint
+from nanonexus.cli import Parser, UserError, positive_int, run_script
+from nanonexus.device import check_device
+from nanonexus.generate import generate_stream
+from nanonexus.tokenizer import get_tokenizer
 
 
 def main():
@@ -20,16 +22,14 @@ def main():
     add = parser.add_argument
     add("--checkpoint", default="out/ckpt.pt", help="default: out/ckpt.pt, where train.py puts it")
     add("--prompt", help="text to continue (default: read from standard input)")
-    add("--max_new_tokens", type=int, default=200)
+    add("--max_new_tokens", type=positive_int, default=200)
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
     add("--top_k", type=int, help="draw among the k likeliest tokens")
     add("--top_p", type=float, help="draw among the likeliest tokens that make up this probability")
     add("--seed", type=int, default=0, help="sample number i is drawn with seed + i")
-    add("--num_samples", type=int, default=1)
+    add("--num_samples", type=positive_int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.max_new_tokens < 1 or args.num_samples < 1:
-        raise UserError("--max_new_tokens and --num_samples must be at least 1")
 
     check_device(args.device)
     model, meta = load_checkpoint(args.checkpoint, args.device)
@@ -47,9 +47,9 @@ def main():
         generator = torch.Generator(args.device).manual_seed(args.seed + i)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end mid-character
         print(tokenizer.decode(ids), end="", flush=True)
-        for new in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k,
-                                args.top_p, stop=tokenizer.eot_token, vocab=tokenizer.n_vocab,
-                                generator=generator):
+        for new in generate_stream(model, prompt, args.max_new_tokens, args.temperature, args.top_k,
+                                   args.top_p, stop=tokenizer.eot_token,
+                                   vocab=tokenizer.n_vocab, generator=generator):
             if new.item() != tokenizer.eot_token:
                 print(decoder.decode(tokenizer.decode_bytes([new.item()])), end="", flush=True)
         print(decoder.decode(b"", final=True))
@@ -58,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError)
+    run_script(main)

@@ -19,40 +19,7 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # the scripts here run from any folder
 
-from data import UserError  # noqa: E402
-
-
-def listed(kind):
-    """The type of a flag that takes several: listed(int)("1,2") is [1, 2]."""
-    return lambda text: [kind(x) for x in text.split(",")]
-
-
-def mean_spread(values, digits=4):
-    """"mean ± standard deviation" over seeds."""
-    spread = f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "?"
-    return f"{statistics.mean(values):.{digits}f} ± {spread}"
-
-
-def paired(values, base):
-    """values minus base, paired by seed: dict(mean, low, high, p), the bounds of the 99% t interval
-    and the two-sided p of a paired t test; bounds and p are NaN with a single seed."""
-    from scipy import stats
-
-    gaps = [v - b for v, b in zip(values, base, strict=True)]
-    mean = statistics.mean(gaps)
-    if len(gaps) < 2 or statistics.stdev(gaps) == 0:
-        return dict(mean=mean, low=math.nan, high=math.nan, p=math.nan)
-    low, high = stats.t.interval(0.99, len(gaps) - 1, loc=mean, scale=stats.sem(gaps))
-    return dict(mean=mean, low=low, high=high, p=stats.ttest_1samp(gaps, 0).pvalue)
-
-
-def paired_text(gap, digits=4):
-    """A difference, its 99% interval and p; marked * where it may be claimed."""
-    if math.isnan(gap["p"]):
-        return f"{gap['mean']:+.{digits}f}"
-    mark = " *" if gap["p"] < 0.01 else ""
-    return (f"{gap['mean']:+.{digits}f} [{gap['low']:+.{digits}f}, {gap['high']:+.{digits}f}] "
-            f"p={gap['p']:.2g}{mark}")
+from nanonexus.cli import UserError  # noqa: E402
 
 
 def table(rows):

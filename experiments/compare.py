@@ -22,9 +22,9 @@ from dataclasses import replace
 
 from common import ROOT, mean_spread, paired, paired_text, pydocs, pyplot, save, table
 
-from checkpoint import read_checkpoint
-from data import Parser, UserError, run_script
-from model import GPT, PRESETS, GPTConfig, ModelError
+from model import GPT, PRESETS, GPTConfig
+from nanonexus.checkpoint import read_checkpoint
+from nanonexus.cli import Parser, UserError, run_script
 
 VARIANTS = {  # name -> the flags of train.py that make it
     "baseline": "--nexus_order 1",
@@ -187,4 +187,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError)
+    run_script(main)

@@ -32,10 +32,11 @@ from tqdm import tqdm
 
 from common import listed, pyplot, save, table
 
-from data import Parser, UserError, keep_freed_memory, run_script
-from loss import TrainingLoss
-from model import GPT, PRESETS, GPTConfig, KVCache, ModelError
-from train import PEAK_FLOPS
+from model import GPT, PRESETS, GPTConfig
+from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.device import PEAK_FLOPS, keep_freed_memory
+from nanonexus.generate import KVCache
+from nanonexus.loss import TrainingLoss
 
 
 def nanogpt(path, c):
@@ -324,4 +325,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError)
+    run_script(main)

@@ -22,9 +22,10 @@ sys.path.insert(0, ROOT)
 
 import torch  # noqa: E402
 
-from data import Parser, UserError, keep_freed_memory, run_script  # noqa: E402
 from eval_sciq import TASKS, Scorer, evaluate, read_task  # noqa: E402
-from model import PRESETS, ModelError  # noqa: E402
+from model import PRESETS  # noqa: E402
+from nanonexus.cli import Parser, UserError, run_script  # noqa: E402
+from nanonexus.device import keep_freed_memory  # noqa: E402
 
 
 def write_tasks(tasks, data, out):
@@ -130,4 +131,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError)
+    run_script(main)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import listed, pyplot, save, table
 
-from data import Parser, UserError, run_script
+from nanonexus.cli import Parser, UserError, run_script
 
 # name -> (order, inner reading, width of the head in units of d)
 VARIANTS = {

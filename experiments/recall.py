@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from common import listed, mean_spread, paired, paired_text, pyplot, save, table
 
-from data import Parser, UserError, run_script
 from model import GPT, GPTConfig
+from nanonexus.cli import Parser, UserError, run_script
 
 VARIANTS = {
     "baseline": dict(), "nexus-2": dict(nexus_order=2), "nexus-3": dict(nexus_order=3),

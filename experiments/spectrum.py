@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from common import ROOT, mean_spread, paired, paired_text, pyplot, save, table
 
-from checkpoint import load_checkpoint
-from data import Parser, TokenSet, UserError, batch, run_script, val_indices, windows
-from model import ModelError
+from nanonexus.checkpoint import load_checkpoint
+from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.data import TokenSet, batch, val_indices, windows
 
 COLUMNS = ["effective rank", "outside span", "rank of layer", "rank <= D", "outer entropy",
            "inner q entropy", "inner k entropy", "own token, q", "own token, k", "cosine q",
@@ -207,4 +207,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError)
+    run_script(main)

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from common import listed, mean_spread, paired, paired_text, pydocs, pyplot, save, table
 
-from data import Parser, TokenSet, UserError, batch, run_script, train_indices, windows
 from model import GPT, GPTConfig, Rotary
+from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.data import TokenSet, batch, train_indices, windows
 
 FORMS = ("anchored", "free")
 T, BATCH = 64, 16

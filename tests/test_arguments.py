@@ -14,14 +14,13 @@ import eval_sciq
 import prepare_data
 import sample
 import train
-import tune
-from data import run_script
-from model import ModelError
+from nanonexus.cli import run_script
 
 hypothesis = pytest.importorskip("hypothesis")
 transformers = pytest.importorskip("transformers")
-from finetune import byte_tokenizer  # noqa: E402
 from hypothesis import given, settings, strategies  # noqa: E402
+
+from finetune import byte_tokenizer  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -61,7 +60,7 @@ def call(main, name, argv):
             pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *argv])
         try:
-            run_script(main, ModelError)
+            run_script(main)
         except SystemExit as end:
             return end.code, errors.getvalue()
     return 0, errors.getvalue()

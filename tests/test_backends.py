@@ -12,7 +12,8 @@ from test_train import run
 from test_train import tokens as tokens_on_disk  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import KVCache, ModelError
+from model import ModelError
+from nanonexus.generate import KVCache
 
 warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

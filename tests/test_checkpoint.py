@@ -5,9 +5,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, save_checkpoint
-from data import UserError
 from model import GPT, GPTConfig, ModelError
+from nanonexus.checkpoint import load_checkpoint, save_checkpoint
+from nanonexus.cli import UserError
 
 
 def save(path, **changes):

@@ -9,8 +9,9 @@ import cost
 import pytest
 import torch
 
-from data import run_script
-from model import GPT, PRESETS, GPTConfig, KVCache, ModelError
+from model import GPT, PRESETS, GPTConfig, ModelError
+from nanonexus.cli import run_script
+from nanonexus.generate import KVCache
 
 
 @pytest.mark.parametrize("kind", [dict(), dict(nexus_order=3), dict(nexus_order=2,

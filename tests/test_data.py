@@ -6,8 +6,10 @@ import os
 import numpy as np
 import pytest
 
-import data
-from data import TokenSet, UserError, batch, get_tokenizer, train_indices, val_indices, windows
+from nanonexus import data
+from nanonexus.cli import UserError
+from nanonexus.data import TokenSet, batch, train_indices, val_indices, windows
+from nanonexus.tokenizer import get_tokenizer
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import torch
 from test_train import ROOT, TINY, command, read_log, run, tokens, weights  # noqa: F401
 from torture import workers
 
-from loss import TrainingLoss
 from model import GPT, GPTConfig
+from nanonexus.loss import TrainingLoss
 
 
 def check_same(one, many):

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import eval_sciq
-from data import UserError
 from eval_sciq import TASKS, Scorer, evaluate, mcnemar, read_task
 from model import GPT, GPTConfig, ModelError
+from nanonexus.cli import UserError
 
 ROOT = os.path.dirname(os.path.abspath(eval_sciq.__file__))
 

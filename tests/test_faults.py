@@ -17,10 +17,10 @@ import torch
 import torture
 from test_train import ROOT, command, numbers, read_log, run, tokens, weights  # noqa: F401
 
-import checkpoint
 import train
-from data import UserError
 from model import GPT, ModelError
+from nanonexus import checkpoint
+from nanonexus.cli import UserError
 
 
 def test_killed_at_random_moments_it_loses_nothing(tokens, tmp_path):  # noqa: F811
@@ -114,7 +114,7 @@ def test_skipping_leaves_one_step_out(tokens, tmp_path, monkeypatch, capsys):  #
 def test_a_spike_is_marked(tokens, tmp_path, capsys):  # noqa: F811
     from argparse import Namespace
 
-    from log import Log
+    from nanonexus.log import Log
     args = Namespace(out=str(tmp_path), max_steps=20, wandb=None, tensorboard=False)
     log = Log(args, None)
     for step, loss in enumerate([3.0] * 10 + [3.9, 4.1, 3.0], 1):
@@ -294,7 +294,7 @@ def test_two_preparations_of_one_set(tmp_path):
     errors = [job.communicate(timeout=60)[1] for job in jobs]
     codes = [job.returncode for job in jobs]
     assert sorted(codes) == [0, 2] and errors[codes.index(2)].strip().count("\n") == 0
-    from data import TokenSet
+    from nanonexus.data import TokenSet
     TokenSet(str(tmp_path / "set"), verify=True)
     assert os.listdir(tmp_path) == ["set"]
 

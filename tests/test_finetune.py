@@ -8,8 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 import finetune  # noqa: E402
-
-from data import UserError  # noqa: E402
+from nanonexus.cli import UserError  # noqa: E402
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributed._tools.mem_tracker import MemTracker
 
-import loss
-from loss import LinearCrossEntropy, TrainingLoss
 from model import GPT, PRESETS, GPTConfig
+from nanonexus import loss
+from nanonexus.loss import LinearCrossEntropy, TrainingLoss
 
 
 @pytest.fixture(params=[1, 3, 10**6], ids=["a row", "some rows", "all rows"])

@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as nn
-from model import GPT, PRESETS, Env, GPTConfig, KVCache, ModelError, Rotary
+from model import GPT, PRESETS, Env, GPTConfig, ModelError, Rotary
+from nanonexus.generate import KVCache
 
 SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
                   parallel_residual=False)

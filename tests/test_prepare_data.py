@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import prepare_data
-from data import EOT, TokenSet, UserError, get_tokenizer
+from nanonexus.cli import UserError
+from nanonexus.data import TokenSet
+from nanonexus.tokenizer import EOT, get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 

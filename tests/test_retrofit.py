@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 transformers = pytest.importorskip("transformers")
 from model import GPT, ModelError  # noqa: E402
-from retrofit import FAMILIES, Nexus, attentions, load, nexus  # noqa: E402
+from nanonexus.retrofit import FAMILIES, Nexus, attentions, load, nexus  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import sample
-from data import get_tokenizer
 from model import GPT, GPTConfig
+from nanonexus.tokenizer import get_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torture import same
 
-import data
 import train
-from checkpoint import load_checkpoint
-from data import UserError
 from model import ModelError
+from nanonexus import data
+from nanonexus.checkpoint import load_checkpoint
+from nanonexus.cli import UserError
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 256 --micro_batch 4

@@ -10,11 +10,10 @@ import torch
 transformers = pytest.importorskip("transformers")
 from test_retrofit import make  # noqa: E402
 
-import tune  # noqa: E402
-from data import UserError, run_script  # noqa: E402
+from finetune import read_examples  # noqa: E402
 from model import ModelError  # noqa: E402
-from retrofit import load  # noqa: E402
-from tune import read_examples  # noqa: E402
+from nanonexus.cli import UserError, run_script  # noqa: E402
+from nanonexus.retrofit import load  # noqa: E402
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")

@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 from common import ROOT, mean_spread, paired, paired_text, pyplot, save, table
 
-from data import EOT, Parser, UserError, keep_freed_memory, run_script
-from model import ModelError
+from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.device import keep_freed_memory
+from nanonexus.retrofit import load, nexus
+from nanonexus.tokenizer import EOT
 from prepare_data import documents
-from retrofit import load, nexus
 
 VARIANTS = {"order 1": ["--order", "1"], "order 2": ["--order", "2"],
             "order 2, gated": ["--order", "2", "--gate", "0"],
@@ -261,4 +262,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError)
+    run_script(main)

@@ -5,8 +5,8 @@ Weights from Hugging Face: where a model's folder is, and GPT-NeoX's layout turn
 import json
 import os
 
-from checkpoint import load_weights
 from model import GPT, GPTConfig, ModelError
+from nanonexus.checkpoint import load_weights
 
 # their names -> ours, in this order: some contain others
 NAMES = {"gpt_neox.": "", "layers.": "blocks.", "embed_in.": "embed.", "embed_out.": "head.",
@@ -68,11 +68,14 @@ def read_neox(path_or_name):
 
 
 def load_neox(path_or_name, **overrides):
-    """What GPT.from_hf gives, see there."""
+    """A GPT with the weights of a GPT-NeoX model of Hugging Face, Pythia's for one.
+
+    path_or_name: a folder with config.json and safetensors, or a name on the hub.
+    overrides: fields of the config, e.g. nexus_order=2, the start of a retrofit.
+    Raises ModelError if it cannot be had, or is not such a model.
+    """
     config, state = read_neox(path_or_name)
-    model = GPT(GPTConfig(**{**config, **overrides}))
-    new = {key: p.detach() for key, p in model.named_parameters() if ".inner." in key}
-    return load_weights(model, new | state, path_or_name)  # separate's own weights stay new
+    return load_weights(GPT(GPTConfig(**{**config, **overrides})), state, path_or_name)
 
 
 def read_config(folder):

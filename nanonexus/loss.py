@@ -6,8 +6,11 @@ again: more than all else in a 70M model. Here they exist for some rows at a tim
 computed on the spot, in the forward pass, so nothing is computed twice.
 """
 
+from functools import partial
+
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 2**26  # logits at once: 256 MiB in float32
 
@@ -50,16 +53,20 @@ class TrainingLoss(nn.Module):
     """What a training step runs, compiles and wraps for DDP: tokens in, the mean loss out.
 
     eot: the id that opens a document; if given, no token attends beyond its own document.
+    recompute: inner loops are computed again in backward, which takes less memory and more time.
     """
 
-    def __init__(self, gpt, eot=None):
+    def __init__(self, gpt, eot=None, recompute=False):
         super().__init__()
         self.gpt, self.eot = gpt, eot
+        for block in gpt.blocks if recompute else ():
+            block.attn.refine = partial(checkpoint, block.attn.refine, use_reentrant=False,
+                                        preserve_rng_state=False)  # no dropout inside
 
     def forward(self, idx, targets):
         """idx, targets (B, T); targets of -1 are ignored. The loss of GPT.forward, in nats."""
         docs = None if self.eot is None else (idx == self.eot).cumsum(1)
-        h, weight = self.gpt.hidden(idx, docs=docs).flatten(0, 1), self.gpt.head.weight
+        h, weight = self.gpt.hidden_states(idx, docs=docs).flatten(0, 1), self.gpt.head.weight
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         with torch.autocast(kind, enabled=False):

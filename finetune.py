@@ -1,22 +1,30 @@
 """
-The commands of retrofit.py: fine-tuning by transformers' Trainer, scores by lm-evaluation-harness.
+Nexus inside pretrained models: fine-tuning by transformers' Trainer, scores by lm-eval.
 
-    python retrofit.py sft --model Qwen/Qwen2.5-1.5B --data train.jsonl --order 2 --out DIR
-    python retrofit.py eval --model DIR --tasks gsm8k --versus OTHER
+    python finetune.py sft --model Qwen/Qwen2.5-1.5B --data train.jsonl --order 2 --out DIR
+    python finetune.py eval --model DIR --tasks gsm8k --versus OTHER
 """
 
-import argparse
 import importlib
 import json
 import os
 
 import torch
 
-from checkpoint import check_device
-from data import Parser, UserError
-from eval_sciq import mcnemar, stderr, write_json
 from model import ModelError
-from retrofit import load, nexus
+from nanonexus.cli import (
+    Parser,
+    UserError,
+    non_negative,
+    number,
+    positive_int,
+    run_script,
+    whole,
+)
+from nanonexus.device import check_device
+from nanonexus.files import write_json
+from nanonexus.retrofit import load, nexus
+from nanonexus.stats import mcnemar, stderr
 
 
 def read_examples(path, tokenizer, max_length):
@@ -139,7 +147,7 @@ def sft(args):
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     trainer.save_state()  # trainer_state.json: every logged loss
-    print(f"wrote {args.out}; score it with: python retrofit.py eval --model {args.out}")
+    print(f"wrote {args.out}; score it with: python finetune.py eval --model {args.out}")
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -195,27 +203,15 @@ def evaluate(args):
         write_json(args.json, report)
 
 
-def number(kind, least):
-    """The type of a flag that is an int or a float from `least` up."""
-    def read(text):
-        value = kind(text)
-        if not least <= value < 2**31:  # nan neither
-            raise argparse.ArgumentTypeError(f"must be a number from {least} up, got {text}")
-        return value
-
-    read.__name__ = kind.__name__  # in argparse's own message
-    return read
-
-
 def main():
-    parser, whole, share = Parser(__doc__), number(int, 1), number(float, 0)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="sft|eval")
     train = commands.add_parser("sft", help="supervised fine-tuning", doc=sft.__doc__)
     test = commands.add_parser("eval", help="lm-evaluation-harness", doc=evaluate.__doc__)
     for add in (train.add_argument, test.add_argument):
         add("--model", required=True, help="a folder, or a name on the hub")
         add("--streams", default="qk", choices=["qk", "q", "k"], help="refined (default: qk)")
-        add("--layers", type=number(int, 0), nargs="+", help="numbers of the layers (default: all)")
+        add("--layers", type=whole, nargs="+", help="numbers of the layers (default: all)")
         add("--gate", type=number(float, -100), help="start of a gate a head; 0 starts as the "
             "original model (default: no gate)")
         add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32",
@@ -224,32 +220,32 @@ def main():
     add = train.add_argument
     add("--data", required=True, metavar="FILE", help=".jsonl: messages, or prompt and answer")
     add("--out", required=True, help="folder for the model and its checkpoints")
-    add("--order", type=whole, default=2, help="1 is the control (default: 2)")
-    add("--epochs", type=share, default=3)
-    add("--max_steps", type=whole, help="instead of --epochs")
-    add("--batch", type=whole, default=8, help="examples that a process packs into a row (8)")
-    add("--accumulate", type=whole, default=1, help="micro-steps a step (1)")
-    add("--lr", type=share, default=1e-5)
-    add("--gate_lr", type=share, default=1e-2, help="of the gates, which have a way to go (1e-2)")
-    add("--warmup", type=share, default=0.03, help="steps, or a share of all (0.03)")
-    add("--weight_decay", type=share, default=0.0)
-    add("--max_length", type=whole, default=4096, help="longer examples are left out (4096)")
-    add("--lora", type=whole, help="rank: train adapters alone, merged into the model at the end")
+    add("--order", type=positive_int, default=2, help="1 is the control (default: 2)")
+    add("--epochs", type=non_negative, default=3)
+    add("--max_steps", type=positive_int, help="instead of --epochs")
+    add("--batch", type=positive_int, default=8, help="examples that a process packs into a row (8)")
+    add("--accumulate", type=positive_int, default=1, help="micro-steps a step (1)")
+    add("--lr", type=non_negative, default=1e-5)
+    add("--gate_lr", type=non_negative, default=1e-2, help="of the gates, which have a way to go (1e-2)")
+    add("--warmup", type=non_negative, default=0.03, help="steps, or a share of all (0.03)")
+    add("--weight_decay", type=non_negative, default=0.0)
+    add("--max_length", type=positive_int, default=4096, help="longer examples are left out (4096)")
+    add("--lora", type=positive_int, help="rank: train adapters alone, merged into the model at the end")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    add("--save_interval", type=whole, default=500, help="steps between checkpoints (500)")
-    add("--log_interval", type=whole, default=10, help="steps between log lines (10)")
+    add("--save_interval", type=positive_int, default=500, help="steps between checkpoints (500)")
+    add("--log_interval", type=positive_int, default=10, help="steps between log lines (10)")
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"])
-    add("--seed", type=number(int, 0), default=0, help="of the data's order, dropout and adapters")
+    add("--seed", type=whole, default=0, help="of the data's order, dropout and adapters")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add = test.add_argument
     add("--tasks", type=lambda text: text.split(","), default=["sciq"], help="of the harness, e.g. "
         "hendrycks_math500,aime24,gpqa_diamond_cot_zeroshot,gsm8k (default: sciq)")
     add("--versus", metavar="MODEL", help="a second model: differences paired by document")
-    add("--order", type=whole, help="read the model at this order instead of its own")
-    add("--limit", type=whole, help="only the first N documents of each task")
-    add("--fewshot", type=number(int, 0), help="examples before the question (default: the task's)")
+    add("--order", type=positive_int, help="read the model at this order instead of its own")
+    add("--limit", type=positive_int, help="only the first N documents of each task")
+    add("--fewshot", type=whole, help="examples before the question (default: the task's)")
     add("--chat", action="store_true", help="put questions into the chat template")
-    add("--batch", type=whole, default=8, help="questions at once (8)")
+    add("--batch", type=positive_int, default=8, help="questions at once (8)")
     add("--include_path", metavar="DIR", help="take the tasks from this folder of .yaml files")
     add("--json", metavar="FILE", help="write the scores here")
     args = parser.parse_args()
@@ -258,3 +254,7 @@ def main():
         (sft if args.command == "sft" else evaluate)(args)
     except ImportError as error:
         raise UserError(f"{error}: pip install -e '.[retrofit]'") from error
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,102 +1,22 @@
 """
-Tokenizers, the token-file format, and which window is which batch.
+The token-file format, and which window is which batch.
 
 A token set is a folder: train.bin and val.bin hold nothing but token ids, meta.json says what they
 are. Training reads windows of block_size + 1 tokens; their order is a pure function of the seed and
 the step, so a run resumes exactly and sees the same batches on one process or on many.
 """
 
-import argparse
-import contextlib
-import ctypes
 import functools
-import hashlib
 import json
 import os
-import sys
 
 import numpy as np
 
+from nanonexus.cli import UserError
+from nanonexus.files import sha256
+
 VERSION = 1  # of the token-set format
-EOT = "<|endoftext|>"
 SCAN = 1 << 25  # ids looked at on opening a file (all of them, in such pieces, to verify it)
-
-
-class UserError(ValueError):
-    """A mistake the user can mend: scripts print it as one line and exit with status 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose help begins with the script's docstring and whose errors are one line."""
-
-    def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, allow_abbrev=False, **kwargs,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def run_script(main, *also):
-    """Call main(); turn UserError, OSError, the exceptions in `also` and a lack of memory into one
-    line, status 2."""
-    try:
-        main()
-    except (UserError, OSError, MemoryError, RuntimeError, *also) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "out of memory" in message \
-                or "can't allocate memory" in message:  # numpy's, CUDA's, torch's on a CPU
-            message = "out of memory: use a smaller batch, context or model"
-        elif isinstance(error, RuntimeError):
-            raise
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def keep_freed_memory():
-    """Let glibc keep freed memory: else every step on a CPU returns its activations to the kernel
-    and takes them back page by page, which cost a third of the time (measured, 70M shape)."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap too
-
-
-def get_tokenizer(name):
-    """The tokenizer `name` ("bytes" or "gpt2") as a tiktoken.Encoding with an eot_token.
-
-    Raises UserError for another name, or if GPT-2's vocabulary is neither cached nor reachable.
-    """
-    import tiktoken
-
-    if name == "bytes":  # 256 byte values and the end of a text: nothing to download
-        # the pattern only cuts the text for the encoder; no two bytes are ever merged
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,16}", special_tokens={EOT: 256},
-                                 mergeable_ranks={bytes([i]): i for i in range(256)})
-    if name != "gpt2":
-        raise UserError(f"no tokenizer {name!r}: choose bytes or gpt2")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors
-        raise UserError(
-            "GPT-2's vocabulary could not be downloaded. Set TIKTOKEN_CACHE_DIR to a folder in "
-            "which tiktoken has cached it once, or use --tokenizer bytes") from error
-
-
-def padded_vocab(tokenizer):
-    """The model's vocabulary: the tokenizer's, up to the next multiple of 64 (faster products)."""
-    return (tokenizer.n_vocab + 63) // 64 * 64
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_hub(name, config, split, revision=None, streaming=False):

@@ -10,8 +10,8 @@ import zipfile
 
 import torch
 
-from data import UserError
 from model import GPT, GPTConfig, ModelError
+from nanonexus.cli import UserError
 
 
 def older(path, i):
@@ -49,12 +49,13 @@ def save_checkpoint(path, state, keep=1):
                         f"{kept}; free some space and --resume") from error
 
 
-def check_device(name):
-    """Raises UserError if this machine has no device of that name."""
-    try:
-        torch.zeros(1, device=name).item()  # "meta" has no numbers
-    except (RuntimeError, AssertionError) as error:  # the second: torch without CUDA
-        raise UserError(f"no device {name!r} here: use --device cpu") from error
+def check_size(config):
+    """Raises ModelError for a slip of the keyboard that would take all memory, and the machine."""
+    size = config.n_embd * (12 * config.n_layer * config.n_embd + 2 * config.vocab_size
+                            + config.block_size)
+    if size > 1e12:
+        raise ModelError(f"vocab_size, block_size, n_layer and n_embd make {size:.0e} numbers: "
+                         "more than a trillion")
 
 
 def load_weights(model, state, path):
@@ -77,12 +78,20 @@ def load_checkpoint(path, device="cpu", **overrides):
     Raises ModelError with the reason if the file is missing, damaged or not ours.
     """
     saved = read_checkpoint(path, device)
-    try:
-        config = GPTConfig(**{**saved["config"], "attention": "sdpa", **overrides})
-    except TypeError as error:  # a field of another version
-        raise ModelError(f"{path} has a config that is not ours: {error}") from error
+    config = make_config({**saved["config"], "attention": "sdpa", **overrides}, path)
     model = load_weights(GPT(config), saved.pop("model"), path).to(device).eval()
     return model, {key: value for key, value in saved.items() if key != "optimizer"}
+
+
+def make_config(values, path):
+    """The GPTConfig of a checkpoint at path; ModelError if it is not ours, or absurdly large."""
+    values = {k: v for k, v in values.items() if k != "checkpoint_attention"}  # once a field
+    try:
+        config = GPTConfig(**values)
+    except TypeError as error:  # a field of another version
+        raise ModelError(f"{path} has a config that is not ours: {error}") from error
+    check_size(config)
+    return config
 
 
 def read_checkpoint(path, device="cpu"):

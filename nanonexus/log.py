@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 
-from data import UserError
+from nanonexus.cli import UserError
 
 SPIKE = 1.0  # nats above the median of the last ten logged losses
 
@@ -108,6 +108,10 @@ class Log:
             left = (time.monotonic() - self.start) / (step - self.step0) * (self.max_steps - step)
             parts.append(f"eta {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}")
         self.say("  ".join(parts))
+
+    def advance(self):
+        if self.bar:
+            self.bar.update(1)
 
     def say(self, text):
         if self.bar:

@@ -5,11 +5,8 @@ Nexus inside pretrained models of transformers: Qwen2.5, Llama, Mistral, Pythia 
     nexus(model, order=2)                 # in place; no weight is added or changed
     nexus(model, order=1)                 # the original again
 
-    python retrofit.py sft --model Qwen/Qwen2.5-1.5B --data train.jsonl --order 2 --out DIR
-    python retrofit.py eval --model DIR --tasks gsm8k --versus OTHER
-
-Every decoder here turns its queries and keys by one function, apply_rotary_pos_emb, just before it
-attends. That is where Nexus comes in: what is to be turned is first refined, by loops of the
+Every decoder here rotates its queries and keys by one function, apply_rotary_pos_emb, just before
+it attends. That is where Nexus comes in: what is to be rotated is first refined, by loops of the
 model's own attention (same mask, scaling and backend). All else is the model's own code.
 """
 
@@ -23,9 +20,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from data import run_script
-from hf import fetch
 from model import ModelError
+from nanonexus.hf import fetch
 
 # Shapes in comments: B batch, T new tokens, S all tokens seen, H query heads, K key heads (fewer,
 # with grouped queries), D head width.
@@ -79,7 +75,7 @@ class Nexus:
 
     def refine(self, s, rotary, turn):
         """h <- Attn(h, h, s), order - 1 times, of streams s (B, heads, T, D) before rotary: as
-        Attention.refine in model.py, the reading `self`."""
+        CausalSelfAttention.refine in model.py, the reading `self`."""
         h, values, attend = s, s, attention_function(self)
         for loop in range(1, self.nexus_order):
             query = key = rotary(h)
@@ -247,9 +243,3 @@ def load_gates(model, path):
                     gates.pop(key).data.copy_(file.get_tensor(key))
     if gates:
         raise ModelError(f"{path} says that it has gates, but not {min(gates)}")
-
-
-if __name__ == "__main__":
-    from tune import main
-
-    run_script(main, ModelError)

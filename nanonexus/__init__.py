@@ -1,0 +1,1 @@
+"""What the scripts share. Arrows point one way: scripts -> nanonexus -> model.py."""

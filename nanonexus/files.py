@@ -1,0 +1,29 @@
+"""
+Files that are whole or not there: written beside their place, flushed to the disk, then renamed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path, result):
+    """Replace the file at path by result, in one step."""
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "w", encoding="utf-8") as f:
+            json.dump(result, f, indent=1)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise

@@ -1,0 +1,52 @@
+"""
+Statistics of comparisons, all of them paired.
+
+One rule holds in all experiments. Differences are paired where seeds (or documents) are shared,
+given with their 99% t interval, and claimed only where that interval excludes 0, that is at
+p < 0.01. No seed is dropped and no best one chosen.
+"""
+
+import math
+import statistics
+
+
+def stderr(values):
+    """Standard error of the mean, from the sample's deviation; nan for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def mcnemar(a, b):
+    """Two-sided exact p-value that two lists of hits differ by luck: the documents that one model
+    alone got right are, if the models are equal, coin tosses (McNemar 1947)."""
+    only_a = sum(x > y for x, y in zip(a, b, strict=True))
+    only_b = sum(x < y for x, y in zip(a, b, strict=True))
+    n, k = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def mean_spread(values, digits=4):
+    """"mean ± standard deviation" over seeds."""
+    spread = f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "?"
+    return f"{statistics.mean(values):.{digits}f} ± {spread}"
+
+
+def paired(values, base):
+    """values minus base, paired by seed: dict(mean, low, high, p), the bounds of the 99% t interval
+    and the two-sided p of a paired t test; bounds and p are NaN with a single seed."""
+    from scipy import stats
+
+    gaps = [v - b for v, b in zip(values, base, strict=True)]
+    mean = statistics.mean(gaps)
+    if len(gaps) < 2 or statistics.stdev(gaps) == 0:
+        return dict(mean=mean, low=math.nan, high=math.nan, p=math.nan)
+    low, high = stats.t.interval(0.99, len(gaps) - 1, loc=mean, scale=stats.sem(gaps))
+    return dict(mean=mean, low=low, high=high, p=stats.ttest_1samp(gaps, 0).pvalue)
+
+
+def paired_text(gap, digits=4):
+    """A difference, its 99% interval and p; marked * where it may be claimed."""
+    if math.isnan(gap["p"]):
+        return f"{gap['mean']:+.{digits}f}"
+    mark = " *" if gap["p"] < 0.01 else ""
+    return (f"{gap['mean']:+.{digits}f} [{gap['low']:+.{digits}f}, {gap['high']:+.{digits}f}] "
+            f"p={gap['p']:.2g}{mark}")
