@@ -1,5 +1,5 @@
 """
-Nexus inside pretrained models: fine-tuning by transformers' Trainer, scores by lm-eval.
+Nexus inside pretrained models of transformers: fine-tuning by its Trainer, scores by lm-eval.
 
     python finetune.py sft --model Qwen/Qwen2.5-1.5B --data train.jsonl --order 2 --out DIR
     python finetune.py eval --model DIR --tasks gsm8k --versus OTHER
@@ -7,6 +7,7 @@ Nexus inside pretrained models: fine-tuning by transformers' Trainer, scores by 
 
 import importlib
 import json
+import math
 import os
 
 import torch
@@ -15,6 +16,7 @@ from model import ModelError
 from nanonexus.cli import (
     Parser,
     UserError,
+    listed,
     non_negative,
     number,
     positive_int,
@@ -24,6 +26,7 @@ from nanonexus.cli import (
 from nanonexus.device import check_device
 from nanonexus.files import write_json
 from nanonexus.retrofit import load, nexus
+from nanonexus.schedule import warmup_cosine
 from nanonexus.stats import mcnemar, stderr
 
 
@@ -37,14 +40,14 @@ def read_examples(path, tokenizer, max_length):
 
     examples, long = [], 0
     with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
+        for place, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
                 turns = row["messages"] if "messages" in row else None
                 ids, answers = chat(turns, tokenizer) if turns else plain(row, tokenizer)
             except (ValueError, KeyError, TypeError, TemplateError) as error:
                 raise UserError(
-                    f"{path}, line {number}: needs messages (with role and content), or prompt and "
+                    f"{path}, line {place}: needs messages (with role and content), or prompt and "
                     f"answer ({type(error).__name__}: {error})") from error
             if len(ids) > max_length:
                 long += 1
@@ -71,15 +74,15 @@ def chat(messages, tokenizer):
     def ids(n, **kwargs):
         return tokenizer.apply_chat_template(messages[:n], return_dict=False, **kwargs)
 
-    whole = ids(len(messages))
-    answers = [False] * len(whole)
+    conversation = ids(len(messages))
+    answers = [False] * len(conversation)
     for n, message in enumerate(messages):
         if message["role"] == "assistant":
             before, after = ids(n, add_generation_prompt=True), ids(n + 1)
-            if whole[:len(after)] != after or after[:len(before)] != before:
+            if conversation[:len(after)] != after or after[:len(before)] != before:
                 raise ValueError("the chat template does not write a conversation turn by turn")
             answers[len(before):len(after)] = [True] * (len(after) - len(before))
-    return whole, answers
+    return conversation, answers
 
 
 def pretrained(loader, path, **kwargs):
@@ -94,6 +97,33 @@ def pretrained(loader, path, **kwargs):
                         f"({reason})") from error
 
 
+def make_optimizer(model, args):
+    """AdamW with weight decay for the matrices, and a learning rate of their own for the gates."""
+    gates, matrices, rest = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (gates if "nexus_gate" in name else matrices if p.dim() > 1 else rest).append(p)
+    return torch.optim.AdamW([
+        dict(params=matrices, weight_decay=args.weight_decay), dict(params=rest),
+        dict(params=gates, lr=args.gate_lr)], lr=args.lr, weight_decay=0)
+
+
+def count_steps(examples, settings):
+    """How many steps the Trainer of these TrainingArguments makes with so many examples."""
+    if settings.max_steps > 0:
+        return settings.max_steps
+    batches = math.ceil(examples / (settings.train_batch_size * settings.world_size))
+    epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+    return math.ceil(settings.num_train_epochs * epoch)
+
+
+def make_scheduler(optimizer, steps, warmup):
+    """train.py's schedule, down to 0 at the last step; warmup in steps or, below 1, a share."""
+    warmup = int(warmup) if warmup >= 1 else math.ceil(warmup * steps)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, 1.0, warmup, steps, floor=0.0))
+
+
 def sft(args):
     """Fine-tune on the answers of args.data; --order 1 is the control. The folder is then a model
     for load(). Examples of a batch are packed into one row, and positions that begin anew keep each
@@ -105,8 +135,8 @@ def sft(args):
     if args.resume and newest is None:
         raise UserError(f"no checkpoint in {args.out} to --resume: drop the flag to begin")
     if os.path.isdir(args.out) and os.listdir(args.out) and not args.resume:
-        raise UserError(f"{args.out} is not empty: --resume goes on with it, another --out starts "
-                        "anew")
+        raise UserError(f"{args.out} is not empty: --resume continues its run, another --out "
+                        "starts anew")
     if args.report_to != "none":
         importlib.import_module(args.report_to)  # is it there?
     torch.manual_seed(args.seed)
@@ -123,21 +153,15 @@ def sft(args):
     settings = TrainingArguments(
         output_dir=args.out, num_train_epochs=args.epochs, max_steps=args.max_steps or -1,
         per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accumulate,
-        lr_scheduler_type="cosine", warmup_steps=args.warmup, seed=args.seed,
-        bf16=args.dtype == "bfloat16", logging_steps=args.log_interval, report_to=args.report_to,
-        save_steps=args.save_interval, save_total_limit=2, use_cpu=args.device == "cpu",
-        use_cache=False)  # a cache would join packed examples
+        seed=args.seed, bf16=args.dtype == "bfloat16", logging_steps=args.log_interval,
+        report_to=args.report_to, save_steps=args.save_interval, save_total_limit=2,
+        use_cpu=args.device == "cpu", use_cache=False)  # a cache would join packed examples
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    gates, matrices, rest = [], [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (gates if "nexus_gate" in name else matrices if p.dim() > 1 else rest).append(p)
-    optimizer = torch.optim.AdamW([
-        dict(params=matrices, weight_decay=args.weight_decay), dict(params=rest),
-        dict(params=gates, lr=args.gate_lr)], lr=args.lr, weight_decay=0)
+    optimizer = make_optimizer(model, args)
+    scheduler = make_scheduler(optimizer, count_steps(len(examples), settings), args.warmup)
     trainer = Trainer(model=model, args=settings, train_dataset=examples,
-                      data_collator=DataCollatorWithFlattening(), optimizers=(optimizer, None))
+                      data_collator=DataCollatorWithFlattening(), optimizers=(optimizer, scheduler))
     trainer.train(resume_from_checkpoint=newest if args.resume else None)
     if args.lora:
         model = model.merge_and_unload()
@@ -223,22 +247,26 @@ def main():
     add("--order", type=positive_int, default=2, help="1 is the control (default: 2)")
     add("--epochs", type=non_negative, default=3)
     add("--max_steps", type=positive_int, help="instead of --epochs")
-    add("--batch", type=positive_int, default=8, help="examples that a process packs into a row (8)")
+    add("--batch", type=positive_int, default=8,
+        help="examples that a process packs into a row (8)")
     add("--accumulate", type=positive_int, default=1, help="micro-steps a step (1)")
     add("--lr", type=non_negative, default=1e-5)
-    add("--gate_lr", type=non_negative, default=1e-2, help="of the gates, which have a way to go (1e-2)")
+    add("--gate_lr", type=non_negative, default=1e-2,
+        help="of the gates, which have a way to go (1e-2)")
     add("--warmup", type=non_negative, default=0.03, help="steps, or a share of all (0.03)")
     add("--weight_decay", type=non_negative, default=0.0)
-    add("--max_length", type=positive_int, default=4096, help="longer examples are left out (4096)")
-    add("--lora", type=positive_int, help="rank: train adapters alone, merged into the model at the end")
+    add("--max_length", type=positive_int, default=4096,
+        help="longer examples are left out (4096)")
+    add("--lora", type=positive_int,
+        help="rank: train adapters alone, merged into the model at the end")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--save_interval", type=positive_int, default=500, help="steps between checkpoints (500)")
     add("--log_interval", type=positive_int, default=10, help="steps between log lines (10)")
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"])
     add("--seed", type=whole, default=0, help="of the data's order, dropout and adapters")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add = test.add_argument
-    add("--tasks", type=lambda text: text.split(","), default=["sciq"], help="of the harness, e.g. "
+    add("--tasks", type=listed(str), default=["sciq"], help="of the harness, e.g. "
         "hendrycks_math500,aime24,gpqa_diamond_cot_zeroshot,gsm8k (default: sciq)")
     add("--versus", metavar="MODEL", help="a second model: differences paired by document")
     add("--order", type=positive_int, help="read the model at this order instead of its own")

@@ -1,12 +1,12 @@
 """
 What does Nexus do to a pretrained model, at once and after fine-tuning?
 
-    python experiments/finetune.py --text 'books/*.txt.xz' --out out/finetune
-    python experiments/finetune.py --quick
+    python experiments/retrofit.py --text 'books/*.txt.xz' --out out/retrofit
+    python experiments/retrofit.py --quick
 
 From nothing to a table, without the hub: a small Qwen2 (transformers' own) is pretrained on bytes
-of text; retrofit.nexus() turns it into orders 2 to 4, with gates more or less open, and the KL
-divergence from its own predictions says how much that changes them; then `retrofit.py sft` trains
+of text; nexus() turns it into orders 2 to 4, with gates more or less open, and the KL
+divergence from its own predictions says how much that changes them; then `finetune.py sft` trains
 each variant on the same questions in the same order, and it answers new ones.
 
 A question is a sum modulo 10, "3+4+8+6="; its answer goes step by step, "7 5 1", and counts if
@@ -16,7 +16,6 @@ every step is right.
 import argparse
 import copy
 import json
-import math
 import os
 import random
 import subprocess
@@ -26,11 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from common import ROOT, mean_spread, paired, paired_text, pyplot, save, table
+from common import ROOT, pyplot, save, table
 
-from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.cli import Parser, UserError, non_negative, number, positive_int, run_script
 from nanonexus.device import keep_freed_memory
 from nanonexus.retrofit import load, nexus
+from nanonexus.schedule import warmup_cosine
+from nanonexus.stats import mean_spread, paired, paired_text
 from nanonexus.tokenizer import EOT
 from prepare_data import documents
 
@@ -87,8 +88,7 @@ def pretrain(args, tokenizer, ids):
     bar = tqdm(range(args.steps), desc="pretraining", disable=None, leave=False)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 50) * (
-                0.55 + 0.45 * math.cos(math.pi * step / args.steps))
+            group["lr"] = warmup_cosine(step, args.lr, 50, args.steps)
         starts = torch.randint(len(ids) - args.context, (args.batch, 1))
         batch = ids[starts + torch.arange(args.context)]
         loss = model(batch, labels=batch, use_cache=False).loss
@@ -148,11 +148,11 @@ def accuracy(model, tokenizer, rows, args):
 
 
 def finetune(args, variant, seed):
-    """The folder of one run of retrofit.py sft; a finished one is used again."""
+    """The folder of one run of finetune.py sft; a finished one is used again."""
     folder = os.path.join(args.out, f"{variant.replace(', ', '-').replace(' ', '')}-{seed}")
     data = os.path.join(args.out, f"questions-{seed}.jsonl")
     if not os.path.exists(os.path.join(folder, "trainer_state.json")):
-        argv = [sys.executable, os.path.join(ROOT, "retrofit.py"), "sft", "--model",
+        argv = [sys.executable, os.path.join(ROOT, "finetune.py"), "sft", "--model",
                 os.path.join(args.out, "base"), "--data", data, "--out", folder, "--max_steps",
                 str(args.sft_steps), "--batch", str(args.sft_batch), "--lr", str(args.sft_lr),
                 "--seed", str(seed), "--log_interval", str(max(1, args.sft_steps // 20)),
@@ -194,26 +194,25 @@ def main():
     add = parser.add_argument
     add("--text", nargs="+", metavar="FILE", help="files to pretrain on, as prepare_data.py takes "
         "them (default: pydocs)")
-    add("--steps", type=int, default=600, help="of pretraining (default: 600)")
-    add("--batch", type=int, default=16, help="windows a step of pretraining (default: 16)")
-    add("--context", type=int, default=256, help="bytes a window (default: 256)")
-    add("--lr", type=float, default=2e-3, help="of pretraining (default: 2e-3)")
-    add("--terms", type=int, default=4, help="digits of a question (default: 4)")
-    add("--examples", type=int, default=20_000, help="questions to train on (default: 20000)")
-    add("--sft_steps", type=int, default=600, help="of fine-tuning (default: 600)")
-    add("--sft_batch", type=int, default=32, help="questions a step (default: 32)")
-    add("--sft_lr", type=float, default=1e-3, help="of fine-tuning (default: 1e-3)")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, a core each (default: "
-        "one a core)")
-    add("--seeds", type=int, default=3, help="(default: 3)")
+    add("--steps", type=positive_int, default=600, help="of pretraining (default: 600)")
+    add("--batch", type=positive_int, default=16,
+        help="windows a step of pretraining (default: 16)")
+    add("--context", type=number(int, 16, 2048), default=256, help="bytes a window (default: 256)")
+    add("--lr", type=non_negative, default=2e-3, help="of pretraining (default: 2e-3)")
+    add("--terms", type=number(int, 2, 1000), default=4, help="digits of a question (default: 4)")
+    add("--examples", type=positive_int, default=20_000,
+        help="questions to train on (default: 20000)")
+    add("--sft_steps", type=positive_int, default=600, help="of fine-tuning (default: 600)")
+    add("--sft_batch", type=positive_int, default=32, help="questions a step (default: 32)")
+    add("--sft_lr", type=non_negative, default=1e-3, help="of fine-tuning (default: 1e-3)")
+    add("--jobs", type=positive_int, default=os.cpu_count() or 1,
+        help="runs at once, a core each (default: one a core)")
+    add("--seeds", type=positive_int, default=3, help="(default: 3)")
     add("--quick", action="store_true", help="few steps, one seed: under a minute")
-    add("--out", default="out/finetune", help="folder (default: out/finetune)")
+    add("--out", default="out/retrofit", help="folder (default: out/retrofit)")
     args = parser.parse_args()
     if args.quick:
         args.steps, args.batch, args.sft_steps, args.examples, args.seeds = 20, 4, 12, 400, 1
-    if min(args.steps, args.batch, args.sft_steps, args.sft_batch, args.seeds, args.jobs) < 1 \
-            or not 16 <= args.context <= 2048 or args.terms < 2:
-        raise UserError("numbers must be at least 1, --context from 16 to 2048, --terms from 2")
     try:
         import transformers
     except ImportError as error:
@@ -258,7 +257,7 @@ def main():
          mean_spread([losses[-1][1] for losses in r["losses"]], 3),
          f"{sum(r['gates']) / len(r['gates']):.2f}" if r["gates"][0] is not None else ""]
         for name, r in runs.items())]))
-    save(args, "finetune", dict(changes=changes, runs=runs), plot(plt, changes, runs))
+    save(args, "retrofit", dict(changes=changes, runs=runs), plot(plt, changes, runs))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,13 @@ from nanonexus.hf import fetch
 # Shapes in comments: B batch, T new tokens, S all tokens seen, H query heads, K key heads (fewer,
 # with grouped queries), D head width.
 
-# Tested, with their mask, cache and scaling. Others turn only a part of each head, or not always.
+# Tested, with their mask, cache and scaling. Others rotate only a part of each head, or not always.
 FAMILIES = ("gemma", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "qwen2",
             "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # from 5.24, before, in GPT-NeoX
 
 
-class Turn(NamedTuple):
+class Refinement(NamedTuple):
     """What refining needs, carried to the rotary function in the place of its cosines."""
 
     attention: nn.Module
@@ -69,23 +70,23 @@ class Nexus:
         given = dict(zip(self.nexus_names, args, strict=False)) | kwargs
         cos, sin = given["position_embeddings"]
         extra = {k: v for k, v in given.items() if k not in self.nexus_names}
-        cache = given.get("past_key_values", given.get("layer_past"))
-        turn = Turn(self, cos, given.get("attention_mask"), cache, extra)
-        return self.nexus_forward(**given | dict(position_embeddings=(turn, sin)))
+        cache = next((given[name] for name in CACHE_NAMES if name in given), None)
+        context = Refinement(self, cos, given.get("attention_mask"), cache, extra)
+        return self.nexus_forward(**given | dict(position_embeddings=(context, sin)))
 
-    def refine(self, s, rotary, turn):
+    def refine(self, s, rotary, context):
         """h <- Attn(h, h, s), order - 1 times, of streams s (B, heads, T, D) before rotary: as
         CausalSelfAttention.refine in model.py, the reading `self`."""
         h, values, attend = s, s, attention_function(self)
         for loop in range(1, self.nexus_order):
             query = key = rotary(h)
-            if turn.cache is not None:  # the values are those of the first loop: kept once
+            if context.cache is not None:  # the values are those of the first loop: kept once
                 new = s if loop == 1 else s[..., :0]
-                key, seen = keep(turn.cache, self.layer_idx, loop, key, new)
+                key, seen = keep(context.cache, self.layer_idx, loop, key, new)
                 values = seen if loop == 1 else values
-            h = attend(Heads(self), query, key, values, turn.mask, dropout=0.0,
+            h = attend(Heads(self), query, key, values, context.mask, dropout=0.0,
                        scaling=self.scaling, sliding_window=getattr(self, "sliding_window", None),
-                       **turn.extra)[0].transpose(1, 2)  # they give (B, T, heads, D)
+                       **context.extra)[0].transpose(1, 2)  # they give (B, T, heads, D)
         return self.nexus_gate(s, h) if self.nexus_gate is not None else h
 
 
@@ -116,20 +117,20 @@ def keep(cache, layer, loop, key, value):
 
 def refined_rotary(rotary):
     """apply_rotary_pos_emb of a model's file, with Nexus before it."""
-    def apply(q, k, turn, sin, *args, **kwargs):
-        attention, H = turn.attention, q.size(1)
+    def apply(q, k, context, sin, *args, **kwargs):
+        attention, H = context.attention, q.size(1)
 
-        def turned(h):
-            return rotary(h, h[:, :0], turn.cos, sin, *args, **kwargs)[0]
+        def rotated(h):
+            return rotary(h, h[:, :0], context.cos, sin, *args, **kwargs)[0]
 
         if attention.nexus_streams == "qk":  # side by side as H + K heads: one call for both
-            q, k = attention.refine(torch.cat([q, k], dim=1), turned, turn).split(
+            q, k = attention.refine(torch.cat([q, k], dim=1), rotated, context).split(
                 [H, k.size(1)], dim=1)
         elif attention.nexus_streams == "q":
-            q = attention.refine(q, turned, turn)
+            q = attention.refine(q, rotated, context)
         else:
-            k = attention.refine(k, turned, turn)
-        return rotary(q, k, turn.cos, sin, *args, **kwargs)
+            k = attention.refine(k, rotated, context)
+        return rotary(q, k, context.cos, sin, *args, **kwargs)
 
     return apply
 

@@ -1,61 +1,190 @@
-"""finetune.py: its questions have the answers they claim, and a gate of 0 changes nothing."""
+"""finetune.py: the loss on answers alone, resumed runs, the control, scores, their difference."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
+from test_retrofit import make  # noqa: E402
+
 import finetune  # noqa: E402
-from nanonexus.cli import UserError  # noqa: E402
+from finetune import read_examples  # noqa: E402
+from nanonexus.cli import UserError, run_script  # noqa: E402
+from nanonexus.retrofit import load  # noqa: E402
+from nanonexus.schedule import warmup_cosine  # noqa: E402
+
+TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_questions_have_their_answers(steps):
-    rows = finetune.questions(200, steps, seed=1)
-    assert rows == finetune.questions(200, steps, seed=1) != finetune.questions(200, steps, seed=2)
-    for row in rows:
-        digits = row["prompt"].rstrip("=").split("+")
-        so_far = digits[0]
-        for digit, said in zip(digits[1:], row["answer"].split(), strict=True):
-            so_far = str(int(so_far) + int(digit))
-            assert so_far[-1] == said
-
-
-def test_bytes_there_and_back():
-    tokenizer = finetune.byte_tokenizer()
-    text = "naïve 🙂\n\ttwo  spaces"
-    ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
-    assert len(tokenizer) == 258 <= 320
-
-
-def test_change_is_nought_at_order_1_and_gate_0():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **finetune.SHAPE)).eval()
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small Qwen2 with a tokenizer of characters and a chat template, and questions for it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    special = ["<pad>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
+    words = [*special, *map(chr, range(32, 123))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
+        additional_special_tokens=special[2:], chat_template=TEMPLATE)
+    folder = tmp_path_factory.mktemp("base")
+    model = make("qwen2", torch.float32, eos_token_id=1, bos_token_id=None)
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1) if p.dim() > 1 else None
-    changes = finetune.change(model, torch.randint(64, (2, 20)))
-    assert abs(changes["original"]["kl"]) < 1e-6 and abs(changes["order 2, gate 0.0"]["kl"]) < 1e-6
-    assert 1e-4 < changes["order 2, gate 0.25"]["kl"] < changes["order 2"]["kl"]
-    assert changes["original"]["loss"] == changes["order 2, gate 0.0"]["loss"]
+        torch.nn.init.normal_(p, std=0.05) if p.dim() > 1 else None
+    model.save_pretrained(folder / "model")
+    fast.save_pretrained(folder / "model")
+    rows = [dict(prompt=f"{i}+1=", answer=str(i + 1)) for i in range(1, 9)]
+    (folder / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "chat.jsonl").write_text("".join(json.dumps(dict(messages=[
+        dict(role="user", content=row["prompt"]), dict(role="assistant", content=row["answer"]),
+        dict(role="user", content="so?"), dict(role="assistant", content="yes")])) + "\n"
+        for row in rows))
+    (folder / "add.yaml").write_text(f"""
+task: add
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/plain.jsonl}}, cache_dir: {folder}/cache}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["</s>"], max_gen_toks: 3}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+""")
+    return folder
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(finetune, "VARIANTS", {"order 1": ["--order", "1"],
-                                               "order 2, gated": ["--order", "2", "--gate", "0"]})
-    argv = "--steps 2 --batch 2 --context 32 --sft_steps 2 --examples 64 --sft_batch 4 --seeds 1"
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *argv.split(), "--out", str(tmp_path)])
+def command(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, argv)])
     finetune.main()
-    results = json.loads((tmp_path / "finetune.json").read_text())["results"]
-    assert len(results["runs"]["order 1"]["losses"][0]) == 2
-    assert results["runs"]["order 1"]["gates"] == [None]
-    assert results["runs"]["order 2, gated"]["gates"][0] > 0
-    assert "2,425,152 parameters" in capsys.readouterr().out
-    assert (tmp_path / "finetune.png").exists()
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "--terms", "1"])
-    with pytest.raises(UserError, match="--terms from 2"):
-        finetune.main()
+
+
+def sft(monkeypatch, base, out, *argv, data="plain.jsonl"):
+    command(monkeypatch, "sft", "--model", base / "model", "--data", base / data, "--out", out,
+            "--lr", 3e-3, "--batch", 4, "--warmup", 0, "--device", "cpu", *argv)
+    return json.loads((out / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_loss_is_on_the_answers_alone(base):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    first = read_examples(base / "chat.jsonl", tokenizer, 100)[0]
+    assert tokenizer.decode(first["input_ids"]) == (
+        "<|user|>1+1=<|end|><|assistant|>2<|end|><|user|>so?<|end|><|assistant|>yes<|end|>")
+    learnt = [i for i, label in enumerate(first["labels"]) if label != -100]
+    assert tokenizer.decode([first["labels"][i] for i in learnt]) == "2<|end|>yes<|end|>"
+    assert all(first["labels"][i] == first["input_ids"][i] for i in learnt)
+    first = read_examples(base / "plain.jsonl", tokenizer, 100)[0]
+    assert tokenizer.decode(first["input_ids"]) == "1+1=2</s>" and first["labels"][:4] == [-100] * 4
+
+
+@pytest.mark.parametrize("kept", ["loop.last", "loop.last or m.role == 'user'"])
+def test_a_template_that_rewrites_earlier_turns_is_refused(base, kept):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}",
+                                               f"{{% if {kept} %}}{{{{ m.content }}}}{{% endif %}}")
+    with pytest.raises(UserError, match="line 1: .*turn by turn"):
+        read_examples(base / "chat.jsonl", tokenizer, 100)
+
+
+def test_fine_tuning_learns_and_the_folder_remembers(base, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no checkpoint in .* to --resume"):
+        sft(monkeypatch, base, tmp_path / "out", "--resume", data="chat.jsonl")
+    log = sft(monkeypatch, base, tmp_path / "out", "--max_steps", 30, "--log_interval", 1,
+              "--gate", 0, data="chat.jsonl")
+    losses = [event["loss"] for event in log if "loss" in event]
+    assert len(losses) == 30 and losses[-1] < 0.5 * losses[0]
+    model = load(tmp_path / "out")
+    assert model.config.nexus["order"] == 2 and model.config.use_cache
+    assert all(p.abs().max() > 0.01 for name, p in model.named_parameters() if "gate" in name)
+    with pytest.raises(UserError, match="not empty: --resume"):
+        sft(monkeypatch, base, tmp_path / "out", data="chat.jsonl")
+
+
+def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
+    flags = ["--save_interval", 3, "--log_interval", 1, "--gate", 0]
+    sft(monkeypatch, base, tmp_path / "whole", "--max_steps", 6, *flags)
+    sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags)
+    for name in ("model.safetensors", "checkpoint-6"):
+        path = tmp_path / "torn" / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    state = tmp_path / "torn/checkpoint-3/trainer_state.json"
+    state.write_text(state.read_text().replace('"step": 1', '"step": 1, "mark": "seen"'))
+    log = sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags, "--resume")
+    assert log[0]["mark"] == "seen"  # it did not begin anew
+    a, b = (load(tmp_path / name).state_dict() for name in ("whole", "torn"))
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("epochs, accumulate, warmup, steps, rise", [
+    (2.5, 1, 3, 8, 3), (3, 2, 0.4, 6, 3), (1, 4, 0, 1, 0)])
+def test_the_learning_rate_is_that_of_training(epochs, accumulate, warmup, steps, rise, base,
+                                               tmp_path, monkeypatch):
+    """8 examples, 3 a batch: a rise over the warmup, in steps or a share, a cosine down to 0."""
+    log = sft(monkeypatch, base, tmp_path / "out", "--epochs", epochs, "--batch", 3,
+              "--accumulate", accumulate, "--warmup", warmup, "--log_interval", 1)
+    rates = [event["learning_rate"] for event in log if "learning_rate" in event]
+    assert rates == pytest.approx([warmup_cosine(i, 3e-3, rise, steps, 0) for i in range(steps)])
+
+
+def test_order_1_is_the_control(base, tmp_path, monkeypatch):
+    """Plain fine-tuning by transformers; with adapters, merged at the end."""
+    sft(monkeypatch, base, tmp_path / "out", "--max_steps", 2, "--order", 1, "--lora", 2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    own = load(base / "model").state_dict()
+    assert not hasattr(model.config, "nexus") and model.state_dict().keys() == own.keys()
+    assert any(not torch.equal(w, own[key]) for key, w in model.state_dict().items())
+
+
+def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    sft(monkeypatch, base, tmp_path / "tuned", "--max_steps", 60, "--order", 2)
+    command(monkeypatch, "eval", "--model", base / "model", "--versus", tmp_path / "tuned",
+            "--tasks", "add", "--include_path", base, "--json", tmp_path / "scores.json",
+            "--device", "cpu")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    [gap] = scores["paired"]
+    assert gap["metric"] == "exact_match" and gap["difference"] > 0.5 and gap["p"] < 0.2
+    assert scores[str(base / "model")]["add"]["exact_match,none"] == 0
+    assert "paired by document" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no such task.*nonsense"):
+        command(monkeypatch, "eval", "--model", base / "model", "--tasks", "nonsense",
+                "--include_path", base, "--device", "cpu")
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{}", "line 2: needs messages"), ("nonsense", "line 2: needs messages"),
+    ('{"prompt": "a"}', "line 2: .*'answer'"), ('{"prompt": 1, "answer": "b"}', "line 2"),
+    ('{"messages": [{"role": "user"}]}', "no example|line 2"), ("", "line 2")])
+def test_data_with_a_wrong_line(line, message, base, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    (tmp_path / "data.jsonl").write_text(f'{{"prompt": "a", "answer": "b"}}\n{line}\n')
+    if "messages" in line:
+        (tmp_path / "data.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        read_examples(tmp_path / "data.jsonl", tokenizer, 100)
+
+
+@pytest.mark.parametrize("argv", [
+    ["sft", "--order", "0"], ["sft", "--model", "nowhere/at-all"], ["sft", "--data", "none.jsonl"],
+    ["sft", "--max_length", "1"], ["sft", "--streams", "v"],
+    ["eval", "--model", "nowhere/at-all"], ["sfd"], []])
+def test_mistakes_are_one_line(argv, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given = dict(zip(argv[1::2], argv[2::2], strict=False))
+    if argv[:1] in (["sft"], ["eval"]):
+        given = {"--model": base / "model", "--device": "cpu"} | given
+    if argv[:1] == ["sft"]:
+        given = {"--data": base / "plain.jsonl", "--out": tmp_path / "out"} | given
+    flat = [str(x) for pair in given.items() for x in pair]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *argv[:1], *flat])
+    with pytest.raises(SystemExit) as end:
+        run_script(finetune.main)
+    assert end.value.code == 2 and capsys.readouterr().err.strip().count("\n") == 0

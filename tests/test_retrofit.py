@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 transformers = pytest.importorskip("transformers")
-from model import GPT, ModelError  # noqa: E402
+from model import ModelError  # noqa: E402
+from nanonexus.hf import load_neox  # noqa: E402
 from nanonexus.retrofit import FAMILIES, Nexus, attentions, load, nexus  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -83,19 +84,19 @@ def test_a_retrofitted_pythia_is_our_gpt(order, streams, tmp_path):
     model.config.intermediate_size = 128
     model = transformers.GPTNeoXForCausalLM(model.config).eval()
     model.save_pretrained(tmp_path)
-    ours, idx = GPT.from_hf(str(tmp_path), nexus_order=order, nexus_streams=streams), tokens(2, 40)
+    ours, idx = load_neox(str(tmp_path), nexus_order=order, nexus_streams=streams), tokens(2, 40)
     with torch.no_grad():
         want = ours.eval()(idx)[0]
     torch.testing.assert_close(logits(nexus(model, order, streams), idx), want, rtol=0, atol=1e-4)
     model.save_pretrained(tmp_path)  # and what was retrofitted there, ours reads as such
-    again = GPT.from_hf(str(tmp_path))
+    again = load_neox(str(tmp_path))
     assert again.config.nexus_order == order
     with torch.no_grad():
         assert torch.equal(again.eval()(idx)[0], want)
     if order == 2:
         nexus(model, order, streams, gate=0.5).save_pretrained(tmp_path)
         with pytest.raises(ModelError, match="has nexus gate 0.5"):
-            GPT.from_hf(str(tmp_path))
+            load_neox(str(tmp_path))
 
 
 def reference(attention, x, cos, sin, allowed, order, streams):
