@@ -3,10 +3,13 @@ Turn text into a token set: python prepare_data.py --dataset NAME --out DIR
 
     python prepare_data.py --dataset pydocs --out tokens/pydocs
     python prepare_data.py --dataset text --input 'books/*.txt' --tokenizer gpt2 --out tokens/books
+    python prepare_data.py --dataset text --input books.txt.xz --tokenizer bpe:2048 --out tokens/bpe
     python prepare_data.py --dataset fineweb-edu --tokenizer gpt2 --max_tokens 1e9 --out tokens/fw
 
 A local text may be .txt, .txt.gz, .txt.xz or .jsonl; in a text file a line that holds only
 <|endoftext|> separates documents. Sets from the hub are streamed, never held in memory or on disk.
+bpe:N trains a tokenizer first, on what is to be the training part alone, at most its first 2^27
+characters; the token set keeps it as tokenizer.json.
 """
 
 import collections
@@ -34,7 +37,7 @@ from tqdm import tqdm
 from nanonexus.cli import Parser, UserError, run_script
 from nanonexus.data import VERSION, load_hub
 from nanonexus.files import sha256
-from nanonexus.tokenizer import EOT, get_tokenizer, padded_vocab
+from nanonexus.tokenizer import EOT, bpe_size, get_tokenizer, padded_vocab, train_bpe
 
 # name -> (hub repository, its configuration, the field with the text, share for validation)
 HUB = {
@@ -46,6 +49,7 @@ HUB = {
     "pile-uncopyrighted": ("monology/pile-uncopyrighted", None, "text", 0.0005),
 }
 PIECE = 8192  # characters: a longer document is tokenised, and split, in pieces about this long
+BPE_TEXT = 1 << 27  # characters at most from which a BPE is trained: some minutes, some GB
 
 
 def pydocs():
@@ -161,9 +165,20 @@ def pieces(texts):
             yield text, True
 
 
-def init_worker(name, dtype):
+def training_text(texts, every):
+    """The pieces that prepare() puts into the training part, up to BPE_TEXT characters."""
+    total = 0
+    for i, (text, _) in enumerate(pieces(texts), 1):
+        if total >= BPE_TEXT:
+            return
+        if i % every:
+            total += len(text)
+            yield text
+
+
+def init_worker(name, source, dtype):
     global tokenizer, out_dtype
-    tokenizer, out_dtype = get_tokenizer(name), dtype
+    tokenizer, out_dtype = get_tokenizer(name, source), dtype
 
 
 def encode(piece):
@@ -176,16 +191,17 @@ def encode_all(chunk):
     return [encode(piece) for piece in chunk]
 
 
-def tokenise(items, args, dtype):
-    """encode() each item, in order, on all cores, never more than some pieces ahead."""
+def tokenise(items, args, source, dtype):
+    """encode() each item, in order, on all cores, never more than some pieces ahead. source: the
+    text of tokenizer.json, or None."""
     chunks = iter(lambda: list(itertools.islice(items, 32)), [])
     if args.workers == 1:
-        init_worker(args.tokenizer, dtype)
+        init_worker(args.tokenizer, source, dtype)
         yield from map(encode_all, chunks)
         return
     # spawn: a fork of a process with threads can hang, and so can multiprocessing.Pool as it ends
     pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), init_worker,
-                               (args.tokenizer, dtype))
+                               (args.tokenizer, source, dtype))
     try:
         waiting = collections.deque()
         for chunk in chunks:
@@ -206,7 +222,9 @@ def prepare(args):
     out = os.path.abspath(os.path.expanduser(args.out))
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
         raise UserError(f"{args.out} exists and is not empty: remove it or choose another --out")
-    tokenizer = get_tokenizer(args.tokenizer)
+    tokenizer, tokenizer_json, size = None, None, bpe_size(args.tokenizer)
+    if not size:
+        tokenizer = get_tokenizer(args.tokenizer)
     progress = [0.0]
     texts, source, revision, share = documents(args, progress)
     share = share if args.val_fraction is None else args.val_fraction
@@ -217,6 +235,12 @@ def prepare(args):
     if not 1 <= args.workers <= 256:
         raise UserError(f"--workers must be from 1 to 256, got {args.workers}")
     every = round(1 / share)  # the last of every `every` pieces of text is for validation
+    if size:  # the text is read twice: for the tokenizer, and then for the tokens
+        tokenizer_json = train_bpe(tqdm(training_text(texts, every), desc=args.tokenizer,
+                                        unit=" pieces", disable=None), size)
+        tokenizer = get_tokenizer(args.tokenizer, tokenizer_json)
+        args.revision = revision  # on the hub: the same commit again
+        texts, *_ = documents(args, progress)
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     limit = args.max_tokens or sys.maxsize
 
@@ -228,7 +252,8 @@ def prepare(args):
         bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:.0f}%"
                    " |{bar}| {elapsed} gone, {remaining} to go, {postfix}")
         with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
-            for ids in itertools.chain.from_iterable(tokenise(pieces(texts), args, dtype)):
+            for ids in itertools.chain.from_iterable(tokenise(
+                    pieces(texts), args, tokenizer_json, dtype)):
                 split, seen = "train" if (seen + 1) % every else "val", seen + 1
                 ids = ids[:limit - total]
                 (train if split == "train" else val).write(ids.tobytes())
@@ -245,9 +270,13 @@ def prepare(args):
         if not counts["train"] or not counts["val"]:
             raise UserError(f"{source} has {total} tokens in {seen} pieces of text: too few for a "
                             f"training and a validation part (one piece in {every})")
+        if size:
+            files["tokenizer"] = os.path.join(partial, "tokenizer.json")
+            with open(files["tokenizer"], "w", encoding="utf-8") as f:
+                f.write(tokenizer_json)
         meta = dict(version=VERSION, dtype=np.dtype(dtype).name, tokens=counts,
                     tokenizer=args.tokenizer, vocab_size=padded_vocab(tokenizer),
-                    sha256={split: sha256(path) for split, path in files.items()},
+                    sha256={part: sha256(path) for part, path in files.items()},
                     dataset=args.dataset, source=source, revision=revision)
         with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as f:
             json.dump(meta, f, indent=2)
@@ -271,7 +300,8 @@ def main():
     add("--dataset", default="pydocs", help=f"pydocs (the default, needs no network), text (your "
         f"files), {', '.join(HUB)}, or hf:NAME for any other set on the hub")
     add("--input", nargs="+", metavar="FILE", help="files or globs, for --dataset text")
-    add("--tokenizer", default="bytes", help="bytes (default) or gpt2")
+    add("--tokenizer", default="bytes", help="bytes (default), gpt2, or bpe:N: trained "
+        "on the training part, N ids with the 256 bytes and <|endoftext|>")
     add("--out", required=True, help="folder for the token set; must not exist or be empty")
     add("--text_field", help="which field of a row holds the text (default: text)")
     add("--revision", help="commit or branch of a set on the hub (default: the newest)")

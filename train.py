@@ -239,6 +239,7 @@ class Run:
                 format=1, model=self.gpt.state_dict(), optimizer=self.optimizer.state_dict(),
                 config=asdict(self.config), step=self.step,
                 tokens=self.step * self.args.batch_tokens, tokenizer=self.tokens.tokenizer,
+                tokenizer_json=self.tokens.tokenizer_json,
                 data=self.tokens.fingerprint, args=vars(self.args),
                 torch=str(torch.__version__)), self.args.keep)
 
@@ -341,9 +342,9 @@ def report_nan(run, log, norm):
         log.say(f"{wrong}: left out")
 
 
-def show_sample(model, tokenizer_name, path):
+def show_sample(model, tokens, path):
     try:
-        tokenizer = get_tokenizer(tokenizer_name)
+        tokenizer = get_tokenizer(tokens.tokenizer, tokens.tokenizer_json)
     except UserError as error:  # trained without network on tokens made elsewhere
         print(f"no sample: {error}")
         return
@@ -390,7 +391,7 @@ def main(argv=None):
             print(f"stopped at step {run.step}, saved in {path}; continue with: "
                   f"python train.py --resume --out {args.out}")
         elif args.sample:
-            show_sample(run.gpt, tokens.tokenizer, path)
+            show_sample(run.gpt, tokens, path)
     world.leave()
     if stop.signal and run.step < args.max_steps:
         sys.exit(128 + stop.signal)

@@ -1,69 +1,86 @@
 """
-Does Nexus learn more than its baseline from the same tokens, and from the same compute?
+Does Nexus learn more than its baseline, and than cheaper means, from the same tokens?
 
-    python experiments/compare.py                                  # baseline and order 2, 3 seeds
+    python experiments/compare.py                                  # baseline and self, 3 seeds
     python experiments/compare.py --quick                          # a small model, half a minute
-    python experiments/compare.py --variants baseline,nexus-2,longer,deeper --seeds 6
+    python experiments/compare.py --variants baseline,self,longer,deeper --seeds 6
+    python experiments/compare.py --scale text --dataset tokens/books --jobs 2 --out out/text \\
+        --variants baseline,key-shift,past,cross --results docs/results/text.jsonl
     python experiments/compare.py --preset pythia-70m --dataset tokens/fw -- --micro_batch 32
 
-Each run is train.py in a folder of its own under --out; all variants of a seed read the same tokens
-in the same order. Two controls spend order 2's FLOPs on a baseline instead: `longer` takes more
-steps, its learning rate decayed over all of them, and `deeper` has more layers, hence parameters.
-Prints a table, writes compare.json and compare.png. Interrupted, the same command continues where
-it was. What follows -- goes to train.py as it is.
+Each run is train.py (a control's is controls.py) in a folder of its own under --out; all variants
+of a seed read the same tokens in the same order. Two controls spend order 2's FLOPs on a baseline
+instead: `longer` takes more steps, its learning rate decayed over all of them, and `deeper` has
+more layers, hence parameters. With --lrs, each variant first chooses its learning rate by runs of a
+quarter of the length on seed 1000, which then counts for nothing else.
+
+Each finished run appends one line to --results, and is never run again while that line is there; an
+interrupted one continues. Prints a table, writes compare.json and compare.svg; --show does that
+from the lines that exist. What follows -- goes to train.py as it is.
 """
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 
-from common import ROOT, mean_spread, paired, paired_text, pydocs, pyplot, save, table
+import figures
+from controls import CONTROLS
+from runs import Run, Study
 
-from model import GPT, PRESETS, GPTConfig
-from nanonexus.checkpoint import read_checkpoint
-from nanonexus.cli import Parser, UserError, run_script
+from common import pydocs, pyplot, save, table
 
-VARIANTS = {  # name -> the flags of train.py that make it
+import train
+from model import GPT, PRESETS
+from nanonexus.cli import (
+    Parser,
+    UserError,
+    listed,
+    positive,
+    positive_int,
+    run_script,
+)
+from nanonexus.data import TokenSet
+from nanonexus.stats import mean_spread, paired, paired_text
+
+VARIANTS = {  # name -> the control of controls.py, if it is one, and the flags of train.py
     "baseline": "--nexus_order 1",
-    "nexus-2": "--nexus_order 2",
-    "nexus-3": "--nexus_order 3",
-    "k-only": "--nexus_order 2 --nexus_streams k",
-    "q-only": "--nexus_order 2 --nexus_streams q",
+    "self": "--nexus_order 2 --nexus_inner self",
+    "self-k": "--nexus_order 2 --nexus_inner self --nexus_streams k",
+    "self-q": "--nexus_order 2 --nexus_inner self --nexus_streams q",
+    "self-3": "--nexus_order 3 --nexus_inner self",
     "shared": "--nexus_order 2 --nexus_inner shared",
-    "separate": "--nexus_order 2 --nexus_inner separate",
+    "past": "--nexus_order 2 --nexus_inner past",
+    "past-k": "--nexus_order 2 --nexus_inner past --nexus_streams k",
+    "past-3": "--nexus_order 3 --nexus_inner past",
+    "cross": "--nexus_order 2 --nexus_inner cross",
+    "cross-k": "--nexus_order 2 --nexus_inner cross --nexus_streams k",
+    "key-shift": "key-shift --nexus_order 1",
+    "kv-shift": "kv-shift --nexus_order 1",
+    "canon": "canon --nexus_order 1",
+    "shift-past": "key-shift --nexus_order 2 --nexus_inner past",
+    "shift-past-k": "key-shift --nexus_order 2 --nexus_inner past --nexus_streams k",
+    "shift-cross-k": "key-shift --nexus_order 2 --nexus_inner cross --nexus_streams k",
+    "separate": "separate --nexus_order 2",
+    "mean": "mean --nexus_order 1",
+    "bias": "bias --nexus_order 1",
+    "mix": "mix --nexus_order 1",
+    "twice": "twice --nexus_order 1",
     # two baselines with the FLOPs of order 2: see equal_compute
     "longer": "--nexus_order 1",  # and more steps
     "deeper": "--nexus_order 1 --n_layer {deeper}",
 }
+SCALES = {  # what the flags that are not given are
+    "tiny": dict(dataset="pydocs", max_steps=250, eval_interval=50, seeds=3,
+                 flags="--eval_windows 1024 --save_interval 100"),
+    # 4.1M tokens a run; to be given: --dataset, of prepare_data.py --tokenizer bpe:2048
+    "text": dict(max_steps=2000, eval_interval=500, seeds=5, lrs=[2e-3, 4e-3, 8e-3],
+                 flags="--dtype bfloat16 --warmup_steps 100 --eval_windows 512 "
+                       "--save_interval 500 --keep 1"),
+}
 QUICK = ("--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch_tokens 1024 --micro_batch 16 "
          "--warmup_steps 10").split()
-
-
-def train(flags, folder, max_steps, say):
-    """Run train.py to max_steps in folder, from its checkpoint if it has one; return its log."""
-    log = os.path.join(folder, "log.jsonl")
-    if not os.path.exists(os.path.join(folder, "ckpt.pt")) or read_log(log)[-1]["step"] < max_steps:
-        print(say, flush=True)
-        command = [sys.executable, os.path.join(ROOT, "train.py"), "--out", folder, "--no-sample",
-                   "--max_steps", str(max_steps), *flags]
-        if os.path.exists(os.path.join(folder, "ckpt.pt")):
-            command.append("--resume")
-        process = subprocess.Popen(command)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # train.py has it too: it finishes its step, and saves
-            code = process.wait()
-        if code:
-            raise UserError(f"train.py stopped with status {code}; the same command continues")
-    return read_log(log)
-
-
-def read_log(path):
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+LR_SEED = 1000  # of the runs that choose the learning rate
 
 
 def equal_compute(config, max_steps):
@@ -71,118 +88,171 @@ def equal_compute(config, max_steps):
     dict(longer=steps, deeper=layers), the whole numbers that come nearest."""
     T, base = config.block_size, replace(config, nexus_order=1)
     price = [GPT(c).flops_per_token(T)
-             for c in (base, replace(base, nexus_order=2), replace(base, n_layer=base.n_layer + 1))]
+             for c in (base, replace(base, nexus_order=2, nexus_inner="self", nexus_streams="qk"),
+                       replace(base, n_layer=base.n_layer + 1))]
     more_layers = max(1, round((price[1] - price[0]) / (price[2] - price[0])))
     return dict(longer=round(max_steps * price[1] / price[0]), deeper=base.n_layer + more_layers)
 
 
-def summarise(runs, config):
-    """One variant's row from its runs' logs, a list over seeds."""
-    T = config.block_size
-    model = GPT(config)
-    points = [[event for event in log if event["val_loss"] is not None] for log in runs]
-    speeds = [event["tokens_per_sec"] for log in runs for event in log if event["tokens_per_sec"]]
-    return dict(parameters=model.num_params(), flops_per_token=model.flops_per_token(T),
-                tokens_per_sec=statistics.median(speeds),
-                val_loss=[log[-1]["val_loss"] for log in points],
-                tokens=[event["tokens"] for event in points[0]],
-                curves=[[event["val_loss"] for event in log] for log in points])
+def summarise(lines):
+    """One variant's row from the lines of its runs, a list over seeds."""
+    first = lines[0]
+    return dict(seeds=[r["seed"] for r in lines], lr=first["lr"], parameters=first["parameters"],
+                flops_per_token=first["flops_per_token"],
+                tokens_per_sec=statistics.median(r["tokens_per_sec"] for r in lines),
+                val_loss=[r["val_loss"] for r in lines],
+                tokens=[tokens for tokens, _ in first["curve"]],
+                curves=[[loss for _, loss in r["curve"]] for r in lines])
+
+
+def minus(r, base):
+    """The paired difference of two rows, over the seeds that both have; None if there is none."""
+    a, b = (dict(zip(x["seeds"], x["val_loss"], strict=True)) for x in (r, base))
+    seeds = [seed for seed in a if seed in b]
+    if not seeds:
+        return None
+    return dict(seeds=seeds, **paired([a[s] for s in seeds], [b[s] for s in seeds]))
 
 
 def rows(results):
-    base = results.get("baseline")
-    yield ("variant", "parameters", "FLOPs/token", "FLOPs", "tokens/s", "val loss, nats",
-           "minus baseline [99% interval]")
+    against = [name for name in ("baseline", "key-shift") if name in results]
+    yield ("variant", "lr", "parameters", "FLOPs/token", "FLOPs", "tokens/s", "seeds",
+           "val loss, nats", *(f"minus {name} [99% interval]" for name in against))
     for name, r in results.items():
-        gap = "" if base in (None, r) else paired_text(r["minus_baseline"])
+        gaps = [r.get(f"minus_{base}") for base in against]
         flops = r["flops_per_token"]
-        yield (name, f"{r['parameters']:,}", f"{flops / 1e6:,.2f} M",
-               f"{flops * r['tokens'][-1]:.2e}", f"{r['tokens_per_sec']:,.0f}",
-               mean_spread(r["val_loss"]), gap)
+        yield (name, f"{r['lr']:g}", f"{r['parameters']:,}", f"{flops / 1e6:,.2f} M",
+               f"{flops * r['tokens'][-1]:.2e}", f"{r['tokens_per_sec']:,.0f}", len(r["seeds"]),
+               mean_spread(r["val_loss"]), *(paired_text(gap) if gap else "" for gap in gaps))
 
 
 def plot(plt, results, title):
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(figures.WIDTH, 3.4), sharey=True)
     for name, r in results.items():
         middle = [statistics.mean(at) for at in zip(*r["curves"], strict=True)]
         low = [min(at) for at in zip(*r["curves"], strict=True)]
         high = [max(at) for at in zip(*r["curves"], strict=True)]
         for panel, unit in zip(panels, (1, r["flops_per_token"]), strict=True):
             x = [tokens * unit for tokens in r["tokens"]]
-            panel.plot(x[1:], middle[1:], label=name, marker=".")  # without the untrained point
-            panel.fill_between(x[1:], low[1:], high[1:], alpha=0.2)
+            panel.plot(x[1:], middle[1:], marker=".", **figures.style(name))  # not the untrained
+            panel.fill_between(x[1:], low[1:], high[1:], alpha=0.15, lw=0,
+                               color=figures.style(name)["color"])
     panels[0].set(xlabel="tokens", ylabel="validation loss (nats per token)", title=title)
     panels[1].set(xlabel="training compute (FLOPs)", title="the same, against compute")
-    panels[0].legend()
-    for panel in panels:
-        panel.grid(alpha=0.3)
+    figures.name_lines(panels[1], {
+        name: (r["tokens"][-1] * r["flops_per_token"],
+               statistics.mean(curve[-1] for curve in r["curves"]), figures.style(name)["color"])
+        for name, r in results.items()})
     return figure
 
 
-def main():
-    argv = sys.argv[1:]
+def parse_args(argv):
     extra = argv[argv.index("--") + 1:] if "--" in argv else []
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--variants", default="baseline,nexus-2", help=f"a list of {', '.join(VARIANTS)}, or all "
-        "(default: baseline,nexus-2)")
-    add("--seeds", type=int, default=3, help="seeds 0 to N-1, each for every variant (default: 3)")
+    add("--scale", choices=SCALES, default="tiny", help="tiny (default), minutes per run at most, "
+        "or text: 4.1M tokens of a --dataset and a learning rate for each variant, hours in all")
+    add("--variants", type=listed(str), default="baseline,self",
+        help=f"a list of {', '.join(VARIANTS)}, or all (default: baseline,self)")
+    add("--seeds", type=positive_int, help="seeds 0 to N-1, each for every variant (default: 3; "
+        "at scale text 5)")
+    add("--lrs", type=listed(positive), help="learning rates to choose from for each variant "
+        "(default: train.py's, no choice; at scale text 2e-3,4e-3,8e-3)")
     add("--preset", choices=PRESETS, default="tiny")
-    add("--dataset", default="pydocs", help="pydocs (default), or a token set's folder")
-    add("--max_steps", type=int, default=250, help="of every run (default: 250)")
-    add("--eval_interval", type=int, default=50, help="steps between validations (default: 50)")
+    add("--dataset", help="a token set's folder (default: pydocs)")
+    add("--max_steps", type=positive_int, help="of every run (default: 250; at scale text 2000)")
+    add("--eval_interval", type=positive_int, help="steps between validations (default: 50; at "
+        "scale text 500)")
+    add("--jobs", type=positive_int, default=1, help="runs side by side, each with one thread if "
+        "more than 1 (default: 1)")
     add("--quick", action="store_true", help="a small model, 40 steps, to see that it works")
     add("--out", default="out/compare", help="folder (default: out/compare)")
-    args = parser.parse_args(argv[:argv.index("--")] if "--" in argv else argv)
+    add("--results", help="file to which each finished run appends a line (default: "
+        "OUT/results.jsonl)")
+    add("--show", action="store_true", help="train nothing: the table of the lines that exist")
+    given = argv[:argv.index("--")] if "--" in argv else argv
+    parser.set_defaults(**SCALES[parser.parse_args(given).scale])
+    args = parser.parse_args(given)
+    if args.dataset is None:
+        raise UserError(f"--scale {args.scale} needs --dataset, a folder that prepare_data.py made")
     if args.quick:
         args.max_steps, args.eval_interval, extra = 40, 20, QUICK + extra
-    names = list(VARIANTS) if args.variants == "all" else args.variants.split(",")
-    for name in names:
+    if args.variants == ["all"]:
+        args.variants = list(VARIANTS)
+    for name in args.variants:
         if name not in VARIANTS:
             raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}, or all")
-    if names[0] in ("longer", "deeper"):
-        raise UserError(f"{names[0]} cannot come first: put baseline before it")
-    if args.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, got {args.seeds}")
-    plt = pyplot()
+    args.results = args.results or os.path.join(args.out, "results.jsonl")
+    return args, extra
 
+
+class Plan:
+    """Which runs a comparison consists of: names and numbers only, nothing is run here."""
+
+    def __init__(self, args, extra, tokens):
+        self.args = args
+        self.flags = ["--preset", args.preset, "--eval_interval", str(args.eval_interval),
+                      "--log_interval", str(args.eval_interval), *args.flags.split(), *extra]
+        config = train.make_config(train.build_parser().parse_args(self.flags), tokens,
+                                   train.torch.device("cpu"), None)
+        self.equal = equal_compute(config, args.max_steps)
+
+    def run(self, variant, seed, lr=None, share=1):
+        """The Run of a variant, over 1 / share of the steps."""
+        control, *flags = VARIANTS[variant].format(**self.equal).split()
+        if control not in CONTROLS:
+            control, flags = None, [control, *flags]
+        steps = self.equal["longer"] if variant == "longer" else self.args.max_steps
+        flags = [*self.flags, *flags, "--seed", str(seed), "--max_steps", str(steps // share)]
+        name = f"{variant}-seed{seed}" + (f"-lr{lr:g}" if share > 1 else "")
+        return Run(name, variant, seed, control, flags + (["--lr", f"{lr:g}"] if lr else []))
+
+    def grid(self, variant):
+        return {lr: self.run(variant, LR_SEED, lr, share=4) for lr in self.args.lrs or ()}
+
+    def final(self, study, seeds):
+        """{variant: [its Run of each seed]}, of variants whose learning rate is chosen."""
+        chosen = {}
+        for variant in self.args.variants:
+            losses = {lr: study.line(run) for lr, run in self.grid(variant).items()}
+            if None not in losses.values():
+                lr = min(losses, key=lambda lr: losses[lr]["val_loss"]) if losses else None
+                chosen[variant] = [self.run(variant, seed, lr) for seed in seeds]
+        return chosen
+
+
+def main():
+    args, extra = parse_args(sys.argv[1:])
+    plt = pyplot()
     os.makedirs(args.out, exist_ok=True)
-    settings = dict(preset=args.preset, dataset=args.dataset, max_steps=args.max_steps, extra=extra)
-    path = os.path.join(args.out, "settings.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            if json.load(f) != settings:
-                raise UserError(f"{args.out} holds runs with other settings (settings.json): "
-                                "choose another --out, or remove it")
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(settings, f)
     dataset = args.dataset
     if dataset == "pydocs":  # one copy for all runs
         dataset = pydocs(os.path.join(args.out, "pydocs"))
+    tokens = TokenSet(dataset)
+    study = Study(args.out, args.results, dataset, tokens.fingerprint, args.jobs,
+                  settings=dict(preset=args.preset, dataset=args.dataset, max_steps=args.max_steps,
+                                extra=extra))
+    plan, seeds = Plan(args, extra, tokens), range(args.seeds)
+    if not args.show:
+        study.execute([run for name in args.variants for run in plan.grid(name).values()])
+        final = plan.final(study, seeds)
+        study.execute([final[name][i] for i in seeds for name in args.variants])
 
-    logs, configs, equal = {name: [] for name in names}, {}, {}
-    for seed in range(args.seeds):
-        for name in names:
-            folder = os.path.join(args.out, f"{name}-seed{seed}")
-            flags = ["--preset", args.preset, "--dataset", dataset, "--seed", str(seed),
-                     "--eval_windows", "1024", "--eval_interval", str(args.eval_interval),
-                     "--log_interval", str(args.eval_interval), "--save_interval", "100",
-                     *extra, *VARIANTS[name].format(**equal).split()]
-            done = sum(map(len, logs.values()))
-            steps = equal["longer"] if name == "longer" else args.max_steps
-            logs[name].append(train(flags, folder, steps, f"\n[{done + 1}/"
-                                    f"{len(names) * args.seeds}] {name}, seed {seed}"))
-            configs[name] = GPTConfig(**read_checkpoint(os.path.join(folder, "ckpt.pt"))["config"])
-            equal = equal or equal_compute(configs[name], args.max_steps)
-
-    results = {name: summarise(logs[name], configs[name]) for name in names}
-    if "baseline" in names:
-        for r in results.values():
-            r["minus_baseline"] = paired(r["val_loss"], results["baseline"]["val_loss"])
-    print(f"\n{table(rows(results))}\n\n± is the standard deviation over {args.seeds} seeds; "
-          "differences are paired by seed, below 0 is better, * is p < 0.01")
-    save(args, "compare", results, plot(plt, results, f"{args.preset}, {args.seeds} seeds"))
-    print(f"Some text: python sample.py --checkpoint {args.out}/{names[-1]}-seed0/ckpt.pt "
+    results = {}
+    for name, wanted in plan.final(study, seeds).items():
+        if lines := [line for line in map(study.line, wanted) if line]:
+            results[name] = summarise(lines)
+    if not results:
+        raise UserError(f"{args.results} has no finished run of these variants and settings yet")
+    for base in ("baseline", "key-shift"):
+        for name, r in results.items():
+            if base in results and name != base and (gap := minus(r, results[base])):
+                r[f"minus_{base}"] = gap
+    print(f"\n{table(rows(results))}\n\n± is the standard deviation over seeds; differences are "
+          "paired by seed, below 0 is better, * is p < 0.01")
+    title = f"{args.preset}, {max(len(r['seeds']) for r in results.values())} seeds"
+    save(args, "compare", results, plot(plt, results, title))
+    print(f"Some text: python sample.py --checkpoint {args.out}/{args.variants[-1]}-seed0/ckpt.pt "
           "--prompt 'The '")
 
 

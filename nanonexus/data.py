@@ -2,8 +2,9 @@
 The token-file format, and which window is which batch.
 
 A token set is a folder: train.bin and val.bin hold nothing but token ids, meta.json says what they
-are. Training reads windows of block_size + 1 tokens; their order is a pure function of the seed and
-the step, so a run resumes exactly and sees the same batches on one process or on many.
+are, and tokenizer.json is there if the set has a tokenizer of its own (bpe:N). Training reads
+windows of block_size + 1 tokens; their order is a pure function of the seed and the step, so a run
+resumes exactly and sees the same batches on one process or on many.
 """
 
 import functools
@@ -14,6 +15,7 @@ import numpy as np
 
 from nanonexus.cli import UserError
 from nanonexus.files import sha256
+from nanonexus.tokenizer import eot_id
 
 VERSION = 1  # of the token-set format
 SCAN = 1 << 25  # ids looked at on opening a file (all of them, in such pieces, to verify it)
@@ -39,7 +41,8 @@ def load_hub(name, config, split, revision=None, streaming=False):
 class TokenSet:
     """The folder that prepare_data.py wrote, checked on opening.
 
-    .train and .val are read-only arrays of ids mapped from disk, .meta is meta.json as a dict.
+    .train and .val are read-only arrays of ids mapped from disk, .meta is meta.json as a dict,
+    .tokenizer_json the text of tokenizer.json, or None for a tokenizer that every machine has.
     tokenizer: require this one. verify: read all of both files, for their sha256 and their ids.
     Raises UserError, with what is wrong and where, if the folder is not a whole token set.
     """
@@ -62,6 +65,7 @@ class TokenSet:
                 raise UserError(f"{folder} was tokenised with {self.tokenizer}, not {tokenizer}")
             dtype = {"uint16": np.uint16, "uint32": np.uint32}[self.meta["dtype"]]
             self.vocab_size = int(self.meta["vocab_size"])
+            self.tokenizer_json = self._own_tokenizer()
             for split in ("train", "val"):
                 setattr(self, split, self._open(split, dtype, verify))
         except (KeyError, TypeError, ValueError) as error:
@@ -89,6 +93,15 @@ class TokenSet:
                                 f"{self.vocab_size}: prepare it again")
         return tokens
 
+    def _own_tokenizer(self):
+        path = os.path.join(self.folder, "tokenizer.json")
+        if "tokenizer" not in self.meta["sha256"]:
+            return None
+        if not os.path.isfile(path) or sha256(path) != self.meta["sha256"]["tokenizer"]:
+            raise UserError(f"{path} is missing or was changed: prepare the token set again")
+        with open(path, encoding="utf-8") as f:
+            return f.read()
+
     @property
     def fingerprint(self):
         """What makes this set this set, for a checkpoint to compare on resume."""
@@ -97,6 +110,8 @@ class TokenSet:
     @property
     def eot(self):
         """The id after each document: known here, so that training needs no tokenizer's files."""
+        if self.tokenizer_json:
+            return eot_id(self.tokenizer_json)
         known = {"bytes": 256, "gpt2": 50256}
         if self.tokenizer not in known:
             raise UserError(f"{self.folder} has the tokenizer {self.tokenizer!r}: choose from "

@@ -1,16 +1,22 @@
 """
-Tokenizers, all of them as tiktoken.Encoding: bytes, or GPT-2's.
+Tokenizers, all of them as tiktoken.Encoding: bytes, GPT-2's, or bpe:N, a BPE of N ids trained on
+the token set's own text, which the set keeps as tokenizer.json and a checkpoint carries along.
 """
+
+import json
 
 from nanonexus.cli import UserError
 
 EOT = "<|endoftext|>"
+# GPT-2's: a word with the space before it, a number, other signs, or white space
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-def get_tokenizer(name):
-    """The tokenizer `name` ("bytes" or "gpt2") as a tiktoken.Encoding with an eot_token.
+def get_tokenizer(name, source=None):
+    """The tokenizer `name` ("bytes", "gpt2" or "bpe:N") as a tiktoken.Encoding with an eot_token.
 
-    Raises UserError for another name, or if GPT-2's vocabulary is neither cached nor reachable.
+    source: the text of tokenizer.json, for bpe:N. Raises UserError for another name, a source that
+    is missing or not such a file, or if GPT-2's vocabulary is neither cached nor reachable.
     """
     import tiktoken
 
@@ -18,14 +24,76 @@ def get_tokenizer(name):
         # the pattern only cuts the text for the encoder; no two bytes are ever merged
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,16}", special_tokens={EOT: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
+    if bpe_size(name):
+        if source is None:
+            raise UserError(f"the tokenizer {name} belongs to a token set, and its tokenizer.json "
+                            "is not here")
+        return tiktoken.Encoding(name, pat_str=PATTERN, special_tokens={EOT: eot_id(source)},
+                                 mergeable_ranks=read_ranks(source))
     if name != "gpt2":
-        raise UserError(f"no tokenizer {name!r}: choose bytes or gpt2")
+        raise UserError(f"no tokenizer {name!r}: choose bytes or gpt2, or bpe:N to train one")
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
         raise UserError(
             "GPT-2's vocabulary could not be downloaded. Set TIKTOKEN_CACHE_DIR to a folder in "
             "which tiktoken has cached it once, or use --tokenizer bytes") from error
+
+
+def bpe_size(name):
+    """N of "bpe:N", or None for another name. Raises UserError if N is not a number that fits."""
+    if not name.startswith("bpe:"):
+        return None
+    size = name.removeprefix("bpe:")
+    if not (size.isascii() and size.isdigit() and 257 < int(size) <= 1 << 20):
+        raise UserError(f"the tokenizer {name}: N must be a whole number from 258 (256 bytes, one "
+                        f"merge, {EOT}) to {1 << 20}")
+    return int(size)
+
+
+def train_bpe(texts, size):
+    """tokenizer.json, as a str, of a byte-level BPE of `size` ids, <|endoftext|> the last of them,
+    trained on an iterator of str (fewer ids, if the text is too short for as many merges).
+
+    The pre-tokenizer is GPT-2's, without a space put before the text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=size - 1, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.add_special_tokens([EOT])
+    return tokenizer.to_str()
+
+
+def eot_id(source):
+    """The id of <|endoftext|> in the text of a tokenizer.json; needs no tokenizer package."""
+    try:
+        return next(t["id"] for t in json.loads(source)["added_tokens"] if t["content"] == EOT)
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UserError(f"tokenizer.json is damaged, or has no {EOT}") from error
+
+
+def read_ranks(source):
+    """{bytes: id} of a tokenizer.json; ids are in the order of the merges, which is tiktoken's."""
+    byte = {char: value for value, char in byte_chars()}
+    try:
+        vocab = json.loads(source)["model"]["vocab"]
+        return {bytes(byte[char] for char in token): rank for token, rank in vocab.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"tokenizer.json is damaged ({type(error).__name__}: {error})") from error
+
+
+def byte_chars():
+    """GPT-2's map of the 256 bytes to visible characters: those that are visible in Latin-1 stand
+    for themselves, the others for U+0100 and what follows, in order."""
+    visible = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
+    others = [value for value in range(256) if value not in visible]
+    return [(value, chr(value)) for value in visible] + [
+        (value, chr(0x100 + i)) for i, value in enumerate(others)]
 
 
 def padded_vocab(tokenizer):

@@ -1,0 +1,142 @@
+"""
+Runs of train.py: side by side, each resumable, each leaving one line in a file of results.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NamedTuple
+
+from controls import flops_per_token
+
+from common import ROOT
+
+from model import GPTConfig
+from nanonexus.checkpoint import read_checkpoint
+from nanonexus.cli import UserError
+
+
+class Run(NamedTuple):
+    name: str  # of its folder
+    variant: str
+    seed: int
+    control: str | None  # of controls.py
+    flags: list  # of train.py, all but the data and the folder: what makes the run this run
+
+
+def read_lines(path):
+    """The dicts of a file of JSON lines; [] if there is none. UserError if a line is damaged."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        try:
+            return [json.loads(line) for line in f]
+        except ValueError as error:
+            raise UserError(f"{path} has a damaged line ({error}): remove it") from error
+
+
+def commit():
+    """The checked-out commit, with a + if files were changed since; None outside of git."""
+    def git(*words):
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout
+    try:
+        return (git("rev-parse", "--short=12", "HEAD").strip()
+                + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))) or None
+    except OSError:
+        return None
+
+
+class Study:
+    """Runs in folders under `out` on one token set, and the file of lines that they leave.
+
+    data: the token set's fingerprint. jobs: how many runs at a time. settings: what all runs in
+    `out` share; UserError if the folder has others.
+    """
+
+    def __init__(self, out, results, dataset, data, jobs, settings):
+        self.out, self.results, self.dataset, self.data = out, results, dataset, data
+        self.jobs, self.commit, self.lock = jobs, commit(), threading.Lock()
+        self.lines = {(line["flags"], line["data"]): line for line in read_lines(results)}
+        path = os.path.join(out, "settings.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                if json.load(f) != settings:
+                    raise UserError(f"{out} holds runs with other settings (settings.json): "
+                                    "choose another --out, or remove it")
+        with open(path, "w", encoding="utf-8") as f:
+            json.dump(settings, f)
+
+    def key(self, run):
+        return " ".join([run.control] * bool(run.control) + run.flags), self.data
+
+    def line(self, run):
+        """What the run has left in the file of results; None if it is not finished."""
+        return self.lines.get(self.key(run))
+
+    def execute(self, runs):
+        """Finish the runs that are not finished, in their order. UserError if one stops."""
+        left = [run for run in runs if not self.line(run)]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(self.train, run, f"[{len(runs) - len(left) + i}/{len(runs)}]")
+                       for i, run in enumerate(left, 1)]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except KeyboardInterrupt as error:  # train.py has it too: it finishes its step, saves
+                pool.shutdown(cancel_futures=True)
+                raise UserError("interrupted; the same command continues") from error
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def train(self, run, number):
+        folder, start = os.path.join(self.out, run.name), time.monotonic()
+        if self.jobs == 1:
+            print(f"\n{number} {run.name}", flush=True)
+        log, checkpoint = (os.path.join(folder, name) for name in ("log.jsonl", "ckpt.pt"))
+        steps = int(run.flags[run.flags.index("--max_steps") + 1])
+        if not os.path.exists(checkpoint) or read_lines(log)[-1]["step"] < steps:
+            script = [os.path.join(ROOT, "train.py")] if run.control is None else [
+                os.path.join(ROOT, "experiments", "controls.py"), run.control]
+            command = [sys.executable, *script, "--dataset", self.dataset, "--out", folder,
+                       "--no-sample", *run.flags, *["--resume"] * os.path.exists(checkpoint)]
+            os.makedirs(folder, exist_ok=True)
+            if self.jobs == 1:
+                code = subprocess.Popen(command).wait()
+            else:
+                with open(os.path.join(folder, "output.txt"), "a", encoding="utf-8") as output:
+                    code = subprocess.Popen(command, stdout=output, stderr=output,
+                                            env={**os.environ, "OMP_NUM_THREADS": "1"}).wait()
+            if code:
+                raise UserError(f"{run.name}: train.py stopped with status {code}; the same "
+                                "command continues")
+        line = self.summary(run, read_lines(log), read_checkpoint(checkpoint))
+        with self.lock:
+            self.lines[self.key(run)] = line
+            with open(self.results, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
+        if self.jobs > 1:
+            print(f"{time.strftime('%H:%M')} {number} {run.name}: {line['val_loss']:.4f} nats, "
+                  f"{time.monotonic() - start:.0f} s", flush=True)
+
+    def summary(self, run, log, saved):
+        """The line of a finished run: what it was, what it cost, what came out."""
+        config, args = GPTConfig(**saved["config"]), saved["args"]
+        curve = [(event["tokens"], event["val_loss"]) for event in log
+                 if event["val_loss"] is not None]
+        return dict(
+            variant=run.variant, seed=run.seed, lr=args["lr"], steps=saved["step"],
+            tokens=saved["tokens"], val_loss=curve[-1][1], curve=curve,
+            parameters=sum(w.numel() for w in saved["model"].values()),
+            flops_per_token=flops_per_token(run.control, config, config.block_size),
+            tokens_per_sec=statistics.median(
+                event["tokens_per_sec"] for event in log if event["tokens_per_sec"]),
+            dtype=args["dtype"], threads=1 if self.jobs > 1 else os.cpu_count(), data=self.data,
+            flags=self.key(run)[0], commit=self.commit, torch=saved["torch"],
+            python=platform.python_version(), machine=platform.processor() or platform.machine())
