@@ -1,8 +1,9 @@
 """
-Text from a checkpoint, streamed as it is drawn.
+Text from a model, streamed as it is drawn.
 
     python sample.py --checkpoint out/ckpt.pt --prompt "The class statement" --num_samples 3
     echo "Once upon a time" | python sample.py --checkpoint out/ckpt.pt --temperature 0
+    python sample.py --checkpoint EleutherAI/pythia-70m --prompt "The class statement"
 """
 
 import codecs
@@ -10,51 +11,71 @@ import sys
 
 import torch
 
-from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, UserError, positive_int, run_script
+from nanonexus.cli import Parser, UserError, non_negative, number, positive_int, run_script, whole
 from nanonexus.device import check_device
 from nanonexus.generate import generate_stream
-from nanonexus.tokenizer import get_tokenizer
+from nanonexus.hf import open_model
+
+
+def parse_args():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of ours, or a GPT-NeoX folder, or a "
+        "name on the hub (default: out/ckpt.pt, where train.py puts it)")
+    add("--prompt", help="text to continue (default: read from standard input)")
+    add("--max_new_tokens", type=positive_int, default=200)
+    add("--temperature", type=non_negative, default=0.8, help="0 takes the likeliest token each "
+        "time")
+    add("--top_k", type=positive_int, help="draw among the k likeliest tokens")
+    add("--top_p", type=number(float, 0, 1, above=True),
+        help="draw among the likeliest tokens that make up this probability")
+    add("--seed", type=whole, default=0, help="sample number i is drawn with seed + i")
+    add("--num_samples", type=positive_int, default=1)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
 
 
 def main():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--checkpoint", default="out/ckpt.pt", help="default: out/ckpt.pt, where train.py puts it")
-    add("--prompt", help="text to continue (default: read from standard input)")
-    add("--max_new_tokens", type=positive_int, default=200)
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    add("--top_k", type=int, help="draw among the k likeliest tokens")
-    add("--top_p", type=float, help="draw among the likeliest tokens that make up this probability")
-    add("--seed", type=int, default=0, help="sample number i is drawn with seed + i")
-    add("--num_samples", type=positive_int, default=1)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-
+    args = parse_args()
     check_device(args.device)
-    model, meta = load_checkpoint(args.checkpoint, args.device)
-    tokenizer = get_tokenizer(meta["tokenizer"])
-    if args.prompt is None and sys.stdin.isatty():
+    model, tokenizer, _ = open_model(args.checkpoint, args.device)
+    ids = read_prompt(args.prompt, tokenizer, model.config.block_size)
+    for i in range(args.num_samples):
+        if i:
+            print("---")
+        print_sample(model, tokenizer, ids, args, args.seed + i)
+
+
+def read_prompt(text, tokenizer, block_size):
+    """Token ids of text or, if it is None, of standard input; UserError if they are none or too
+    many."""
+    if text is None and sys.stdin.isatty():
         raise UserError("no prompt: give --prompt TEXT, or text on standard input")
-    ids = tokenizer.encode_ordinary(sys.stdin.read() if args.prompt is None else args.prompt)
+    ids = tokenizer.encode_ordinary(sys.stdin.read() if text is None else text)
     if not ids:
         raise UserError("the prompt is empty: give --prompt TEXT")
-    if len(ids) > model.config.block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens, the model's context is "
-                        f"{model.config.block_size}: shorten it")
-    prompt = torch.tensor([ids], device=args.device)
-    for i in range(args.num_samples):
-        generator = torch.Generator(args.device).manual_seed(args.seed + i)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end mid-character
-        print(tokenizer.decode(ids), end="", flush=True)
-        for new in generate_stream(model, prompt, args.max_new_tokens, args.temperature, args.top_k,
-                                   args.top_p, stop=tokenizer.eot_token,
-                                   vocab=tokenizer.n_vocab, generator=generator):
-            if new.item() != tokenizer.eot_token:
-                print(decoder.decode(tokenizer.decode_bytes([new.item()])), end="", flush=True)
-        print(decoder.decode(b"", final=True))
-        if i + 1 < args.num_samples:
-            print("---")
+    if len(ids) > block_size:
+        raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {block_size}: "
+                        "shorten it")
+    return ids
+
+
+def print_sample(model, tokenizer, ids, args, seed):
+    """The prompt and what the model makes of it, token by token."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end mid-character
+
+    def show(tokens):
+        print(decoder.decode(tokenizer.decode_bytes(tokens)), end="", flush=True)
+
+    show(ids)
+    stream = generate_stream(
+        model, torch.tensor([ids], device=args.device), args.max_new_tokens, args.temperature,
+        args.top_k, args.top_p, stop=tokenizer.eot_token, vocab=tokenizer.n_vocab,
+        generator=torch.Generator(args.device).manual_seed(seed))
+    for new in stream:
+        if new.item() != tokenizer.eot_token:
+            show([new.item()])
+    print(decoder.decode(b"", final=True))
 
 
 if __name__ == "__main__":

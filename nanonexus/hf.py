@@ -1,12 +1,15 @@
 """
-Weights from Hugging Face: where a model's folder is, and GPT-NeoX's layout turned into ours.
+Models by one door, open_model: a ckpt.pt of ours, or a GPT-NeoX folder or name of Hugging Face,
+whose weights, config and tokenizer are read here into ours.
 """
 
 import json
 import os
 
 from model import GPT, GPTConfig, ModelError
-from nanonexus.checkpoint import load_weights
+from nanonexus.checkpoint import check_size, load_checkpoint, load_weights
+from nanonexus.cli import UserError
+from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer
 
 # their names -> ours, in this order: some contain others
 NAMES = {"gpt_neox.": "", "layers.": "blocks.", "embed_in.": "embed.", "embed_out.": "head.",
@@ -14,6 +17,33 @@ NAMES = {"gpt_neox.": "", "layers.": "blocks.", "embed_in.": "embed.", "embed_ou
          "post_attention_layernorm.": "norm2.", "query_key_value.": "qkv.", "dense.": "proj.",
          "dense_h_to_4h.": "up.", "dense_4h_to_h.": "down."}
 GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+def open_model(path, device="cpu", **overrides):
+    """(model in eval mode, tokenizer, meta) of a ckpt.pt, a GPT-NeoX folder or a name on the hub.
+
+    The tokenizer has encode_ordinary, decode, decode_bytes, eot_token and n_vocab, as a
+    tiktoken.Encoding. meta: as load_checkpoint's, or for Hugging Face's the config alone, as it was
+    trained. overrides: fields of the config, e.g. nexus_order=2, the start of a retrofit.
+    Raises ModelError or UserError if the model, or a tokenizer that fits it, cannot be had.
+    """
+    path = os.fspath(path)
+    if os.path.isfile(path) or path.endswith(".pt"):
+        model, meta = load_checkpoint(path, device, **overrides)
+        tokenizer = get_tokenizer(meta["tokenizer"], meta.get("tokenizer_json"))
+    else:
+        try:
+            folder = fetch(path)
+            model = load_neox(folder, **overrides).to(device).eval()
+            tokenizer = FolderTokenizer(folder)
+        except ImportError as error:
+            raise UserError(f"{error}: a model of Hugging Face needs pip install -e '.[hf]'"
+                            ) from error
+        meta = dict(config=read_config(folder))
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(f"the tokenizer of {path} has {tokenizer.n_vocab} tokens, its model only "
+                        f"{model.config.vocab_size}: they do not belong together")
+    return model, tokenizer, meta
 
 
 def fetch(path_or_name):
@@ -32,50 +62,42 @@ def fetch(path_or_name):
                          f"({type(error).__name__}): check the name, or the network") from error
 
 
-def read_neox(path_or_name):
-    """(fields of a GPTConfig, state dict in float32) of a GPT-NeoX model.
+def load_neox(path_or_name, **overrides):
+    """A GPT with the weights of a GPT-NeoX model of Hugging Face, Pythia's for one, in float32.
 
     path_or_name: a folder with config.json and safetensors, or a name on the hub.
-    Raises ModelError, naming the setting, if our GPT cannot be that model.
+    overrides: fields of the config, e.g. nexus_order=2, the start of a retrofit.
+    Raises ModelError, naming the setting, if it cannot be had or our GPT cannot be that model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = fetch(path_or_name)
     try:
-        config = read_config(folder)
-        state = {}
+        config, state = GPTConfig(**read_config(folder) | overrides), {}
+        check_size(config)
         for name in sorted(os.listdir(folder)):
             if name.endswith(".safetensors"):
-                state.update(load_file(os.path.join(folder, name)))
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+                state |= load_file(os.path.join(folder, name))
+        weights = dict(rename(name, w, config) for name, w in state.items() if not name.endswith(
+            (".inv_freq", "attention.bias", "attention.masked_bias")))  # tables of old versions
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError,
+            SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path_or_name} is not a whole GPT-NeoX model with safetensors "
                          f"({error!r})") from error
-
-    C, H = config["n_embd"], config["n_head"]
-    ours = {}
-    for name, w in state.items():
-        if name.endswith((".inv_freq", "attention.bias", "attention.masked_bias")):
-            continue  # tables that old versions saved
-        for theirs, new in NAMES.items():
-            name = name.replace(theirs, new)
-        if ".qkv." in name:  # theirs: head after head, q, k, v each; ours: all q, all k, all v
-            w = w.unflatten(0, (H, 3, C // H)).transpose(0, 1).flatten(0, 2)
-        ours[name] = w.float()
-    return config, ours
+    return load_weights(GPT(config), weights, path_or_name)
 
 
-def load_neox(path_or_name, **overrides):
-    """A GPT with the weights of a GPT-NeoX model of Hugging Face, Pythia's for one.
-
-    path_or_name: a folder with config.json and safetensors, or a name on the hub.
-    overrides: fields of the config, e.g. nexus_order=2, the start of a retrofit.
-    Raises ModelError if it cannot be had, or is not such a model.
-    """
-    config, state = read_neox(path_or_name)
-    return load_weights(GPT(GPTConfig(**{**config, **overrides})), state, path_or_name)
+def rename(name, w, config):
+    """(our name, our layout in float32) of one of their weights."""
+    for theirs, ours in NAMES.items():
+        name = name.replace(theirs, ours)
+    if ".qkv." in name:  # theirs: head after head, q, k, v each; ours: all q, all k, all v
+        H = config.n_head
+        w = w.unflatten(0, (H, 3, config.n_embd // H)).transpose(0, 1).flatten(0, 2)
+    return name, w.float()
 
 
 def read_config(folder):
@@ -84,8 +106,9 @@ def read_config(folder):
         hf = json.load(f)
     check(hf, folder)
     rope = hf.get("rope_parameters") or {}
-    nexus = hf.get("nexus") or dict(order=1, streams="qk")  # what retrofit.py has left there
+    nexus = hf.get("nexus") or dict(order=1, streams="qk")  # what nanonexus.retrofit has left there
     return dict(nexus_order=nexus["order"], nexus_streams=nexus["streams"],
+                nexus_inner=nexus.get("inner", "self"),  # older retrofits have none
                 vocab_size=hf["vocab_size"], block_size=hf["max_position_embeddings"],
                 n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
                 n_embd=hf["hidden_size"], gelu=GELUS[hf["hidden_act"]],
@@ -110,3 +133,44 @@ def check(hf, path):
             raise ModelError(f"{path} has {name} {theirs!r}; this model has {ours!r} and no other")
     if hf["hidden_act"] not in GELUS:
         raise ModelError(f"{path} has hidden_act {hf['hidden_act']!r}; known: {', '.join(GELUS)}")
+
+
+class FolderTokenizer:
+    """The tokenizer.json of a Hugging Face folder, with those methods of tiktoken.Encoding that
+    the scripts need. Raises UserError if there is none, or it cannot be read."""
+
+    def __init__(self, folder):
+        from tokenizers import Tokenizer
+
+        self.path = os.path.join(folder, "tokenizer.json")
+        if not os.path.isfile(self.path):
+            raise UserError(f"no tokenizer.json in {folder}: a model needs its own tokenizer")
+        try:
+            self.tokenizer = Tokenizer.from_file(self.path)
+            self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(f"{self.path} is not a tokenizer ({error})") from error
+        self.eot_token = self.tokenizer.token_to_id(EOT)  # None if it has no such token
+        self.added = self.tokenizer.get_added_tokens_decoder()  # id -> AddedToken
+        self.bytes = {char: value for value, char in byte_chars()}
+
+    def encode_ordinary(self, text):
+        """Ids of text; where added tokens stand in it, theirs, as transformers has it."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def decode_bytes(self, ids):
+        """The UTF-8 bytes of ids, which may end within a character; added tokens as they are
+        written. Raises UserError if the tokens are no bytes."""
+        return b"".join(self.added[i].content.encode() if i in self.added
+                        else self.token_bytes(self.tokenizer.id_to_token(i)) for i in ids)
+
+    def token_bytes(self, token):
+        try:
+            return bytes(self.bytes[char] for char in token or "")  # None: an id that is unused
+        except KeyError as error:
+            raise UserError(f"{self.path} is no byte-level tokenizer: {token!r} is not made of "
+                            "bytes") from error

@@ -1,0 +1,140 @@
+"""
+Zero-shot scores, by lm-evaluation-harness's rules: a model's log-likelihoods of each choice, a
+task's acc and acc_norm from them, and the paired difference of two models.
+"""
+
+import os
+import statistics
+import sys
+
+import torch
+from tqdm import tqdm
+
+from nanonexus.cli import UserError
+from nanonexus.files import sha256
+from nanonexus.generate import KVCache
+from nanonexus.hf import open_model
+from nanonexus.stats import mcnemar, stderr
+
+
+class Scorer:
+    """A model and its tokenizer, and log-likelihoods from them.
+
+    path, device, overrides: as in open_model, with its errors. dtype: "float32", or "bfloat16" for
+    the products. batch_size: contexts at once, or "auto" for bounded memory.
+    identity tells in a result which model it was.
+    """
+
+    def __init__(self, path, device="cpu", dtype="float32", batch_size="auto", **overrides):
+        self.device, self.batch_size = torch.device(device), batch_size
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, dtype == "bfloat16")
+        self.model, self.tokenizer, meta = open_model(path, device, **overrides)
+        self.identity = dict(path=path)
+        if os.path.isfile(path):  # a checkpoint of ours
+            self.identity |= dict(sha256=sha256(path), step=meta["step"])
+        order, trained = self.model.config.nexus_order, meta["config"]["nexus_order"]
+        if order != trained:
+            print(f"note: {path} was trained at order {trained} and is read at order {order}: the "
+                  "start of a retrofit, not a trained Nexus", file=sys.stderr)
+
+    def encode_pair(self, context, continuation):
+        """Token ids of both, encoded together and split by the context's count; white space that
+        ends the context goes to the continuation."""
+        encode, eot = self.tokenizer.encode_ordinary, self.tokenizer.eot_token
+        if context == "":
+            ids = encode(continuation)
+            return ([eot], ids) if ids[0] != eot else (ids[:1], ids[1:])
+        kept = context.rstrip()
+        continuation, context = context[len(kept):] + continuation, kept
+        start = encode(context)
+        return start, encode(context + continuation)[len(start):]
+
+    @torch.no_grad()
+    def loglikelihoods(self, pairs, say="scoring"):
+        """For each (context ids, continuation ids): (sum of log-probabilities, whether greedy).
+
+        Requests with the same context share its pass: it is computed once, into a cache, and the
+        cache is copied to all its continuations. Equal requests are one, so that they tie exactly.
+        Contexts of equal length make a batch; too long a request loses its beginning.
+        say: what the progress bar is called. Raises UserError for a continuation that does not fit.
+        """
+        size, budget = self.model.config.block_size, 1 << (16 if self.device.type == "cuda" else 12)
+        groups, requests = {}, []  # context -> {continuation: result}
+        for context, continuation in pairs:
+            if not 0 < len(continuation) <= size:
+                raise UserError(f"a continuation has {len(continuation)} tokens; it must have at "
+                                f"least 1 and fit the context of {size}")
+            context = tuple(context[-(size + 1 - len(continuation)):])
+            requests.append((context, tuple(continuation)))
+            groups.setdefault(context, {})[tuple(continuation)] = None
+        by_length = sorted(groups, key=len, reverse=True)  # largest first, as memory goes
+        bar = tqdm(total=len(by_length), desc=say, unit="prompt", disable=None, leave=False)
+        with bar:
+            while by_length:
+                length, batch = len(by_length[0]), []
+                most = budget // length if self.batch_size == "auto" else self.batch_size
+                while by_length and len(by_length[0]) == length and len(batch) < max(1, most):
+                    batch.append(by_length.pop(0))
+                self.score_batch(batch, groups, budget)
+                bar.update(len(batch))
+        return [groups[context][continuation] for context, continuation in requests]
+
+    def score_batch(self, contexts, groups, budget):
+        """Fill groups[context] for contexts of one length; budget: tokens at once."""
+        rows = [(i, c) for i, context in enumerate(contexts) for c in groups[context]]
+        length, longest = len(contexts[0]), max(len(c) for _, c in rows)
+        cache = KVCache(length + longest - 1)
+        x = torch.tensor(contexts, device=self.device)  # (B, length)
+        with self.autocast:  # the output layer on the last token alone: it predicts the next
+            last = self.model.head(self.model.hidden_states(x, cache=cache)[:, -1:])  # (B, 1, V)
+        rows.sort(key=lambda row: len(row[1]))  # little padding in a part
+        step = max(1, budget // 2 // longest)
+        for part in (rows[i:i + step] for i in range(0, len(rows), step)):
+            width = len(part[-1][1])
+            owners = torch.tensor([i for i, _ in part], device=self.device)
+            ids = torch.tensor([c + (0,) * (width - len(c)) for _, c in part], device=self.device)
+            scored = [log_probabilities(last[owners], ids[:, :1])]
+            if width > 1:
+                with self.autocast:  # padding is on the right: causal, so without effect
+                    logits = self.model(ids[:, :-1], cache=cache.select(owners))[0]
+                scored.append(log_probabilities(logits, ids[:, 1:]))
+            chosen, greedy = (torch.cat(s, dim=1) for s in zip(*scored, strict=True))
+            for (i, c), lp, hit in zip(part, chosen, greedy, strict=True):
+                n = len(c)
+                groups[contexts[i]][c] = (lp[:n].sum().item(), bool(hit[:n].all()))
+
+
+def log_probabilities(logits, ids):
+    """The log-softmax of logits (B, T, V) at ids (B, T), in float32, and whether each is greedy."""
+    lp = logits.float().log_softmax(-1)
+    return lp.gather(-1, ids[:, :, None])[:, :, 0], lp.argmax(-1) == ids
+
+
+def evaluate(scorer, name, docs):
+    """A task's n, acc, acc_norm, their standard errors, chance, and in "docs" every document's
+    log-likelihoods. acc_norm is per character of the choice."""
+    pairs = [scorer.encode_pair(doc.context, " " + choice)
+             for doc in docs for choice in doc.choices]
+    results = iter(scorer.loglikelihoods(pairs, name))
+    entries, hits, hits_norm = [], [], []
+    for doc in docs:
+        lls = [next(results)[0] for _ in doc.choices]
+        norm = [ll / len(choice) for ll, choice in zip(lls, doc.choices, strict=True)]
+        hits.append(float(lls.index(max(lls)) == doc.gold))  # a tie goes to the first
+        hits_norm.append(float(norm.index(max(norm)) == doc.gold))
+        entries.append(dict(lls=lls, gold=doc.gold, acc=hits[-1], acc_norm=hits_norm[-1]))
+    return dict(n=len(docs), acc=statistics.mean(hits), acc_stderr=stderr(hits),
+                acc_norm=statistics.mean(hits_norm), acc_norm_stderr=stderr(hits_norm),
+                chance=statistics.mean(1 / len(doc.choices) for doc in docs), docs=entries)
+
+
+def compare(first, second):
+    """Paired difference, second minus first, of one task's two entries: for acc and acc_norm, its
+    mean, standard error and exact McNemar p."""
+    result = {}
+    for metric in ("acc", "acc_norm"):
+        a, b = ([doc[metric] for doc in entry["docs"]] for entry in (first, second))
+        gaps = [y - x for x, y in zip(a, b, strict=True)]
+        result[metric] = dict(difference=statistics.mean(gaps), stderr=stderr(gaps),
+                              p=mcnemar(a, b))
+    return result
