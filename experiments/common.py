@@ -7,13 +7,12 @@ No seed is dropped and no best one chosen.
 """
 
 import json
-import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
 
+import figures
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -47,18 +46,19 @@ def pyplot():
     except ImportError as error:
         raise UserError(f"{error}: pip install -e '.[plots]'") from error
     matplotlib.use("Agg")
+    matplotlib.rcParams.update(figures.STYLE)
     import matplotlib.pyplot as plt
     return plt
 
 
 def save(args, name, results, figure):
-    """Write results with their settings and versions to OUT/name.json, the figure to name.png."""
+    """Write results with their settings and versions to OUT/name.json, the figure to name.svg."""
     os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, name)
     figure.tight_layout()
-    figure.savefig(path + ".png", dpi=120)
+    figures.write(figure, path + ".svg")
     with open(path + ".json", "w", encoding="utf-8") as f:
         json.dump(dict(settings=vars(args), results=results, versions=dict(
             python=platform.python_version(), torch=str(torch.__version__),
             machine=platform.processor() or platform.machine(), cores=os.cpu_count())), f, indent=1)
-    print(f"wrote {path}.png and {name}.json")
+    print(f"wrote {path}.svg and {name}.json")

@@ -141,7 +141,7 @@ def plot(plt, results, title):
     panels[1].set(xlabel="training compute (FLOPs)", title="the same, against compute")
     figures.name_lines(panels[1], {
         name: (r["tokens"][-1] * r["flops_per_token"],
-               statistics.mean(curve[-1] for curve in r["curves"]), figures.style(name)["color"])
+               statistics.mean(curve[-1] for curve in r["curves"]))
         for name, r in results.items()})
     return figure
 

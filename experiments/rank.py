@@ -10,82 +10,110 @@ nats a row. Standard attention's scores are X W_q W_kᵀ Xᵀ: only what lies in
 fails even at r far below d (the linear bottleneck). Nexus's refined streams leave that span, but
 still have width d: beyond r = d (the log-rank condition) no order can be exact.
 
-The honest control is order 1 with a head four times as wide: as many parameters as `separate` has,
-and more compute in its scores than order 3. If it fails as well, width is not what is missing.
+A wider head is no control: W_q W_kᵀ is a d x d matrix however wide the head, so a head of width 4d
+is one of width d with other weights (test_rank.py checks the identity). The real control is order 1
+with an MLP in place of each projection, q = W2 gelu(W1 x): it leaves the span of X too, but token
+by token, without looking at any other. `mlp` has the baseline's parameters (hidden width d/2), as
+`self`, `past` and `cross` have; mlp-1.5x those of `shared` (3d/4), mlp-4x those of `separate` (2d).
+
+`separate` has projections of its own in the inner step and exists only here. Where there is no
+causal mask, "strictly earlier" in `past` and `cross` becomes "any other".
 """
 
 import math
+import statistics
 
 import torch
+import torch.nn.functional as F
+from figures import WIDTH, name_lines, style
 from tqdm import tqdm
 
-from common import listed, pyplot, save, table
+from common import pyplot, save, table
 
-from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
 
-# name -> (order, inner reading, width of the head in units of d)
-VARIANTS = {
-    "order 1": (1, "self", 1), "order 1, width 4d": (1, "self", 4),
-    "order 2": (2, "self", 1), "order 3": (3, "self", 1),
-    "order 2, shared": (2, "shared", 1), "order 2, separate": (2, "separate", 1),
+VARIANTS = {  # name -> (order, inner map)
+    "baseline": (1, None), "mlp": (1, "mlp"), "mlp-1.5x": (1, "mlp"), "mlp-4x": (1, "mlp"),
+    "self": (2, "self"), "self-3": (3, "self"), "past": (2, "past"), "cross": (2, "cross"),
+    "shared": (2, "shared"), "separate": (2, "separate"),
 }
 
 
-def scores(outer, inner, X, mask, order):
+def streams(variant, W, X):
+    """The unrefined q and k, (B, T, d) each, from a variant's matrices and X (B, T, d)."""
+    if VARIANTS[variant][1] == "mlp":
+        return [F.gelu(X @ W[i]) @ W[i + 1] for i in (0, 2)]
+    return [X @ W[0], X @ W[1]]
+
+
+def scores(variant, W, X, mask, strict):
     """Masked attention scores (B, T, T) of one head from X (B, T, d).
 
-    outer: W_q and W_k. inner: for each of the two streams the three matrices of its inner step, or
-    None where it has none (the reading "self").
+    W: the variant's matrices as `matrices` makes them; mask, strict (T, T): 0 where a token may
+    look and -inf elsewhere, strict also on the diagonal.
     """
+    order, inner = VARIANTS[variant]
+
     def attn(a, b):
         return a @ b.mT / math.sqrt(a.size(-1)) + mask
 
-    streams = []
-    for W, A in zip(outer, inner, strict=True):
-        s = X @ W
-        h, values = s, s @ A[2] if A else s
-        for _ in range(order - 1):
-            a, b = (h @ A[0], h @ A[1]) if A else (h, h)
-            h = attn(a, b).softmax(-1) @ values
-        streams.append(h)
-    return attn(*streams)
+    def others(a, b):  # (B, T, T); a token that sees no other gathers nothing
+        blind = (strict == -math.inf).all(-1, keepdim=True)
+        weights = (attn(a, b) + strict.masked_fill(blind, 0)).softmax(-1)
+        return weights.masked_fill(blind, 0)
+
+    h = s = streams(variant, W, X)
+    projections = {"shared": [[W[0], W[1], W[-1]]] * 2, "separate": [W[2:5], W[5:8]]}.get(inner)
+    for _ in range(order - 1):
+        if inner == "self":
+            h = [attn(a, a).softmax(-1) @ v for a, v in zip(h, s, strict=True)]
+        elif inner == "past":
+            h = [v + others(a, a) @ v for a, v in zip(h, s, strict=True)]
+        elif inner == "cross":
+            weights = others(*h)
+            h = [v + weights @ v for v in s]
+        else:
+            h = [attn(a @ q, a @ k).softmax(-1) @ (b @ v)
+                 for a, b, (q, k, v) in zip(h, s, projections, strict=True)]
+    return attn(*h)
 
 
-def fit(X, log_target, mask, variant, steps, lr):
+def matrices(variant, B, d):
+    """A variant's weights for B problems, a list of (B, rows, columns), drawn at random."""
+    hidden = max(1, round(d / 2 * {"mlp-1.5x": 1.5, "mlp-4x": 4}.get(variant, 1)))
+    shapes = {"mlp": [(d, hidden), (hidden, d)] * 2, "shared": [(d, d)] * 3,
+              "separate": [(d, d)] * 8}.get(VARIANTS[variant][1], [(d, d)] * 2)
+    return [(torch.randn(B, *shape) / math.sqrt(shape[0])).requires_grad_() for shape in shapes]
+
+
+def fit(X, log_target, mask, strict, variant, steps, lr):
     """What KL is left, (B,), after Adam on every one of B problems side by side."""
-    order, reading, width = VARIANTS[variant]
-    B, _, d = X.shape
-    flat = []
-
-    def matrices(n, columns=d):
-        new = [(torch.randn(B, d, columns) / math.sqrt(d)).requires_grad_() for _ in range(n)]
-        flat.extend(new)
-        return new
-
-    outer, inner = matrices(2, width * d), [None, None]
-    if reading == "shared":
-        inner = [[*outer, *matrices(1)]] * 2  # the head's own W_q, W_k, W_v again
-    if reading == "separate":
-        inner = [matrices(3), matrices(3)]
-    optimizer = torch.optim.Adam(flat, lr=lr)
+    W = matrices(variant, len(X), X.size(-1))
+    optimizer = torch.optim.Adam(W, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     target = log_target.exp()
     for _ in tqdm(range(steps), desc=variant, disable=None, leave=False):
-        log_attention = scores(outer, inner, X, mask, order).log_softmax(-1)
+        log_attention = scores(variant, W, X, mask, strict).log_softmax(-1)
         gap = (log_target - log_attention).masked_fill(target == 0, 0)  # where the mask hides
         kl = (target * gap).sum(-1).mean(-1)  # (B,)
         optimizer.zero_grad()
         kl.sum().backward()
-        torch.nn.utils.clip_grad_norm_(flat, 100.0)
+        torch.nn.utils.clip_grad_norm_(W, 100.0)
         optimizer.step()
         schedule.step()
     return kl.detach()
 
 
+def masks(T, causal):
+    """What a token may look at, and what it may look at but itself: (T, T) of 0 and -inf."""
+    mask = torch.full((T, T), -math.inf).triu(1) if causal else torch.zeros(T, T)
+    return mask, mask.clone().fill_diagonal_(-math.inf)
+
+
 def experiment(args, d, causal):
     """{variant: {rank: [KL of each seed's target, the best of its restarts]}}"""
     T, ranks = args.T, args.ranks_of[d]
-    mask = torch.full((T, T), -math.inf).triu(1) if causal else torch.zeros(T, T)
+    mask, strict = masks(T, causal)
     X, targets = [], []
     for seed in range(args.seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -98,17 +126,17 @@ def experiment(args, d, causal):
     results = {}
     for variant in VARIANTS:
         torch.manual_seed(0)
-        kl = fit(X, targets, mask, variant, args.steps, args.lr)
+        kl = fit(X, targets, mask, strict, variant, args.steps, args.lr)
         best = kl.view(args.seeds, len(ranks), args.restarts).amin(-1)
         results[variant] = {r: best[:, i].tolist() for i, r in enumerate(ranks)}
     return results
 
 
-def rows(results):
+def rows(results, d):
     from scipy import stats
 
-    base = results["order 1"]
-    yield ["rank of the target", *base]
+    base = results["baseline"]
+    yield ["rank of the target", "parameters", *base]
     for variant, row in results.items():
         cells = []
         for r, values in row.items():
@@ -116,57 +144,60 @@ def rows(results):
             mark = "*" if better and better.pvalue < 0.005 else " "  # one-sided half of 0.01
             values = torch.tensor(values)
             cells.append(f"{values.mean():.3f} ±{values.std():.3f}{mark}")
-        yield [variant, *cells]
+        yield [variant, sum(w.numel() for w in matrices(variant, 1, d)), *cells]
 
 
 def plot(plt, all_results):
     widths = list(next(iter(all_results.values())))
-    figure, panels = plt.subplots(2, len(widths), figsize=(4.2 * len(widths), 7), sharey=True,
+    figure, panels = plt.subplots(len(all_results), len(widths), figsize=(WIDTH, 6), sharey=True,
                                   squeeze=False)
     for line, (title, results) in zip(panels, all_results.items(), strict=True):
         for panel, d in zip(line, widths, strict=True):
             for variant, row in results[d].items():
                 values = torch.tensor(list(row.values()))  # (ranks, seeds)
-                panel.errorbar([r / d for r in row], values.mean(1), values.std(1), label=variant,
-                               marker=".", ls="--" if "width" in variant else "-", capsize=2)
-            panel.axvline(1, color="k", lw=1, ls=":")
-            panel.set(title=f"{title}, d = {d}", xlabel="rank of the target's log-weights / d")
-            panel.grid(alpha=0.3)
+                panel.errorbar([r / d for r in row], values.mean(1), values.std(1), elinewidth=0.7,
+                               **style(variant))
+            panel.axvline(1, color="#999999", lw=0.6)
+            panel.set(title=f"{title}, d = {d}", yscale="log")
         line[0].set_ylabel("KL left (nats a row)")
-    panels[0][-1].legend(fontsize="small")
+    for line, results in zip(panels, all_results.values(), strict=True):
+        rank = list(results[d]["baseline"])[-1]
+        name_lines(line[-1], {variant: (rank / d, statistics.mean(row[rank]))
+                              for variant, row in results[d].items()})
+    figure.supxlabel("rank of the target's log-weights / d", fontsize=9)
     return figure
 
 
 def main():
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--T", type=int, default=64, help="tokens (default: 64)")
-    add("--d", type=listed(int), default="8,16,32", help="their widths, and the head's "
-        "(default: 8,16,32)")
-    add("--ranks", type=listed(int), help="of the targets (default: d/8 to 2d)")
-    add("--seeds", type=int, default=5, help="targets, and tokens, of each rank (default: 5)")
-    add("--restarts", type=int, default=2, help="fits of each; the best counts (default: 2)")
-    add("--steps", type=int, default=600, help="of Adam (default: 600)")
-    add("--lr", type=float, default=0.02, help="peak learning rate (default: 0.02)")
+    add, several = parser.add_argument, number(int, 2, 1000)
+    add("--T", type=several, default=64, help="tokens (default: 64)")
+    add("--d", type=listed(positive_int), default="8,16,32", help="their widths, and the head's, "
+        "below T (default: 8,16,32)")
+    add("--ranks", type=listed(positive_int), help="of the targets (default: d/8 to 2d)")
+    add("--seeds", type=several, default=5, help="targets, and tokens, of each rank (default: 5)")
+    add("--restarts", type=positive_int, default=2, help="fits of each; the best counts "
+        "(default: 2)")
+    add("--steps", type=positive_int, default=600, help="of Adam (default: 600)")
+    add("--lr", type=positive, default=0.02, help="peak learning rate (default: 0.02)")
     add("--quick", action="store_true", help="a small version, under a minute")
     add("--out", default="out/rank", help="folder (default: out/rank)")
     args = parser.parse_args()
     if args.quick:
         args.d, args.seeds, args.restarts, args.steps = [16], min(3, args.seeds), 1, 300
         args.ranks = args.ranks or [2, 16, 32]
+    if max(args.d) >= args.T:
+        raise UserError(f"--d must be below --T, {args.T}, got {max(args.d)}")
     args.ranks_of = {d: args.ranks or sorted({max(1, d * n // 8) for n in (1, 2, 4, 8, 12, 16)})
                      for d in args.d}
-    if not all(1 <= d < args.T for d in args.d) or min(
-            args.seeds - 1, args.restarts, args.steps, *sum(args.ranks_of.values(), [])) < 1:
-        raise UserError("give 1 <= d < T, two seeds or more, restarts, steps and ranks from 1 up")
     plt = pyplot()
     all_results = {title: {d: experiment(args, d, causal) for d in args.d}
                    for title, causal in (("causal", True), ("not causal", False))}
     for title, results in all_results.items():
         for d, result in results.items():
             print(f"\n{title}, d = {d}, T = {args.T}: KL left, mean over targets ± standard "
-                  f"deviation\n{table(rows(result))}")
-    print("* below order 1 on the same targets at p < 0.01 (paired t test)")
+                  f"deviation\n{table(rows(result, d))}")
+    print("* below the baseline on the same targets at p < 0.01 (paired t test)")
     save(args, "rank", all_results, plot(plt, all_results))
 
 

@@ -4,8 +4,8 @@ Does the recursion vanish or explode, and from which order?
     python experiments/stability.py --out out/stability
     python experiments/stability.py --quick
 
-Orders 1 to 6, in two forms: anchored, as in model.py, h <- Attn(h, h, s), where every loop averages
-the unrefined stream s once more; and free, h <- Attn(h, h, h), where it averages averages. Two
+Orders 1 to 6, in four forms: `self`, `past` and `cross` as in model.py, where every loop averages
+the unrefined stream s once more; and `free`, h <- Attn(h, h, h), where it averages averages. Two
 looks at each, at several depths:
 
 - at initialisation, the norm of the gradient on W_q, W_k and W_v, per layer, relative to order 1;
@@ -18,35 +18,37 @@ import math
 import os
 import statistics
 import types
+from unittest import mock
 
 import torch
+from figures import WIDTH, name_lines, style
 from tqdm import tqdm
 
-from common import listed, mean_spread, paired, paired_text, pydocs, pyplot, save, table
+from common import pydocs, pyplot, save, table
 
-from model import GPT, GPTConfig, Rotary
-from nanonexus.cli import Parser, UserError, run_script
+import model as nexus
+from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
 from nanonexus.data import TokenSet, batch, train_indices, windows
+from nanonexus.stats import mean_spread, paired, paired_text
 
-FORMS = ("anchored", "free")
+FORMS = ("self", "free", "past", "cross")
 T, BATCH = 64, 16
 
 
-def free(self, s, env):
-    """Attention.refine without its anchor: the values of a loop are what the last one made."""
-    h = s
-    for loop in range(1, self.config.nexus_order):
-        h = self.attend(h, h, h, f"k{loop}", env)
-    return h
+def free(self, n, h, s, ctx):
+    """CausalSelfAttention.inner_step without its anchor s: a loop averages what the last made."""
+    return nexus.attend(h[n], h[n], h[n], ctx)
 
 
 def build(order, form, depth, args, seed):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=320, block_size=T, n_layer=depth, n_head=4, n_embd=args.width,
-                          rotary_pct=1.0, parallel_residual=False, gelu="erf", nexus_order=order))
+    model = nexus.GPT(nexus.GPTConfig(
+        vocab_size=320, block_size=T, n_layer=depth, n_head=4, n_embd=args.width, rotary_pct=1.0,
+        parallel_residual=False, gelu="erf", nexus_order=order,
+        nexus_inner="self" if form == "free" else form))
     if form == "free":
         for block in model.blocks:
-            block.attn.refine = types.MethodType(free, block.attn)
+            block.attn.inner_step = types.MethodType(free, block.attn)
     return model
 
 
@@ -61,18 +63,16 @@ def largest_logit(model, idx):
     """The largest |score| that any softmax of the model sees on idx, inner and outer."""
     sizes = []
 
-    def recorded(attend):
-        def wrapper(a, b, c, key_name, env):
-            query, key = (Rotary.apply(x, *env.rope) for x in (a, b))
-            sizes.append((query @ key.mT).abs().max().item() / math.sqrt(a.size(-1)))
-            return attend(a, b, c, key_name, env)
-        return wrapper
+    attend = nexus.attend
 
-    for block in model.blocks:
-        block.attn.attend = recorded(block.attn.attend)
-    model(idx)
-    for block in model.blocks:
-        del block.attn.attend  # the class's own again
+    def recorded(q, k, v, ctx, strict=False):
+        query, key = (nexus.apply_rotary_emb(x, *ctx.rope) for x in (q, k))
+        scores = (query @ key.mT).tril(-strict) / math.sqrt(q.size(-1))
+        sizes.append(scores.abs().max().item())
+        return attend(q, k, v, ctx, strict)
+
+    with mock.patch.object(nexus, "attend", recorded):
+        model(idx)
     return max(sizes)
 
 
@@ -106,8 +106,8 @@ def train(order, form, depth, lr, args, seed, batches):
 
 def start_rows(starts, depth):
     yield ["", "order", "W_q", "W_k", "W_v", "W_k, first layer / last"]
+    base = torch.tensor(starts[f"{FORMS[0]} 1 depth {depth}"])  # (seeds, layers, 3)
     for form in FORMS:
-        base = torch.tensor(starts[f"{form} 1 depth {depth}"])  # (seeds, layers, 3)
         for order in range(1, 7):
             if (key := f"{form} {order} depth {depth}") in starts:
                 g = torch.tensor(starts[key])
@@ -119,7 +119,7 @@ def start_rows(starts, depth):
 
 def train_rows(runs, depth, lr, orders):
     yield ["", "order", "loss", "minus order 1 [99%]", "diverged", "spikes", "largest logit"]
-    base = [run["loss"] for run in runs[f"anchored 1 depth {depth} lr {lr}"]]
+    base = [run["loss"] for run in runs[f"{FORMS[0]} 1 depth {depth} lr {lr}"]]
     for form in FORMS:
         for order in orders:
             group = runs[f"{form} {order} depth {depth} lr {lr}"]
@@ -132,49 +132,55 @@ def train_rows(runs, depth, lr, orders):
 
 
 def plot(plt, starts, runs, args):
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2))
-    for i, depth in enumerate(args.depths):
-        for form, style in zip(FORMS, ("-", "--"), strict=True):
-            base = torch.tensor(starts[f"{form} 1 depth {depth}"])
-            for part, color in ((0, f"C{2 * i}"), (1, f"C{2 * i + 1}")):
-                ratio = [(torch.tensor(starts[f"{form} {m} depth {depth}"]) / base)[..., part]
-                         .log().mean().exp() for m in args.orders]
-                panels[0].semilogy(args.orders, ratio, style, marker=".", color=color,
-                                   label=f"W_{'qk'[part]}, {depth} layers, {form}")
-    for panel, name in ((panels[1], "loss"), (panels[2], "largest_logit")):
-        for i, lr in enumerate(args.lrs):
-            for form, style in zip(FORMS, ("-", "--"), strict=True):
-                values = torch.tensor([[run[name] for run in
-                                        runs[f"{form} {m} depth {args.depths[-1]} lr {lr}"]]
-                                       for m in args.orders])
-                panel.errorbar(args.orders, values.mean(1), values.std(1), ls=style, marker=".",
-                               color=f"C{i}", capsize=2, label=f"rate {lr:g}, {form}")
-    panels[0].set(title="gradient at initialisation, relative to order 1", xlabel="order")
-    panels[1].set(title=f"loss after {args.steps} steps, {args.depths[-1]} layers", xlabel="order")
-    panels[2].set(title="largest attention logit after training", xlabel="order", yscale="log")
-    for panel in panels:
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="x-small")
+    """Above: gradients by depth; below: losses and logits of the deepest, by learning rate."""
+    columns = max(len(args.depths), len(args.lrs) + 1)
+    figure, panels = plt.subplots(2, columns, figsize=(WIDTH, 5.4), squeeze=False)
+    deepest = args.depths[-1]
+
+    def draw(panel, values, title, **settings):
+        ends = {}
+        for form in FORMS:
+            y = torch.tensor([values(form, m) for m in args.orders])  # (orders, seeds)
+            panel.errorbar(args.orders, y.mean(1), y.std(1), elinewidth=0.7, **style(form))
+            ends[form] = args.orders[-1], y[-1].mean().item()
+        panel.set(title=title, xlabel="order", **settings)
+        name_lines(panel, ends)
+
+    for panel, depth in zip(panels[0], args.depths, strict=False):
+        base = torch.tensor(starts[f"{FORMS[0]} 1 depth {depth}"])
+        draw(panel, lambda form, m, base=base, depth=depth: (torch.tensor(
+            starts[f"{form} {m} depth {depth}"]) / base)[..., 1].log().mean(1).exp().tolist(),
+            f"gradient on W_k at the start, {depth} layers", yscale="log")
+    for i, name in enumerate((*args.lrs, "largest_logit")):
+        lr, key = (name, "loss") if i < len(args.lrs) else (args.lrs[-1], name)
+        title = f"loss after {args.steps} steps, rate {lr:g}" if key == "loss" \
+            else f"largest logit, rate {lr:g}"
+        draw(panels[1][i], lambda form, m, lr=lr, key=key: [
+            run[key] for run in runs[f"{form} {m} depth {deepest} lr {lr}"]],
+            title, yscale="linear" if key == "loss" else "log")
+    for panel in [*panels[0][len(args.depths):], *panels[1][len(args.lrs) + 1:]]:
+        panel.axis("off")
     return figure
 
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--orders", type=listed(int), default="1,2,3,4,5,6", help="1 first (default: 1 to 6)")
-    add("--depths", type=listed(int), default="2,6", help="layers (default: 2,6)")
-    add("--lrs", type=listed(float), default="3e-3,3e-2", help="(default: 3e-3,3e-2)")
-    add("--width", type=int, default=64, help="of the model (default: 64)")
-    add("--steps", type=int, default=50, help="of training (default: 50)")
-    add("--seeds", type=int, default=3, help="of every setting (default: 3)")
+    add("--orders", type=listed(positive_int), default="1,2,3,4,5,6",
+        help="1 first (default: 1 to 6)")
+    add("--depths", type=listed(positive_int), default="2,6", help="layers (default: 2,6)")
+    add("--lrs", type=listed(positive), default="3e-3,3e-2", help="(default: 3e-3,3e-2)")
+    add("--width", type=positive_int, default=64, help="of the model, a multiple of 8 "
+        "(default: 64)")
+    add("--steps", type=positive_int, default=50, help="of training (default: 50)")
+    add("--seeds", type=number(int, 2, 1000), default=3, help="of every setting (default: 3)")
     add("--quick", action="store_true", help="orders 1, 2 and 6, few steps: under a minute")
     add("--out", default="out/stability", help="folder (default: out/stability)")
     args = parser.parse_args()
     if args.quick:
         args.orders, args.depths, args.lrs, args.steps, args.seeds = [1, 2, 6], [2], [1e-2], 20, 2
-    if args.orders[0] != 1 or min(args.orders + args.depths + [args.steps, args.seeds]) < 1 \
-            or min(args.lrs) <= 0 or args.width % 8 or args.width < 8:
-        raise UserError("--orders must begin with 1, --width be a multiple of 8, the rest above 0")
+    if args.orders[0] != 1:
+        raise UserError("--orders must begin with 1, with which the others are compared")
     plt = pyplot()
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
     text = TokenSet(pydocs(os.path.join(args.out, "pydocs"))).train
@@ -188,9 +194,9 @@ def main():
     jobs = [(form, m, d) for d in args.depths for form in FORMS for m in args.orders]
     for form, m, d in tqdm(jobs, desc="training", disable=None, leave=False):
         key = f"{form} {m} depth {d}"
-        if m <= 2 and form == "free":  # the first loop of both forms is the same
-            starts[key] = starts[f"anchored {m} depth {d}"]
-            runs |= {f"{key} lr {lr}": runs[f"anchored {m} depth {d} lr {lr}"] for lr in args.lrs}
+        if form != FORMS[0] and m <= 1 + (form == "free"):  # the first loop of free is self's
+            starts[key] = starts[f"{FORMS[0]} {m} depth {d}"]
+            runs |= {f"{key} lr {lr}": runs[f"{FORMS[0]} {m} depth {d} lr {lr}"] for lr in args.lrs}
             continue
         starts[key] = [at_start(m, form, d, args, seed, batches) for seed in seeds]
         for lr in args.lrs:

@@ -1,6 +1,7 @@
 """stability.py: its forms are what it says, and what it measures is there."""
 
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 import stability
 import torch
+
+import model
+from nanonexus.cli import run_script
 
 ARGS = SimpleNamespace(width=16, steps=4)
 
@@ -21,41 +25,67 @@ def batches(seed, step):
 def test_forms_part_at_order_3():
     for order, same in ((2, True), (3, False)):
         logits = [stability.build(order, form, 2, ARGS, 0)(batches(0, 0)[0])[0]
-                  for form in stability.FORMS]
+                  for form in ("self", "free")]
         assert torch.equal(*logits) is same
+
+
+def test_free_is_its_formula():
+    attention = stability.build(3, "free", 1, ARGS, 0).blocks[0].attn
+    q, k = torch.randn(2, 2, 4, 8, 4)  # (B, H, T, D) each
+    rope = torch.ones(8, 4), torch.zeros(8, 2)  # nothing is rotated
+    ctx = model.AttnContext("sdpa", rope, None, None, None, None)
+    causal = torch.full((8, 8), -math.inf).triu(1)
+    for h, got in zip((q, k), attention.refine(q, k, ctx), strict=True):
+        for _ in range(2):
+            h = (h @ h.mT / 2 + causal).softmax(-1) @ h
+        torch.testing.assert_close(got, h)
 
 
 def test_without_the_anchor_streams_draw_together():
     idx = batches(0, 0)[0]
     spreads = {}
-    for form in stability.FORMS:
-        model, seen = stability.build(40, form, 1, ARGS, 0), []
-        attention = model.blocks[0].attn
+    for form in ("self", "free"):
+        gpt, seen = stability.build(40, form, 1, ARGS, 0), []
+        attention = gpt.blocks[0].attn
         refine = attention.refine
-        attention.refine = lambda s, env, refine=refine, seen=seen: seen.append(refine(s, env)) \
-            or seen[-1]
-        model(idx)
-        spreads[form] = seen[0].std(dim=2).mean().item()
-    assert spreads["free"] < 0.5 * spreads["anchored"]
+        attention.refine = lambda q, k, ctx, refine=refine, seen=seen: seen.extend(
+            refine(q, k, ctx)) or seen
+        gpt(idx)
+        spreads[form] = [h.std(dim=2).mean().item() for h in seen]
+    for free, anchored in zip(spreads["free"], spreads["self"], strict=True):  # of q and of k
+        assert free < 0.5 * anchored
 
 
-def test_gradients_and_logits_are_the_modules(monkeypatch):
-    model = stability.build(2, "anchored", 2, ARGS, 0)
-    model(*batches(0, 0))[1].backward()
-    norms = stability.gradients(model)
-    weight = model.blocks[1].attn.qkv.weight.grad
+def test_gradients_and_logits_are_the_modules():
+    gpt, attend = stability.build(2, "self", 2, ARGS, 0), model.attend
+    gpt(*batches(0, 0))[1].backward()
+    norms = stability.gradients(gpt)
+    weight = gpt.blocks[1].attn.qkv.weight.grad
     assert norms.shape == (2, 3) and norms[1, 2] == weight[32:].norm()
-    before = stability.largest_logit(model, batches(0, 0)[0])
+    before = stability.largest_logit(gpt, batches(0, 0)[0])
     with torch.no_grad():
-        for block in model.blocks:
+        for block in gpt.blocks:
             block.attn.qkv.weight[:32] *= 2
-    assert 3 < stability.largest_logit(model, batches(0, 0)[0]) / before < 5  # about 2 x 2
-    assert "attend" not in vars(model.blocks[0].attn)
+    assert 3 < stability.largest_logit(gpt, batches(0, 0)[0]) / before < 5  # about 2 x 2
+    assert model.attend is attend
+
+
+@pytest.mark.parametrize("strict, largest", [(False, 50), (True, 10)])
+def test_the_largest_logit_is_one_that_a_softmax_sees(strict, largest):
+    rope = torch.ones(4, 4), torch.zeros(4, 2)  # nothing is rotated
+    ctx = model.AttnContext("sdpa", rope, None, None, None, None)
+    scores = 100 * torch.ones(4, 4).triu(1) + 50 * torch.eye(4) - 10 * torch.ones(4, 4).tril(-1)
+    q, k = 2 * torch.eye(4)[None, None], scores.T.clone()[None, None]  # sqrt(D) is 2
+
+    def gpt(idx):
+        return model.attend(q, k, k, ctx, strict)
+
+    assert stability.largest_logit(gpt, None) == largest
 
 
 def test_divergence_is_seen():
     args = SimpleNamespace(width=16, steps=14)
-    wild, tame = (stability.train(2, "anchored", 2, lr, args, 0, batches) for lr in (100.0, 0.03))
+    wild, tame = (stability.train(2, "self", 2, lr, args, 0, batches) for lr in (100.0, 0.03))
     assert wild["diverged"] and not tame["diverged"]
 
 
@@ -66,9 +96,14 @@ def test_the_command(tmp_path):
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     runs = json.loads((tmp_path / "stability.json").read_text())["results"]["training"]
-    assert runs["free 1 depth 1 lr 0.01"] == runs["anchored 1 depth 1 lr 0.01"]
+    assert runs["free 1 depth 1 lr 0.01"] == runs["self 1 depth 1 lr 0.01"]
     loss = sum(run["loss"] for run in runs["free 3 depth 1 lr 0.01"]) / 2
-    assert f"{loss:.3f} ±" in out.stdout and (tmp_path / "stability.png").exists()
-    bad = subprocess.run([sys.executable, stability.__file__, "--orders", "2"],
-                         capture_output=True, text=True)
-    assert bad.returncode == 2 and bad.stderr.count("\n") == 1
+    assert f"{loss:.3f} ±" in out.stdout and (tmp_path / "stability.svg").exists()
+
+
+@pytest.mark.parametrize("wrong", ["--orders 2", "--steps 0", "--lrs nan"])
+def test_wrong_flags_are_one_line(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["stability.py", *wrong.split()])
+    with pytest.raises(SystemExit) as end:
+        run_script(stability.main)
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1

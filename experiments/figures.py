@@ -1,0 +1,104 @@
+"""
+How all figures look: a colour for each variant, names at the lines, and SVG that is reproducible.
+
+A variant has one colour and one dash in every figure of this project. The colour says what the
+inner map is, the dash where it works: solid for queries and keys, dashed for keys alone, dotted for
+queries alone, dash-dotted for a third order. The colours are mostly those of Okabe and Ito (2008)
+and stay apart without red or green cones, see tests/test_figures.py. Names stand at the lines:
+whoever reads a legend must match colours.
+"""
+
+SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5))
+
+STYLES = {  # variant: its colour, its dash
+    "baseline": ("#000000", SOLID),
+    "two-layers": ("#606060", DOTTED), "deeper": ("#606060", DASHED),
+    "longer": ("#606060", DASH_DOT), "twice": ("#606060", SOLID),
+    "mean": ("#000000", DASHED), "bias": ("#000000", DASH_DOT),
+    "self": ("#d55e00", SOLID), "self-k": ("#d55e00", DASHED), "self-q": ("#d55e00", DOTTED),
+    "self-3": ("#d55e00", DASH_DOT),
+    "past": ("#0072b2", SOLID), "past-k": ("#0072b2", DASHED), "past-q": ("#0072b2", DOTTED),
+    "past-3": ("#0072b2", DASH_DOT),
+    "cross": ("#009e73", SOLID), "cross-k": ("#009e73", DASHED), "cross-q": ("#009e73", DOTTED),
+    "cross-3": ("#009e73", DASH_DOT),
+    "shared": ("#e69f00", SOLID), "separate": ("#e69f00", DASHED),
+    "mix": ("#e69f00", DOTTED),
+    "key-shift": ("#cc79a7", SOLID), "kv-shift": ("#cc79a7", DASHED),
+    "canon": ("#cc79a7", DASH_DOT),
+    "shift-past-k": ("#56b4e9", SOLID), "shift-past": ("#56b4e9", DASHED),
+    "shift-cross-k": ("#56b4e9", DASH_DOT), "shift-cross": ("#56b4e9", DOTTED),
+    "mlp": ("#332288", SOLID), "mlp-1.5x": ("#332288", DASHED), "mlp-4x": ("#332288", DASH_DOT),
+    "free": ("#332288", DOTTED),
+}
+WIDTH = 7.5  # inches, 540 points: at 600 pixels a text of 9 points is 10 pixels high
+STYLE = {  # matplotlib's settings
+    "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 9, "axes.labelsize": 9,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "lines.linewidth": 1.4,
+    "svg.fonttype": "none",  # text stays text: small files, and one can search them
+    "svg.hashsalt": "nanonexus",  # ids that do not change from run to run
+}
+
+
+def style(variant):
+    """The colour and dash of a variant, as keywords of plot."""
+    color, dash = STYLES[variant]
+    return dict(color=color, ls=dash)
+
+
+def name_lines(panel, ends, gap=0.065):
+    """Write each variant's name to the right of its line's end, and a hair from one to the other.
+
+    ends: {variant: (x, y)}, in the panel's data; gap: the least distance of two names, as a share
+    of the panel's height. To be called when all is drawn: limits and scales must be final.
+    """
+    panel.get_xlim(), panel.get_ylim()  # settles the limits, which wait for whoever asks
+    to_share = panel.transData + panel.transAxes.inverted()
+    at = sorted((to_share.transform(end)[1], name) for name, end in ends.items())
+    heights = [y for y, _ in at]
+    for _ in range(200):  # push neighbours apart until none overlap
+        for i in range(len(heights) - 1):
+            lack = gap - (heights[i + 1] - heights[i])
+            if lack > 1e-6:
+                heights[i] -= lack / 2
+                heights[i + 1] += lack / 2
+        low, high = min(heights), max(heights)
+        shift = max(0, -low) - max(0, high - 1)  # back into the panel, if all of them fit there
+        heights = [y + shift for y in heights] if high - low <= 1 else heights
+    for height, (_, name) in zip(heights, at, strict=True):
+        color = STYLES[name][0]
+        panel.annotate(name, ends[name], xytext=(1.06, height), textcoords="axes fraction",
+                       color=color, va="center", fontsize=8, annotation_clip=False,
+                       arrowprops=dict(arrowstyle="-", color=color, lw=0.5, alpha=0.6,
+                                       shrinkA=0, shrinkB=0))
+
+
+def seed_strips(panel, rows, limit, never="never"):
+    """A row for each variant, a dot for each seed: where something happened, or that it never did.
+
+    rows: {variant: a list with a number, or None for never, per seed}; limit: the largest number.
+    Dots of a row are set a little apart from one another, so that equal ones do not hide.
+    """
+    names = list(rows)
+    for i, (name, values) in enumerate(rows.items()):
+        color = STYLES[name][0]
+        for j, value in enumerate(values):
+            y = i + 0.5 * ((j + 0.5) / len(values) - 0.5)
+            missing = value is None
+            panel.plot(1.12 * limit if missing else value, y, "o", ms=3.6, mew=0.8,
+                       mec=color, mfc="none" if missing else color, clip_on=False)
+    panel.axvline(1.03 * limit, color="#999999", lw=0.6)
+    panel.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 1.2 * limit), yticks=range(len(names)))
+    ticks = [0, limit // 4, limit // 2, 3 * limit // 4]
+    panel.set_xticks([*ticks, 1.12 * limit], [*map(str, ticks), never])
+    panel.set_yticklabels(names)
+    for label, name in zip(panel.get_yticklabels(), names, strict=True):
+        label.set_color(STYLES[name][0])
+
+
+def write(figure, path):
+    """Save figure as an SVG that depends on nothing but what it shows (no date, no random ids)."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight")

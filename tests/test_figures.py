@@ -1,0 +1,90 @@
+"""figures.py: colours that stay apart for everyone, names that do not overlap, equal files."""
+
+import itertools
+import re
+
+import figures
+import numpy as np
+import pytest
+
+# of cone responses: Machado, Oliveira and Fernandes 2009, severity 1
+EYES = {
+    "three cones": np.eye(3),
+    "no red cones": np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                              [-0.003882, -0.048116, 1.051998]]),
+    "no green cones": np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                                [-0.011820, 0.042940, 0.968881]]),
+}
+XYZ = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+
+
+def linear(color):
+    c = np.array([int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb):
+    t = XYZ @ rgb / XYZ.sum(1)
+    f = np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def test_no_two_variants_look_alike():
+    assert len(set(figures.STYLES.values())) == len(figures.STYLES)
+    colors = {color for color, _ in figures.STYLES.values()}
+    for name, eye in EYES.items():
+        for a, b in itertools.combinations(colors, 2):
+            seen = [lab(np.clip(eye @ linear(color), 0, 1)) for color in (a, b)]
+            assert np.linalg.norm(seen[0] - seen[1]) > 15, (name, a, b)  # 2 can just be told apart
+
+
+def test_colours_can_be_read_on_white():
+    for name, (color, _) in figures.STYLES.items():
+        contrast = 1.05 / (XYZ[1] @ linear(color) + 0.05)
+        assert contrast > 2, name
+
+
+def test_names_keep_their_distance_and_order():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure, panel = plt.subplots()
+    ends = {"self": (1, 0.50), "past": (1, 0.501), "cross": (1, 0.502), "baseline": (1, 0.0),
+            "shared": (1, 1.0)}
+    for x, y in ends.values():
+        panel.plot([0, x], [0, y])
+    figures.name_lines(panel, ends, gap=0.1)
+    at = {text.get_text(): text.xyann[1] for text in panel.texts}
+    order = sorted(at, key=at.get)
+    assert order == sorted(ends, key=lambda name: ends[name][1])
+    gaps = [at[b] - at[a] for a, b in itertools.pairwise(order)]
+    assert min(gaps) > 0.099 and 0 <= min(at.values()) and max(at.values()) <= 1.001
+    assert all(text.get_color() == figures.STYLES[text.get_text()][0] for text in panel.texts)
+    plt.close(figure)
+
+
+def test_each_seed_has_its_dot():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure, panel = plt.subplots()
+    figures.seed_strips(panel, {"self": [20, 20, None], "past": [40, 60, 80]}, 100)
+    dots = [line for line in panel.lines if line.get_marker() == "o"]
+    at = [(float(dot.get_xdata()[0]), round(float(dot.get_ydata()[0]), 3)) for dot in dots]
+    assert len(set(at)) == 6 and [x for x, _ in at[:2] + at[3:]] == [20, 20, 40, 60, 80]
+    assert at[2][0] > 100 and dots[2].get_markerfacecolor() == "none"
+    assert all(abs(y - (i > 2)) < 0.5 for i, (_, y) in enumerate(at))
+    plt.close(figure)
+
+
+def test_a_file_depends_on_what_it_shows_alone(tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    texts = []
+    for name in "ab":
+        figure, panel = plt.subplots()
+        panel.plot([1, 2], **figures.style("past-k"))
+        panel.fill_between([0, 1], [0, 1], [1, 2], hatch="/")  # a pattern and a clip have ids
+        panel.set(title="a title")
+        figures.write(figure, tmp_path / f"{name}.svg")
+        texts.append((tmp_path / f"{name}.svg").read_text())
+        plt.close(figure)
+    assert texts[0] == texts[1] and texts[0].startswith("<?xml")
+    assert ">a title<" in texts[0]  # text is text
+    width = float(re.search(r'width="([\d.]+)pt"', texts[0]).group(1))
+    assert 9 * 600 / max(width, 72 * figures.WIDTH) >= 9  # a text of 9 points, in pixels at 600
