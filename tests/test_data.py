@@ -1,7 +1,7 @@
-"""Tokenizers give back any bytes; the data order; a token set is checked on opening."""
+"""The data order; a token set is checked on opening."""
 
 import json
-import os
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import pytest
 from nanonexus import data
 from nanonexus.cli import UserError
 from nanonexus.data import TokenSet, batch, train_indices, val_indices, windows
-from nanonexus.tokenizer import get_tokenizer
+from nanonexus.files import sha256
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def folder(tmp_path):
         np.array(ids, np.uint16).tofile(tmp_path / f"{split}.bin")
     meta = dict(version=1, dtype="uint16", tokens=dict(train=100, val=10), tokenizer="bytes",
                 vocab_size=320, dataset="x", source="x", revision=None,
-                sha256={s: data.sha256(tmp_path / f"{s}.bin") for s in ("train", "val")})
+                sha256={s: sha256(tmp_path / f"{s}.bin") for s in ("train", "val")})
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     return tmp_path
 
@@ -27,42 +27,6 @@ def folder(tmp_path):
 def change(folder, **fields):
     path = folder / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def test_bytes_tokenizer_round_trips_any_bytes():
-    tokenizer = get_tokenizer("bytes")
-    anything = bytes(range(256)) + os.urandom(1000)
-    assert tokenizer.decode_bytes(list(anything)) == anything
-    assert [tokenizer.encode_single_token(bytes([i])) for i in range(256)] == list(range(256))
-    for text in ("", "a", "naïve 🙂\r\n\t  \n" * 50, "x" * 5000, "\0\ufeff", data.EOT):
-        ids = tokenizer.encode_ordinary(text)
-        assert ids == list(text.encode()) and tokenizer.decode(ids) == text
-    assert (tokenizer.eot_token, tokenizer.n_vocab) == (256, 257)
-    assert tokenizer.encode(data.EOT, allowed_special="all") == [256]
-    assert data.padded_vocab(tokenizer) == 320
-
-
-@pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"),
-                    reason="GPT-2's vocabulary is a download; set TIKTOKEN_CACHE_DIR to test it")
-def test_gpt2_tokenizer():
-    tokenizer = get_tokenizer("gpt2")
-    text = "Hello world, naïve 🙂\n\n  fine"
-    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    assert tokenizer.encode_ordinary("Hello world") == [15496, 995]
-    assert data.padded_vocab(tokenizer) == 50304
-
-
-def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch):
-    import tiktoken
-
-    def offline(name):
-        raise OSError("no route")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR.*--tokenizer bytes"):
-        get_tokenizer("gpt2")
-    with pytest.raises(UserError, match="choose bytes or gpt2"):
-        get_tokenizer("gpt5")
 
 
 def test_windows_predict_every_token_but_the_first_once():
@@ -106,6 +70,33 @@ def test_a_whole_set_opens(folder):
     tokens = TokenSet(folder, tokenizer="bytes", verify=True)
     assert tokens.train.tolist() == list(range(100)) and tokens.val.tolist() == list(range(10))
     assert tokens.vocab_size == 320 and len(tokens.fingerprint) == 32
+
+
+def own_tokenizer(folder, text):
+    """Give the set a tokenizer.json of its own."""
+    (folder / "tokenizer.json").write_text(text)
+    sums = json.loads((folder / "meta.json").read_text())["sha256"]
+    change(folder, tokenizer="bpe:300",
+           sha256=sums | dict(tokenizer=sha256(folder / "tokenizer.json")))
+
+
+def test_a_set_with_its_own_tokenizer_needs_no_package_to_train(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert (TokenSet(folder).eot, TokenSet(folder).tokenizer_json) == (256, None)
+    added = [dict(id=7, content="<|pad|>"), dict(id=299, content="<|endoftext|>")]
+    own_tokenizer(folder, json.dumps(dict(added_tokens=added)))
+    tokens = TokenSet(folder, tokenizer="bpe:300")
+    assert tokens.eot == 299 and json.loads(tokens.tokenizer_json)["added_tokens"] == added
+    (folder / "tokenizer.json").write_text(json.dumps(dict(added_tokens=added[:1])))
+    with pytest.raises(UserError, match="tokenizer.json is missing or was changed"):
+        TokenSet(folder)
+    own_tokenizer(folder, json.dumps(dict(added_tokens=added[:1])))
+    with pytest.raises(UserError, match="tokenizer.json is damaged, or has no <|endoftext|>"):
+        TokenSet(folder).eot  # noqa: B018
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer.json is missing or was changed"):
+        TokenSet(folder)
 
 
 @pytest.mark.parametrize("damage, message", [

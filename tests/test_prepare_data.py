@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 import prepare_data
+import train
 from nanonexus.cli import UserError
 from nanonexus.data import TokenSet
+from nanonexus.hf import open_model
 from nanonexus.tokenizer import EOT, get_tokenizer
 
 BYTES = get_tokenizer("bytes")
@@ -130,6 +133,50 @@ def test_pydocs_and_max_tokens(tmp_path, monkeypatch):
     assert np.array_equal(part.train, whole.train[:len(part.train)])
 
 
+def test_a_bpe_is_trained_on_the_training_part_alone(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    docs = [f"Document {i}: {'qzqz' if i % 10 == 9 else 'xjxj'} and naïve 🙂.\n" for i in range(40)]
+    write(tmp_path / "a.txt", docs)
+    for workers in (1, 2):
+        run("--dataset", "text", "--input", tmp_path / "a.txt", "--out", tmp_path / f"w{workers}",
+            "--tokenizer", "bpe:290", "--workers", workers, monkeypatch=monkeypatch)
+    tokens, other = (TokenSet(tmp_path / f"w{workers}", verify=True) for workers in (1, 2))
+    assert tokens.meta == other.meta and tokens.tokenizer_json == other.tokenizer_json
+    assert tokens.tokenizer == "bpe:290" and tokens.vocab_size == 320
+    bpe = get_tokenizer(tokens.tokenizer, tokens.tokenizer_json)
+    assert bpe.encode_ordinary(" xjxj")[0] > 255 and len(bpe.encode_ordinary(" xjxj")) == 1
+    assert len(bpe.encode_ordinary("qzqz")) == 4  # it is in validation only
+    texts = [bpe.decode(part.tolist()) for part in (tokens.train, tokens.val)]
+    assert [text.count(EOT) for text in texts] == [36, 4]
+    assert sorted("".join(texts).split(EOT)[:-1]) == sorted(docs)
+    assert (tokens.train == tokens.eot).sum() == 36
+
+    monkeypatch.setattr(prepare_data, "BPE_TEXT", 100)  # reached in the fourth document
+    run("--dataset", "text", "--input", tmp_path / "a.txt", "--out", tmp_path / "short",
+        "--tokenizer", "bpe:2000", "--workers", 1, monkeypatch=monkeypatch)
+    short = TokenSet(tmp_path / "short").tokenizer_json
+    assert len(list(prepare_data.training_text(docs, 10))) == 4
+    assert get_tokenizer("bpe:2000", short).n_vocab < 320
+
+
+def test_a_checkpoint_carries_the_tokenizer(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tokenizers")
+    write(tmp_path / "a.txt", many(60))
+    run("--dataset", "text", "--input", tmp_path / "a.txt", "--out", tmp_path / "set",
+        "--tokenizer", "bpe:300", "--workers", 1, monkeypatch=monkeypatch)
+    flags = "--n_layer 1 --n_embd 32 --n_head 2 --block_size 16 --batch_tokens 64 --micro_batch 4"
+    train.main(["--dataset", str(tmp_path / "set"), "--out", str(tmp_path / "run"), "--max_steps",
+                "2", "--device", "cpu", *flags.split()])
+    assert "no sample" not in capsys.readouterr().out
+    source = (tmp_path / "set" / "tokenizer.json").read_text()
+    shutil.rmtree(tmp_path / "set")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # and needs no package but tiktoken
+    model, tokenizer, meta = open_model(tmp_path / "run" / "ckpt.pt")
+    assert (meta["tokenizer"], meta["tokenizer_json"]) == ("bpe:300", source)
+    assert model.config.vocab_size == 320 and tokenizer.decode(tokenizer.encode("naïve 🙂")) \
+        == "naïve 🙂"
+
+
 def test_wikitext_lines_become_articles():
     lines = ["", " = One = \n", " text\n", " = = Part = = \n", " more\n", " = Two = \n", " end\n"]
     assert list(prepare_data.articles(lines)) == ["", "".join(lines[1:5]), "".join(lines[5:])]
@@ -146,6 +193,8 @@ def test_wikitext_lines_become_articles():
     (["--dataset", "text", "--input", "{}/rows.jsonl"], "rows.jsonl, line 2: no JSON object with"),
     (["--input", "{}/empty.txt"], "goes with --dataset text"),
     (["--tokenizer", "words"], "choose bytes or gpt2"),
+    (["--tokenizer", "bpe:12"], "bpe:12: N must be a whole number from 258"),
+    (["--dataset", "text", "--input", "{}/empty.txt", "--tokenizer", "bpe:300"], "too few"),
     (["--val_fraction", "0"], "val_fraction"), (["--max_tokens", "0"], "max_tokens"),
     (["--max_tokens", "many"], "max_tokens"), (["--dateset", "x"], "--dateset"),
 ])

@@ -1,0 +1,127 @@
+"""Tokenizers give back any bytes; a trained BPE gives the ids of the library that trained it."""
+
+import json
+import os
+import random
+
+import pytest
+
+from nanonexus.cli import UserError
+from nanonexus.tokenizer import (
+    EOT,
+    bpe_size,
+    byte_chars,
+    eot_id,
+    get_tokenizer,
+    padded_vocab,
+    train_bpe,
+)
+
+WORDS = ["the queen's bee", "it'll be seen, they've been", "naïve café 🙂", "1234 56 ½ ²",
+         "queue\n\n\tquiet  \r\n", "don't  can't 'S", "深い海\u3000海", "a_b::c(d)",
+         "<|endoftext", "\u2028x\x85y\x1cz"]
+
+
+@pytest.fixture(scope="module")
+def source():
+    """A tokenizer.json of 500 ids, trained on English and on the words above."""
+    pytest.importorskip("tokenizers")
+    from pydoc_data.topics import topics
+
+    return train_bpe([*list(topics.values())[:20], *WORDS * 50], 500)
+
+
+def test_bytes_tokenizer_round_trips_any_bytes():
+    tokenizer = get_tokenizer("bytes")
+    anything = bytes(range(256)) + os.urandom(1000)
+    assert tokenizer.decode_bytes(list(anything)) == anything
+    assert [tokenizer.encode_single_token(bytes([i])) for i in range(256)] == list(range(256))
+    for text in ("", "a", "naïve 🙂\r\n\t  \n" * 50, "x" * 5000, "\0\ufeff", EOT):
+        ids = tokenizer.encode_ordinary(text)
+        assert ids == list(text.encode()) and tokenizer.decode(ids) == text
+    assert (tokenizer.eot_token, tokenizer.n_vocab) == (256, 257)
+    assert tokenizer.encode(EOT, allowed_special="all") == [256]
+    assert padded_vocab(tokenizer) == 320
+
+
+@pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"),
+                    reason="GPT-2's vocabulary is a download; set TIKTOKEN_CACHE_DIR to test it")
+def test_gpt2_tokenizer():
+    tokenizer = get_tokenizer("gpt2")
+    text = "Hello world, naïve 🙂\n\n  fine"
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert tokenizer.encode_ordinary("Hello world") == [15496, 995]
+    assert padded_vocab(tokenizer) == 50304
+
+
+def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise OSError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR.*--tokenizer bytes"):
+        get_tokenizer("gpt2")
+    with pytest.raises(UserError, match="choose bytes or gpt2"):
+        get_tokenizer("gpt5")
+
+
+def varied(rng):
+    """Text of all kinds of characters, in runs and alone."""
+    kinds = [[*"the quen'sdmrvl"], [*"  \n\n\t\r\v\f"], [*"0123½²٣"], [*"_.,:;!?()<|>'"],
+             [chr(i) for i in range(0x20)], [chr(i) for i in range(0x7f, 0x250)],
+             ["\u2028", "\u3000", "\u200b", "\u180e", "\ufeff", "é", "🙂", "海", "\U0010ffff"]]
+    return "".join("".join(rng.choices(rng.choice(kinds), k=rng.randrange(1, 6)))
+                   for _ in range(rng.randrange(12)))
+
+
+def test_a_bpe_gives_the_ids_of_the_library_that_trained_it(source):
+    from tokenizers import Tokenizer
+
+    theirs, ours, rng = Tokenizer.from_str(source), get_tokenizer("bpe:500", source), \
+        random.Random(1)
+    for text in [*WORDS, " ".join(WORDS), "", *(varied(rng) for _ in range(3000))]:
+        ids = ours.encode_ordinary(text)
+        assert ids == theirs.encode(text).ids, ascii(text)
+        assert ours.decode(ids) == text
+    assert len(ours.encode_ordinary(" the naïve café")) < 8  # it has learnt words
+    assert (ours.n_vocab, ours.eot_token) == (theirs.get_vocab_size(), eot_id(source))
+    assert ours.eot_token == ours.n_vocab - 1 == 499 and padded_vocab(ours) == 512
+    assert ours.encode(EOT, allowed_special="all") == theirs.encode(EOT).ids == [ours.eot_token]
+    assert ours.eot_token not in ours.encode_ordinary(EOT)  # in a text it is a text
+
+
+def test_a_bpe_has_no_more_merges_than_its_text():
+    pytest.importorskip("tokenizers")
+    small = get_tokenizer("bpe:300", train_bpe(["abab"], 300))
+    assert small.n_vocab == 256 + 2 + 1  # ab, abab, <|endoftext|>
+    anything = bytes(range(256))
+    assert sorted(small.encode_single_token(bytes([i])) for i in anything) == list(range(256))
+
+
+def test_byte_chars_are_the_librarys_alphabet():
+    alphabet = pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet()
+    pairs = byte_chars()
+    assert {char for _, char in pairs} == set(alphabet)
+    assert sorted(value for value, _ in pairs) == list(range(256))
+    assert dict(pairs)[ord(" ")] == "Ġ" and dict(pairs)[ord("A")] == "A"
+
+
+@pytest.mark.parametrize("name", ["bpe:", "bpe:many", "bpe:257", "bpe:-5", "bpe:1e3", "bpe:٣٠٠",
+                                  "bpe:9999999"])
+def test_a_size_that_is_none_is_named(name):
+    with pytest.raises(UserError, match="whole number from 258") as caught:
+        get_tokenizer(name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_bpe_without_its_file_or_with_a_damaged_one(source):
+    assert (bpe_size("bpe:258"), bpe_size("bytes")) == (258, None)
+    with pytest.raises(UserError, match="bpe:500 belongs to a token set"):
+        get_tokenizer("bpe:500")
+    whole = json.loads(source)
+    for damage in ("{", "[]", json.dumps(whole | dict(model={})), json.dumps(
+            whole | dict(added_tokens=[])), json.dumps(whole | dict(model=dict(vocab={"木": 1})))):
+        with pytest.raises(UserError, match="tokenizer.json is damaged"):
+            get_tokenizer("bpe:500", damage)
