@@ -1,0 +1,277 @@
+"""Each control is causal, is its formula, is the baseline where it says so, costs what it says."""
+
+import json
+import math
+
+import controls
+import numpy as np
+import pytest
+import torch
+from controls import CONTROLS
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from model import GPT, GPTConfig, apply_rotary_emb
+from nanonexus.cli import UserError
+from nanonexus.files import sha256
+from nanonexus.generate import generate
+
+SMALL = dict(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
+             parallel_residual=False)
+NEW = {"key-shift": 2, "kv-shift": 8, "canon": 4 * 96, "mean": 0, "bias": 2 * 2 * 24, "mix": 0,
+       "twice": 0, "separate": 2 * 3 * 32 * 32}  # parameters per layer
+PLAIN = model.CausalSelfAttention, model.Block
+every = pytest.mark.parametrize("name", CONTROLS)
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    """float64, and the model's own attention again afterwards."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    model.CausalSelfAttention, model.Block = PLAIN
+    torch.set_default_dtype(torch.float32)
+
+
+def make(name=None, spread=False, **kwargs):
+    """A GPT with the control; spread: its own parameters drawn anew, away from their start."""
+    model.CausalSelfAttention, model.Block = PLAIN
+    if name:
+        controls.install(name)
+        kwargs = dict(nexus_order=2 if name == "separate" else 1) | kwargs
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**SMALL | kwargs))
+    if spread:
+        for p in own(gpt):
+            p.data.normal_()
+    return gpt
+
+
+def own(gpt):
+    """The parameters that the model does not have without the control."""
+    return [p for name, p in gpt.named_parameters()
+            if not any(part in name for part in ("qkv", "proj", "mlp", "norm", "embed", "head"))]
+
+
+def tokens(rows=2, T=20):
+    return torch.randint(61, (rows, T), generator=torch.Generator().manual_seed(1))
+
+
+def test_there_is_a_count_for_each():
+    assert NEW.keys() == CONTROLS.keys()
+
+
+@every
+def test_no_token_knows_of_later_ones(name):
+    gpt, idx = make(name, spread=True), tokens()
+    other = idx.clone()
+    other[:, 12:] = (other[:, 12:] + 1) % 61
+    change = (gpt(idx)[0] - gpt(other)[0]).detach().abs().amax((0, 2))
+    assert change[:12].max() == 0 and change[12:].min() > 1e-6
+    other = idx.clone()
+    other[:, 4] = (other[:, 4] + 1) % 61  # and all know of the earlier one
+    assert (gpt(idx)[0] - gpt(other)[0]).detach().abs().amax((0, 2))[4:].min() > 1e-6
+
+
+@every
+@pytest.mark.parametrize("attention", ["sdpa", "manual"])
+def test_a_cache_changes_nothing(name, attention):
+    gpt = make(name, spread=True, attention=attention)
+    for length in (1, 2, 9):
+        prompt = tokens(3, length)
+        with torch.no_grad():
+            whole = generate(gpt, prompt, 12, temperature=0, use_cache=False)
+            assert torch.equal(generate(gpt, prompt, 12, temperature=0), whole)
+
+
+@every
+def test_parameters_start_where_they_should_and_learn(name):
+    base, gpt = make(), make(name)
+    new = sum(p.numel() for p in own(gpt))
+    assert new == 2 * NEW[name] == gpt.num_params() - base.num_params()
+    if name != "separate":  # its matrices are drawn among the others
+        for key, value in base.state_dict().items():
+            assert torch.equal(gpt.state_dict()[key], value), key
+    gpt(tokens(), tokens().roll(-1, 1))[1].backward()
+    for p in own(gpt):
+        assert p.grad.abs().max() > 1e-9 and p.isfinite().all()
+        assert p.dim() == 1 or name in ("canon", "separate")  # 1-D: without weight decay
+    start = {"key-shift": 0.0, "bias": 0.0}.get(name)
+    assert start is None or all((p == start).all() for p in own(gpt))
+    if name == "kv-shift":
+        a1, a2, b1, b2 = own(gpt)[:4]
+        assert torch.equal(a1 + a2, torch.ones(2)) and torch.equal(b1 + b2, torch.ones(2))
+        assert 0 < min(a1.min(), b1.min()) and max(a1.max(), b1.max()) < 1
+
+
+def test_each_shift_is_the_baseline_at_its_neutral_value():
+    base, idx = make(), tokens()
+    plain = base(idx)[0]
+    for name, neutral in (("key-shift", [-math.inf]), ("kv-shift", [1, 0, 1, 0]), ("canon", [0])):
+        gpt = make(name)
+        assert not torch.allclose(gpt(idx)[0], plain)
+        for i, p in enumerate(own(gpt)):
+            p.data.fill_(neutral[i % len(neutral)])
+        assert torch.equal(gpt(idx)[0], plain), name
+
+
+# --- the formulas, token by token in plain loops --------------------------------------------------
+
+def layer_and_input(name, **kwargs):
+    attention = make(name, spread=True, **kwargs).blocks[0].attn
+    x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(2))
+    q, k, v = attention.qkv(x).view(7, 3, 2, 16).unbind(1)  # (T, H, D)
+    return attention, x, q, k, v
+
+
+def outer(attention, q, k, v):
+    """Standard attention of q, k, v (T, H, D) by loops, and the output projection."""
+    gpt, out = make(), torch.zeros(7, 2, 16)
+    q, k = (apply_rotary_emb(s.transpose(0, 1), gpt.cos[:7], gpt.sin[:7]) for s in (q, k))
+    for h in range(2):
+        for t in range(7):
+            weights = torch.stack([q[h, t] @ k[h, s] / 4 for s in range(t + 1)]).softmax(0)
+            out[t, h] = sum(weights[s] * v[s, h] for s in range(t + 1))
+    return attention.proj(out.flatten(1))[None]
+
+
+def context(gpt, T):
+    return model.AttnContext("sdpa", (gpt.cos[:T], gpt.sin[:T]), None, None, None, None)
+
+
+def assert_is(attention, x, q, k, v):
+    assert torch.allclose(attention(x, context(make(), 7)), outer(attention, q, k, v), atol=1e-12)
+
+
+def test_key_shift_is_its_formula():
+    attention, x, q, k, v = layer_and_input("key-shift")
+    a = [1 / (1 + math.exp(-p)) for p in attention.shift.tolist()]
+    shifted = [torch.stack([k[t, h] if t == 0 else (1 - a[h]) * k[t, h] + a[h] * k[t - 1, h]
+                            for h in range(2)]) for t in range(7)]
+    assert_is(attention, x, q, torch.stack(shifted), v)
+
+
+def test_kv_shift_is_its_formula():
+    attention, x, q, k, v = layer_and_input("kv-shift")
+
+    def mixed(s, here, before):
+        past = [torch.zeros(2, 16), *s]
+        return torch.stack([here[:, None] * s[t] + before[:, None] * past[t] for t in range(7)])
+
+    assert_is(attention, x, q, mixed(k, attention.a1, attention.a2),
+              mixed(v, attention.b1, attention.b2))
+
+
+def test_canon_is_its_formula():
+    attention, x, *streams = layer_and_input("canon")
+    w = attention.conv.weight.view(3, 2, 16, 4)  # of each channel of q, k and v, the oldest first
+    out = [torch.stack([s[t] + sum(w[i, :, :, 3 - lag] * s[t - lag] for lag in range(min(t, 3) + 1))
+                        for t in range(7)]) for i, s in enumerate(streams)]
+    assert_is(attention, x, *out)
+
+
+def test_mean_and_bias_are_their_formulas():
+    attention, x, q, k, v = layer_and_input("mean")
+    q, k = (torch.stack([s[t] + (s[:t].mean(0) if t else 0) for t in range(7)]) for s in (q, k))
+    # its sums are in float32
+    assert torch.allclose(attention(x, context(make(), 7)), outer(attention, q, k, v), atol=1e-6)
+    attention, x, q, k, v = layer_and_input("bias")
+
+    def gathered(s, distance):
+        by = distance.view(2, 24)
+        return torch.stack([s[t] if t == 0 else s[t] + torch.stack(
+            [by[h, [t - r for r in range(t)]].softmax(0) @ s[:t, h] for h in range(2)])
+            for t in range(7)])
+
+    assert_is(attention, x, gathered(q, attention.q_distance), gathered(k, attention.k_distance), v)
+
+
+def test_mix_projects_a_representation_refined_once():
+    attention, x, q, k, v = layer_and_input("mix")
+    q, k, _ = attention.qkv(x + outer(attention, q, k, v)).view(7, 3, 2, 16).unbind(1)
+    assert_is(attention, x, q, k, v)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_twice_is_the_sublayer_before_the_block(parallel):
+    block = make("twice", parallel_residual=parallel).blocks[0]
+    x, ctx = torch.randn(2, 7, 32), context(make(), 7)
+    once = x + block.attn(block.norm1(x), ctx)
+    again = block.attn(block.norm1(once), ctx)
+    mlp = block.mlp(block.norm2(once if parallel else once + again))
+    assert torch.allclose(block(x, ctx), once + again + mlp, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_separate_loops_have_their_own_projections(order):
+    attention, x, q, k, v = layer_and_input("separate", nexus_order=order)
+    ctx, streams = context(make(), 7), []
+    for s, name in ((q, "q"), (k, "k")):
+        A, B, C = attention.inner[name].weight.chunk(3)
+        h = s.flatten(1)  # (T, C)
+        for _ in range(order - 1):
+            parts = [attention.heads((y @ weight.T)[None])
+                     for y, weight in ((h, A), (h, B), (s.flatten(1), C))]
+            h = model.attend(*parts, ctx).transpose(1, 2).flatten(2)[0]
+        streams.append(h.view(7, 2, 16))
+    assert_is(attention, x, *streams, v)
+    with pytest.raises(UserError, match="separate needs --nexus_order 2"):
+        make("separate", nexus_order=1)
+
+
+def test_a_shift_comes_before_the_inner_loops():
+    """key-shift with past on k alone is the shifted key, refined."""
+    attention, x, q, k, v = layer_and_input("key-shift", nexus_order=2, nexus_inner="past",
+                                            nexus_streams="k")
+    a = attention.shift.sigmoid()[:, None]
+    k = torch.stack([k[0], *((1 - a) * k[t] + a * k[t - 1] for t in range(1, 7))])
+    heads = k.transpose(0, 1)[None]
+    refined = heads + model.attend(heads, heads, heads, context(make(), 7), strict=True)
+    assert_is(attention, x, q, refined[0].transpose(0, 1), v)
+
+
+@every
+def test_flops_are_those_that_torch_counts(name):
+    gpt, T = make(name, attention="manual"), 24
+    c = gpt.config
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        gpt(tokens(1, T))
+    # forward is a third; torch counts the attention that the causal mask hides, we do not
+    weights = controls.flops_per_token(name, c, 0) / 3
+    expected = T * (weights + 2 * (controls.flops_per_token(name, c, T) / 3 - weights))
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
+    assert controls.flops_per_token(None, c, T) == gpt.flops_per_token(T)
+
+
+@pytest.fixture
+def token_set(tmp_path):
+    """A folder of random bytes as a token set."""
+    folder, rng = tmp_path / "set", np.random.default_rng(0)
+    folder.mkdir()
+    for split in ("train", "val"):
+        rng.integers(0, 256, 500).astype(np.uint16).tofile(folder / f"{split}.bin")
+    (folder / "meta.json").write_text(json.dumps(dict(
+        version=1, dtype="uint16", tokens=dict(train=500, val=500), tokenizer="bytes",
+        vocab_size=320, dataset="x", source="x", revision=None,
+        sha256={split: sha256(folder / f"{split}.bin") for split in ("train", "val")})))
+    return str(folder)
+
+
+def test_the_script_trains_the_control_and_resumes(tmp_path, token_set, monkeypatch, capsys):
+    torch.set_default_dtype(torch.float32)
+    flags = ("--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 128 --device cpu "
+             "--micro_batch 4 --eval_windows 4 --nexus_order 1 --no-sample --dataset").split()
+
+    def run(*argv):
+        monkeypatch.setattr(controls.sys, "argv", ["controls.py", *argv])
+        controls.main()
+
+    run("key-shift", *flags, token_set, "--out", str(tmp_path), "--max_steps", "2", "--decay_steps", "4")
+    run("key-shift", "--out", str(tmp_path), "--resume", "--max_steps", "4")
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert saved["step"] == 4 and saved["model"]["blocks.0.attn.shift"].abs().min() > 0
+    assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")][-1] == 4
+    with pytest.raises(UserError, match="no control 'shift': choose from key-shift, kv-shift"):
+        run("shift")
+    run()
+    assert "key-shift  k_t <-" in capsys.readouterr().out
