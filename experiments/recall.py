@@ -1,224 +1,323 @@
 """
-Can a single layer look up what goes with a key, and what goes with that in turn?
+Can a single layer look up what goes with a key?
 
     python experiments/recall.py --out out/recall
-    python experiments/recall.py --tasks two-hops
+    python experiments/recall.py --tasks mqar-64,mqar-64-two-layers --variants baseline,self,past
+    python experiments/recall.py --show --results docs/results/recall.jsonl
     python experiments/recall.py --quick
 
-One hop (associative recall): n pairs of a key and a value, then the keys again in another order;
-after each key the model must name its value. Two hops: pairs a b and pairs b c, mixed; asked a it
-must name c (it is trained on b, c too, the first half of the way; only a, c counts). Keys and
-values are drawn anew for each sequence, so nothing can be learnt by heart. Each of the two has the
-sequential residual; `parallel` is one hop in Pythia's block, whose MLP never sees what its own
-attention found.
+Problems give pairs of a key and a value, then the keys again in another order; after each key the
+model must name its value. Keys and values are drawn anew for each problem, so nothing can be learnt
+by heart. Standard attention needs two layers, one to join each value with its key and one to look
+the key up; a refined key can carry its neighbour within one layer. The tasks:
 
-Standard attention needs two layers for one hop, one to join each value with the key before it and
-one to look the key up. A refined key can carry its neighbour within one layer. Every variant gets
-its learning rate from the same small grid, on a seed of its own; then the seeds that are counted.
-A run stops when it answers everything twice in a row, and keeps that accuracy.
+  one-hop   the value comes right after its key, and the questions right after the pairs
+  gapped    0 to 3 fillers between a key and its value, 0 to 12 before the questions: out of reach
+            of a shift by any fixed number of tokens
+  two-hops  pairs a b and pairs b c, mixed; asked a it must name c (it is trained on b, c too, the
+            first half of the way; only a, c counts)
+  mqar-T    multi-query associative recall (Arora et al. 2023, https://arxiv.org/abs/2312.04927) in
+            T tokens with T/16 pairs and 8,192 symbols; the data are as in HazyResearch/zoology,
+            zoology/experiments/paper_configs/iclr24_zoology_figure2/configs.py and
+            zoology/data/multiquery_ar.py, the model and its training are those of this file
+
+The residual is sequential; with -parallel it is Pythia's, where the MLP never sees what attention
+found. mqar-T-two-layers has two layers for everyone.
+
+Every variant gets its learning rate from the same small grid on seed 1000, by the area under its
+curve; then the seeds that are counted. A run stops when it answers everything twice in a row, and
+keeps that accuracy. Each finished run is appended to --results and is never run again; interrupted,
+the same command continues. A run either solves a task or does not, so every seed is shown, no mean.
 """
+
+import itertools
+import os
+import time
+from argparse import ArgumentTypeError
+from json import dumps
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from controls import KeyShift
+from figures import WIDTH, seed_strips, write
+from puzzles import SYMBOLS, TASKS, chains
+from runs import commit, read_lines
 from tqdm import tqdm
 
-from common import listed, mean_spread, paired, paired_text, pyplot, save, table
+from common import pyplot, save, table
 
 from model import GPT, GPTConfig
-from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
 
-VARIANTS = {
-    "baseline": dict(), "nexus-2": dict(nexus_order=2), "nexus-3": dict(nexus_order=3),
-    "q-only": dict(nexus_order=2, nexus_streams="q"),
-    "k-only": dict(nexus_order=2, nexus_streams="k"),
+VARIANTS = {  # what differs from the baseline
+    "baseline": dict(), "self": dict(nexus_order=2), "self-3": dict(nexus_order=3),
+    "self-q": dict(nexus_order=2, nexus_streams="q"),
+    "self-k": dict(nexus_order=2, nexus_streams="k"),
     "shared": dict(nexus_order=2, nexus_inner="shared"),
-    "separate": dict(nexus_order=2, nexus_inner="separate"),
+    "past": dict(nexus_order=2, nexus_inner="past"),
+    "past-k": dict(nexus_order=2, nexus_inner="past", nexus_streams="k"),
+    "cross": dict(nexus_order=2, nexus_inner="cross"),
+    "cross-k": dict(nexus_order=2, nexus_inner="cross", nexus_streams="k"),
+    "key-shift": dict(),  # see build
     "two-layers": dict(n_layer=2),  # a baseline with more parameters and more compute
 }
-TASKS = {"one-hop": (1, False), "parallel": (1, True), "two-hops": (2, False)}  # hops, parallel
-SYMBOLS = 16  # of each kind: a, b and c never mix
+LR_SEED = 1000  # of the runs that choose the learning rate
 
 
-def sequences(B, n, hops, generator):
-    """B problems of n chains: idx (B, T) int64 and targets (B, T), -1 but where a key is asked."""
-    def draw():
-        return torch.rand(B, SYMBOLS, generator=generator).argsort(1)[:, :n]  # without repeats
+class Run(NamedTuple):
+    """What makes a run that run: the key of its line in the results."""
 
-    chain = [draw() + SYMBOLS * i for i in range(hops + 1)]  # a, b (and c), each (B, n)
-    pairs = torch.cat([torch.stack(link, -1) for link in zip(chain, chain[1:], strict=False)], 1)
-
-    def shuffle(x):
-        order = torch.rand(x.shape[:2], generator=generator).argsort(1)
-        return x[torch.arange(B)[:, None], order]
-
-    facts = shuffle(pairs).flatten(1)  # (B, 2 n hops)
-    # what is asked, and the answer, (B, n hops, 2): every link of the chain to its end, so that two
-    # hops can be learnt from one
-    asked = shuffle(torch.cat([torch.stack([key, chain[-1]], -1) for key in chain[:-1]], 1))
-    idx = torch.cat([facts, asked[..., 0]], 1)
-    targets = torch.cat([torch.full_like(facts, -1), asked[..., 1]], 1)
-    return idx, targets
+    task: str
+    variant: str
+    seed: int
+    lr: float
+    pairs: int
+    steps: int
+    width: int
+    heads: int
+    batch: int
 
 
-def build(task, variant, args, **overrides):
-    hops, parallel = TASKS[task]
-    return GPT(GPTConfig(**dict(
-        vocab_size=(hops + 1) * SYMBOLS, block_size=3 * hops * args.pairs, n_layer=1,
-        n_head=args.heads, n_embd=args.width, rotary_pct=1.0, parallel_residual=parallel,
-        gelu="erf") | VARIANTS[variant] | overrides))
+def build(run, **overrides):
+    task = TASKS[run.task]
+    length = task.problems(1, run.pairs, torch.Generator())[0].size(1)
+    model = GPT(GPTConfig(**dict(
+        vocab_size=task.vocab, block_size=length, n_layer=task.layers, n_head=run.heads,
+        n_embd=run.width, rotary_pct=1.0, parallel_residual=task.parallel, gelu="erf")
+        | VARIANTS[run.variant] | overrides))
+    if run.variant == "key-shift":
+        for block in model.blocks:  # with the weights that the baseline starts from
+            weights, block.attn = block.attn.state_dict(), KeyShift(model.config)
+            block.attn.load_state_dict(weights, strict=False)
+    return model
 
 
-def train(task, variant, args, lr, seed, say):
-    """(accuracy on fresh problems after every args.every steps, the model)"""
-    hops = TASKS[task][0]
-    torch.manual_seed(seed)
-    model = build(task, variant, args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    generator = torch.Generator().manual_seed(seed)
-    fresh = sequences(256, args.pairs, hops, torch.Generator().manual_seed(seed + 10**6))
+def logits_and_answers(model, idx, targets, asked):
+    """What the model says where a question counts, (n, V), and what is right, (n,)."""
+    counts = (targets >= 0) & (idx < asked)
+    return model.head(model.hidden_states(idx)[counts]), targets[counts]
+
+
+@torch.no_grad()
+def accuracy(model, idx, targets, asked=SYMBOLS):
+    logits, answers = logits_and_answers(model, idx, targets, asked)
+    return (logits.argmax(-1) == answers).float().mean().item()
+
+
+def train(run):
+    """(accuracy on fresh problems after every twentieth of the steps, the model)"""
+    task = TASKS[run.task]
+    torch.manual_seed(run.seed)
+    model = build(run)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.0, fused=True)
+    generator = torch.Generator().manual_seed(run.seed)
+    fresh = task.problems(256, run.pairs, torch.Generator().manual_seed(run.seed + 10**6))
     curve = []
-    for step in range(1, args.steps + 1):
+    for step in range(1, run.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(step / 20, 1)
-        idx, targets = sequences(args.batch, args.pairs, hops, generator)
-        asked = targets >= 0
-        loss = F.cross_entropy(model(idx)[0][asked], targets[asked])
+            group["lr"] = run.lr * min(step / 20, 1)
+        problems = task.problems(run.batch, run.pairs, generator)
+        loss = F.cross_entropy(*logits_and_answers(model, *problems, task.vocab))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % args.every == 0:
-            curve.append(accuracy(model, *fresh))
+        if step % every(run.steps) == 0:
+            curve.append(accuracy(model, *fresh, task.asked))
             if sum(curve[-2:]) > 2 * 0.999:
                 break
-        say.update()
-    say.update(args.steps - step + 1)
-    points = args.steps // args.every
-    return curve + curve[-1:] * (points - len(curve)), model
+    return curve + curve[-1:] * (run.steps // every(run.steps) - len(curve)), model
 
 
-@torch.no_grad()
-def accuracy(model, idx, targets):
-    asked = (targets >= 0) & (idx < SYMBOLS)  # from the beginning of a chain to its end
-    return (model(idx)[0].argmax(-1) == targets)[asked].float().mean().item()
+def every(steps):
+    return max(1, steps // 20)
 
 
-def study(task, variant, args, say):
-    """Choose a learning rate on one seed, then train on the others."""
-    say.set_description(f"{task}: {variant}")
-    tried = {lr: sum(train(task, variant, args, lr, 1000, say)[0]) for lr in args.lrs}
-    lr = max(tried, key=tried.get)  # by the area under its curve: fast counts, as well as far
-    curves = []
-    for seed in range(args.seeds):
-        curve, model = train(task, variant, args, lr, seed, say)
-        curves.append(curve)
-    return dict(lr=lr, accuracy=[c[-1] for c in curves], curves=curves,
-                parameters=model.num_params()), model
+class Results:
+    """The lines of finished runs, in memory and in a file."""
+
+    def __init__(self, path):
+        self.path, self.commit = path, commit()
+        self.lines = {Run(*(line[field] for field in Run._fields)): line
+                      for line in read_lines(path)}
+
+    def finish(self, run):
+        """Train what is not there yet, and append its line."""
+        if run in self.lines:
+            return
+        start = time.process_time()
+        curve, model = train(run)
+        line = dict(run._asdict(), curve=curve, parameters=model.num_params(), commit=self.commit,
+                    cpu_seconds=round(time.process_time() - start, 1), torch=str(torch.__version__))
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(dumps(line) + "\n")
+        self.lines[run] = line
+
+    def best_rate(self, runs):
+        """The learning rate of the largest area under the curve: fast counts, as well as far.
+        None if one of the runs is not there yet."""
+        if any(run not in self.lines for run in runs):
+            return None
+        return max(runs, key=lambda run: sum(self.lines[run]["curve"])).lr
 
 
-def rows(results, every):
-    base = results["baseline"]
-    yield ["", "parameters", "learning rate", "accuracy", "steps to 0.9", "minus baseline [99%]"]
-    for variant, r in results.items():
-        gap = "" if r is base else paired_text(paired(r["accuracy"], base["accuracy"]), 3)
-        steps = [next((every * (i + 1) for i, a in enumerate(c) if a >= 0.9), "-")
-                 for c in r["curves"]]
-        yield [variant, f"{r['parameters']:,}", r["lr"], mean_spread(r["accuracy"], 3),
-               " ".join(map(str, steps)), gap]
+def study(task, variant, args, results, say):
+    """The lines of the seeds that count, as many as there are; with args.show none is made."""
+    def run(seed, lr):
+        return Run(task, variant, seed, lr, args.pairs or TASKS[task].pairs,
+                   args.steps or TASKS[task].steps, args.width, args.heads, args.batch)
+
+    def finish(one):
+        if not args.show:
+            say.set_description(f"{task}, {variant}")
+            results.finish(one)
+            say.update()
+
+    grid = [run(LR_SEED, lr) for lr in args.lrs]
+    for one in grid:
+        finish(one)
+    counted = [run(seed, results.best_rate(grid)) for seed in range(args.seeds)]
+    for one in counted:
+        finish(one)
+    return [results.lines[one] for one in counted if one in results.lines]
 
 
-def plot_curves(plt, all_results, every):
-    figure, panels = plt.subplots(1, len(all_results), figsize=(4.6 * len(all_results), 4.2),
-                                  sharey=True, squeeze=False)
-    for panel, (task, results) in zip(panels[0], all_results.items(), strict=True):
-        for variant, r in results.items():
-            curves = torch.tensor(r["curves"])  # (seeds, points)
-            steps = [every * (i + 1) for i in range(curves.size(1))]
-            panel.plot(steps, curves.mean(0), label=variant,
-                       ls="--" if "layers" in variant else "-")
-            panel.fill_between(steps, curves.amin(0), curves.amax(0), alpha=0.12)
-        panel.set(title=task, xlabel="training steps", ylim=(0, 1.02))
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("accuracy (mean, and range over seeds)")
-    panels[0][-1].legend(fontsize="small")
+def steps_to(line, level=0.9):
+    """The first step at which the accuracy was seen at the level; None if it never was."""
+    return next((every(line["steps"]) * (i + 1) for i, a in enumerate(line["curve"]) if a >= level),
+                None)
+
+
+def permutation_p(a, b):
+    """Two-sided p of the difference of means of two lists if their labels mean nothing: the share
+    of all ways to deal the labels that part the means as far (exact; 5 and 5: at least 0.008)."""
+    pooled, n = a + b, len(a)
+    gap = abs(sum(a) / n - sum(b) / len(b))
+    deals = [sum(deal) for deal in itertools.combinations(pooled, n)]
+    far = [abs(x / n - (sum(pooled) - x) / len(b)) >= gap - 1e-9 for x in deals]
+    return sum(far) / len(deals)
+
+
+def rows(found):
+    """found: {variant: lines}. The p are of the areas under the curves."""
+    yield ["", "parameters", "learning rate", "accuracy by seed", "steps to 0.9", "p: baseline",
+           "p: self", "p: key-shift"]
+    areas = {variant: [sum(line["curve"]) for line in lines] for variant, lines in found.items()}
+    for variant, lines in found.items():
+        p = [f"{permutation_p(areas[variant], areas[base]):.3f}"
+             if base in areas and base != variant else ""
+             for base in ("baseline", "self", "key-shift")]
+        yield [variant, f"{lines[0]['parameters']:,}", f"{lines[0]['lr']:g}",
+               " ".join(f"{line['curve'][-1]:.2f}" for line in lines),
+               " ".join(str(steps_to(line) or "-") for line in lines), *p]
+
+
+def plot(plt, found):
+    """A panel for each task, a row for each variant, a dot for each seed."""
+    n = len(found)
+    columns = min(n, 2)
+    lines = -(-n // columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(WIDTH, 0.6 + 2.4 * lines), squeeze=False)
+    for panel, (task, variants) in itertools.zip_longest(panels.flat, found.items(),
+                                                         fillvalue=(None, None)):
+        if task is None:
+            panel.axis("off")
+            continue
+        seed_strips(panel, {name: [steps_to(line) for line in seeds]
+                            for name, seeds in variants.items()},
+                    next(iter(variants.values()))[0]["steps"])
+        panel.set(title=task, xlabel="steps to an accuracy of 0.9")
     return figure
 
 
-def plot_maps(plt, model, task, args):
-    """The inner loop of k and the outer attention of the head that looks up best, one problem."""
-    hops = TASKS[task][0]
-    idx, targets = sequences(1, args.pairs, hops, torch.Generator().manual_seed(5))
-    manual = build(task, "nexus-2", args, attention="manual")
+def plot_maps(plt, run, path):
+    """The last inner loop and the outer attention of the head that looks up best, one problem."""
+    _, model = train(run)
+    idx, targets = chains(1, run.pairs, torch.Generator().manual_seed(5))
+    manual = build(run, attention="manual")
     manual.load_state_dict(model.state_dict())
     maps = []
     manual(idx, maps=maps)
-    inner, outer = maps[0][0], maps[1][0]  # (2H, T, T), q's heads first; (H, T, T)
-    first = 2 * hops * args.pairs  # where the questions begin
-    answers = targets[0, first:]
-    hits = (idx[0] == answers[:, None]).float()  # (n, T): where each answer stands
+    inner, outer = maps[-2][0], maps[-1][0]  # (H, T, T)
+    first = 2 * run.pairs  # where the questions begin
+    hits = (idx[0] == targets[0, first:, None]).float()  # (n, T): where each answer stands
     head = int((outer[:, first:] * hits).sum((1, 2)).argmax())
-    names = ["abc"[t // SYMBOLS] + str(t % SYMBOLS) for t in idx[0].tolist()]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5.2))
-    for panel, map_, title in zip(panels, (inner[args.heads + head], outer[head]), (
-            "inner attention of k: what a key gathers", "outer attention: what a token reads"),
+    names = ["ab"[t // SYMBOLS] + str(t % SYMBOLS) for t in idx[0].tolist()]
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4))
+    for panel, weights, title in zip(panels, (inner[head], outer[head]), (
+            "inner attention: what a key gathers", "outer attention: what a token reads"),
             strict=True):
-        panel.imshow(map_, cmap="magma_r", vmin=0, vmax=1)
-        panel.set(title=f"{title} (head {head + 1} of {args.heads})", xticks=range(len(names)),
-                  yticks=range(len(names)))
+        panel.pcolormesh(weights, cmap="magma_r", vmin=0, vmax=1, edgecolors="#e5e5e5", lw=0.2)
+        ticks = [i + 0.5 for i in range(len(names))]
+        panel.set(title=f"{title} (head {head + 1} of {run.heads})", xticks=ticks, yticks=ticks,
+                  aspect="equal")
+        panel.invert_yaxis()
+        panel.grid(False)
         panel.set_xticklabels(names, rotation=90, fontsize=7)
         panel.set_yticklabels(names, fontsize=7)
-        panel.axhline(first - 0.5, color="k", lw=0.6)
-    return figure
+        panel.axhline(first, color="k", lw=0.6)
+    figure.tight_layout()
+    write(figure, path)
+
+
+def one_of(names):
+    """The argparse type of one of several names."""
+    def read(text):
+        if text not in names:
+            raise ArgumentTypeError(f"choose from {', '.join(names)}, not {text!r}")
+        return text
+    return read
 
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--pairs", type=int, default=6, help="keys of a problem (default: 6)")
-    add("--width", type=int, default=64, help="of the model (default: 64)")
-    add("--heads", type=int, default=2, help="of the model (default: 2)")
-    add("--steps", type=int, default=400, help="of training (default: 400)")
-    add("--batch", type=int, default=64, help="problems a step (default: 64)")
-    add("--seeds", type=int, default=5, help="that are counted (default: 5)")
-    add("--lrs", type=listed(float), default="1e-3,3e-3,1e-2",
+    add("--tasks", type=listed(one_of(TASKS)), help=f"of {', '.join(TASKS)} (default: the first "
+        "four)", default=list(TASKS)[:4])
+    add("--variants", type=listed(one_of(VARIANTS)), default=list(VARIANTS),
+        help=f"of {', '.join(VARIANTS)} (default: all)")
+    add("--seeds", type=positive_int, default=5, help="that are counted (default: 5)")
+    add("--lrs", type=listed(positive), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
-    add("--quick", action="store_true", help="fewer steps and seeds, under a minute")
-    add("--tasks", default="one-hop,parallel", help=f"of {', '.join(TASKS)} "
-        "(default: one-hop,parallel)")
-    add("--variants", default=",".join(VARIANTS), help="a list of them, baseline first (default: "
-        f"{','.join(VARIANTS)})")
+    add("--pairs", type=number(int, 1, SYMBOLS), help="of a problem (default: 6; gapped 5; mqar-T "
+        "T/16)")
+    add("--steps", type=positive_int, help="of training (default: 400; mqar 2000)")
+    add("--width", type=positive_int, default=64, help="of the model (default: 64)")
+    add("--heads", type=positive_int, default=2, help="of the model (default: 2)")
+    add("--batch", type=positive_int, default=64, help="problems per step (default: 64)")
+    add("--maps", type=one_of([name for name, c in VARIANTS.items() if "nexus_order" in c]),
+        metavar="VARIANT", help="also train one on one-hop and draw its attention, maps.svg")
+    add("--results", help="file to which each finished run appends a line (default: "
+        "OUT/results.jsonl)")
+    add("--show", action="store_true", help="train nothing: tables of the lines that exist")
+    add("--quick", action="store_true", help="fewer pairs, steps and seeds, under a minute")
     add("--out", default="out/recall", help="folder (default: out/recall)")
     args = parser.parse_args()
     if args.quick:
         args.pairs, args.steps, args.seeds, args.lrs = 3, 60, min(2, args.seeds), [1e-2]
-        args.tasks = "one-hop"
-    if min(args.pairs, args.width, args.heads, args.steps, args.batch, args.seeds) < 1 \
-            or args.pairs > SYMBOLS or min(args.lrs) <= 0:
-        raise UserError(f"every number must be above 0, and --pairs at most {SYMBOLS}")
-    tasks, variants = args.tasks.split(","), args.variants.split(",")
-    for name in tasks + variants:
-        if name not in TASKS and name not in VARIANTS or variants[0] != "baseline":
-            raise UserError(f"choose --tasks from {', '.join(TASKS)} and --variants from "
-                            f"{', '.join(VARIANTS)}, the baseline first")
-    args.every = max(1, args.steps // 20)
+        args.tasks = ["one-hop"]
     plt = pyplot()
     torch.set_num_threads(1)  # the models are so small that two threads wait for each other
-    all_results, models = {}, {}
-    runs = len(tasks) * len(variants) * (len(args.lrs) + args.seeds)
-    with tqdm(total=runs * args.steps, unit="step", disable=None, leave=False) as say:
-        for task in tasks:
-            all_results[task] = {}
-            for variant in variants:
-                all_results[task][variant], models[task, variant] = study(task, variant, args, say)
-            say.clear()
-            print(f"\n{task}, {args.pairs} keys: accuracy after {args.steps} steps, {args.seeds} "
-                  f"seeds\n{table(rows(all_results[task], args.every))}", flush=True)
-    print("paired by seed; * is p < 0.01")
-    save(args, "recall", all_results, plot_curves(plt, all_results, args.every))
-    if ("one-hop", "nexus-2") in models:
-        figure = plot_maps(plt, models["one-hop", "nexus-2"], "one-hop", args)
-        figure.tight_layout()
-        figure.savefig(f"{args.out}/maps.png", dpi=120)
+    os.makedirs(args.out, exist_ok=True)
+    results, found = Results(args.results or os.path.join(args.out, "results.jsonl")), {}
+    runs = len(args.tasks) * len(args.variants) * (len(args.lrs) + args.seeds)
+    with tqdm(total=runs, unit="run", disable=True if args.show else None, leave=False) as say:
+        for task in args.tasks:
+            lines = {variant: study(task, variant, args, results, say) for variant in args.variants}
+            lines = {variant: some for variant, some in lines.items() if some}
+            if lines:
+                found[task] = lines
+                say.clear()
+                print(f"\n{task}\n{table(rows(lines))}", flush=True)
+    if not found:
+        raise UserError(f"{results.path} has no finished run of these tasks and settings yet")
+    print("p: exact permutation test of the areas under the curves")
+    save(args, "recall", found, plot(plt, found))
+    if args.maps:
+        run = Run("one-hop", args.maps, 0, 3e-3, args.pairs or 6, args.steps or 400, args.width,
+                  args.heads, args.batch)
+        plot_maps(plt, run, os.path.join(args.out, "maps.svg"))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,27 @@
 """recall.py: its problems have one answer each, and one refined layer solves what one cannot."""
 
+import itertools
 import json
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import puzzles
 import pytest
 import recall
 import torch
+from figures import STYLES
+
+from nanonexus.cli import run_script
+
+RUN = recall.Run("one-hop", "baseline", seed=0, lr=1e-2, pairs=3, steps=160, width=32, heads=2,
+                 batch=32)
 
 
 @pytest.mark.parametrize("hops", [1, 2])
 def test_problems_have_the_answers_they_say(hops):
     n = 5
-    idx, targets = recall.sequences(30, n, hops, torch.Generator().manual_seed(0))
+    idx, targets = puzzles.chains(30, n, torch.Generator().manual_seed(0), hops)
     assert idx.shape == targets.shape == (30, 3 * hops * n)
     facts = 2 * hops * n
     assert (targets[:, :facts] == -1).all() and (targets[:, facts:] >= 0).all()
@@ -28,43 +36,156 @@ def test_problems_have_the_answers_they_say(hops):
     assert not torch.equal(idx[0], idx[1])
 
 
+def test_gapped_problems_can_be_read_off_and_have_every_gap():
+    n, kinds = 5, puzzles.SYMBOLS
+    idx, targets = puzzles.gapped(300, n, torch.Generator().manual_seed(0))
+    between, gaps = set(), set()
+    for row, wanted in zip(idx.tolist(), targets.tolist(), strict=True):
+        told = [(t, x) for t, x in enumerate(row) if x < 2 * kinds]  # all but fillers
+        pairs, asked = told[:2 * n], told[2 * n:]
+        follows = {key: value for (_, key), (_, value) in zip(pairs[::2], pairs[1::2], strict=True)}
+        assert pairs[0][0] == 0 and all(key < kinds <= value for key, value in follows.items())
+        for (end, _), (start, _) in zip(pairs[1::2], pairs[2::2], strict=False):
+            assert start == end + 1  # no filler between pairs
+        assert sorted(key for _, key in asked) == sorted(follows)
+        assert {t: answer for t, answer in enumerate(wanted) if answer >= 0} \
+            == {t: follows[key] for t, key in asked}
+        between |= {pairs[i + 1][0] - pairs[i][0] - 1 for i in range(0, 2 * n, 2)}
+        gaps.add(asked[0][0] - pairs[-1][0] - 1)
+        assert [t for t, _ in asked] == list(range(asked[0][0], asked[0][0] + n))
+    assert between == {0, 1, 2, 3} and gaps == set(range(13))
+
+
+def test_mqar_is_zoologys():
+    n, vocab = 8, 8192
+    idx, targets = puzzles.mqar(400, n, torch.Generator().manual_seed(0))
+    assert idx.shape == (400, 128)
+    distances = []
+    for row, wanted in zip(idx.tolist(), targets.tolist(), strict=True):
+        keys, values = row[0:2 * n:2], row[1:2 * n:2]
+        assert len(set(keys)) == len(set(values)) == n
+        assert min(keys) > 0 and max(keys) < vocab // 2 <= min(values) and max(values) < vocab
+        asked = {t: x for t, x in enumerate(row) if t >= 2 * n and x}
+        assert sorted(asked.values()) == sorted(keys) and all(t % 2 == 0 for t in asked)
+        follows = dict(zip(keys, values, strict=True))
+        assert {t: answer for t, answer in enumerate(wanted) if answer >= 0} \
+            == {t: follows[key] for t, key in asked.items()}
+        distances += [(t - 2 * n) // 2 for t in asked]
+    first, late = (sum(low <= d < high for d in distances) / (high - low)
+                   for low, high in ((0, 4), (20, 56)))
+    assert first > 3 * late > 0  # a power law, not an even spread
+
+
 def test_accuracy_counts_whole_chains_only():
     n = 4
-    idx, targets = recall.sequences(8, n, 2, torch.Generator().manual_seed(0))
+    idx, targets = puzzles.two_hops(8, n, torch.Generator().manual_seed(0))
 
-    def model(idx):  # right where an a is asked, wrong elsewhere
-        right = torch.where(idx < recall.SYMBOLS, targets, 0).clamp(min=0)
-        return torch.nn.functional.one_hot(right, 3 * recall.SYMBOLS).float(), None
+    def right_where_an_a_is_asked(idx):
+        right = torch.where(idx < puzzles.SYMBOLS, targets, 0).clamp(min=0)
+        return torch.nn.functional.one_hot(right, 3 * puzzles.SYMBOLS).float()
 
+    model = SimpleNamespace(hidden_states=right_where_an_a_is_asked, head=lambda x: x)
     assert recall.accuracy(model, idx, targets) == 1
+    assert recall.accuracy(model, idx, targets, 3 * puzzles.SYMBOLS) == 0.5
 
 
-def test_one_layer_that_refines_keys_looks_up_and_one_that_does_not_cannot():
-    args = SimpleNamespace(pairs=3, width=32, heads=2, steps=160, batch=32, every=20)
-    bar = SimpleNamespace(update=lambda n=1: None)
-    solved, _ = recall.train("one-hop", "k-only", args, 1e-2, 0, bar)
-    plain, model = recall.train("one-hop", "baseline", args, 1e-2, 0, bar)
-    assert solved[-1] > 0.95 and len(solved) == len(plain) == 8
+@pytest.mark.parametrize("variant", ["self-k", "past", "cross-k", "key-shift"])
+def test_one_layer_that_mixes_keys_looks_up(variant):
+    solved, _ = recall.train(RUN._replace(variant=variant))
+    assert solved[-1] > 0.95 and len(solved) == 20
+
+
+def test_and_one_that_does_not_cannot():
+    plain, model = recall.train(RUN)
     assert plain[-1] < 0.6
-    again, _ = recall.train("one-hop", "baseline", args, 1e-2, 0, bar)
+    again, _ = recall.train(RUN)
     assert again == plain  # the same seed, the same run
-    assert model.num_params() == recall.build("one-hop", "nexus-3", args).num_params()
+    for variant in ("self-3", "past", "cross"):
+        assert model.num_params() == recall.build(RUN._replace(variant=variant)).num_params()
 
 
-def test_the_command(tmp_path):
+def test_a_key_shift_starts_from_the_baselines_weights():
+    models = []
+    for variant in ("baseline", "key-shift"):
+        torch.manual_seed(0)
+        models.append(recall.build(RUN._replace(variant=variant)))
+    shifted = models[1].state_dict()
+    for name, weight in models[0].state_dict().items():
+        assert torch.equal(weight, shifted.pop(name))
+    assert list(shifted) == ["blocks.0.attn.shift"]
+
+
+def test_permutation_p_is_exact():
+    stats = pytest.importorskip("scipy.stats")
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(4, generator=generator).tolist(), torch.rand(5, generator=generator).tolist()
+    wanted = stats.permutation_test((a, b), lambda x, y: abs(x.mean() - y.mean()),
+                                    vectorized=False, n_resamples=1000, alternative="greater")
+    assert recall.permutation_p(a, b) == pytest.approx(wanted.pvalue)
+    assert recall.permutation_p([1] * 5, [0] * 5) == pytest.approx(2 / 252)
+    assert recall.permutation_p([1, 1], [1, 1]) == 1
+
+
+def test_every_variant_has_a_style():
+    assert recall.VARIANTS.keys() <= STYLES.keys()
+
+
+def test_the_command_and_what_it_does_not_do_twice(tmp_path):
     pytest.importorskip("matplotlib")
+    results = tmp_path / "lines.jsonl"
     argv = ("--pairs 2 --width 16 --steps 4 --seeds 2 --lrs 1e-3,1e-2 --tasks one-hop,two-hops "
-            "--variants baseline,nexus-2").split()
+            f"--variants baseline,past --maps past --results {results}").split()
     out = subprocess.run([sys.executable, recall.__file__, *argv, "--out", str(tmp_path)],
                          capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    results = json.loads((tmp_path / "recall.json").read_text())["results"]
-    assert list(results) == ["one-hop", "two-hops"]
-    row = results["one-hop"]["nexus-2"]
-    assert row["lr"] in (1e-3, 1e-2) and [c[-1] for c in row["curves"]] == row["accuracy"]
-    assert f"{sum(row['accuracy']) / 2:.3f} ±" in out.stdout
-    assert (tmp_path / "maps.png").exists() and (tmp_path / "recall.png").exists()
-    for wrong in (["--pairs", "17"], ["--variants", "nexus-2"], ["--tasks", "three-hops"]):
-        bad = subprocess.run([sys.executable, recall.__file__, *wrong], capture_output=True,
-                             text=True)
-        assert bad.returncode == 2 and bad.stderr.count("\n") == 1
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    keys = {(x["task"], x["variant"], x["seed"], x["lr"]) for x in lines}
+    assert len(keys) == len(lines) == 2 * 2 * (2 + 2)
+    found = json.loads((tmp_path / "recall.json").read_text())["results"]
+    assert list(found) == ["one-hop", "two-hops"]
+    for task, variant in itertools.product(found, ("baseline", "past")):
+        area = {x["lr"]: sum(x["curve"]) for x in lines if x["seed"] == recall.LR_SEED
+                and (x["task"], x["variant"]) == (task, variant)}
+        counted = found[task][variant]
+        assert [x["seed"] for x in counted] == [0, 1]
+        assert {area[x["lr"]] for x in counted} == {max(area.values())}
+        accuracies = " ".join(f"{x['curve'][-1]:.2f}" for x in counted)
+        assert any(row.split()[0] == variant and accuracies in row
+                   for row in out.stdout.split(f"{task}\n")[1].split("\n\n")[0].splitlines()[1:])
+    assert (tmp_path / "maps.svg").exists() and (tmp_path / "recall.svg").exists()
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["recall.py", *map(str, argv)])
+    run_script(recall.main)
+
+
+def test_a_stopped_study_continues_and_show_trains_nothing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    argv = ("--pairs 2 --width 16 --steps 4 --seeds 2 --lrs 1e-2 --tasks one-hop --variants "
+            "baseline,past").split() + ["--out", tmp_path]
+    trained = []
+    monkeypatch.setattr(recall, "train", lambda run, train=recall.train:
+                        trained.append(run) or train(run))
+    call(monkeypatch, *argv)
+    assert len(trained) == 6
+    results = tmp_path / "results.jsonl"
+    lines = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(lines[:4]))  # as if stopped after four
+    assert "past" in capsys.readouterr().out.split()
+    call(monkeypatch, *argv, "--show")
+    assert len(trained) == 6 and "past" not in capsys.readouterr().out.split()
+    call(monkeypatch, *argv)
+    assert trained[6:] == trained[4:6]
+    timeless = [[json.loads(x) | dict(cpu_seconds=0) for x in text]
+                for text in (lines, results.read_text().splitlines())]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("wrong", ["--pairs 17", "--variants nexus-2", "--tasks three-hops",
+                                   "--lrs 0", "--seeds 0", "--show"])
+def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, *wrong.split(), "--out", tmp_path)
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,91 @@
+"""
+The problems of recall.py: pairs of a key and a value, then questions, drawn anew each time.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+SYMBOLS = 16  # of each kind: keys, values and fillers never mix
+
+
+def draw(B, n, generator, kind=0):
+    """n different symbols of a kind for each of B problems: (B, n)."""
+    return torch.rand(B, SYMBOLS, generator=generator).argsort(1)[:, :n] + SYMBOLS * kind
+
+
+def shuffle(x, generator):
+    """x (B, n, ...) with the n entries of each row in an order of its own."""
+    order = torch.rand(x.shape[:2], generator=generator).argsort(1)
+    return x[torch.arange(len(x))[:, None], order]
+
+
+def chains(B, n, generator, hops=1):
+    """B problems of n chains: idx (B, T) int64 and targets (B, T), -1 but where a key is asked."""
+    chain = [draw(B, n, generator, kind) for kind in range(hops + 1)]  # a, b (and c), each (B, n)
+    pairs = torch.cat([torch.stack(link, -1) for link in zip(chain, chain[1:], strict=False)], 1)
+    facts = shuffle(pairs, generator).flatten(1)  # (B, 2 n hops)
+    # what is asked, and the answer, (B, n hops, 2): every link of the chain to its end, so that two
+    # hops can be learnt from one
+    asked = shuffle(torch.cat([torch.stack([key, chain[-1]], -1) for key in chain[:-1]], 1),
+                    generator)
+    idx = torch.cat([facts, asked[..., 0]], 1)
+    targets = torch.cat([torch.full_like(facts, -1), asked[..., 1]], 1)
+    return idx, targets
+
+
+def two_hops(B, n, generator):
+    return chains(B, n, generator, hops=2)
+
+
+def gapped(B, n, generator):
+    """Pairs with fillers between key and value, and before the questions; fillers fill up the row
+    to the longest that there can be. idx, targets (B, 6 n + 12) as in chains."""
+    keys, values = (draw(B, n, generator, kind) for kind in (0, 1))
+    between = torch.randint(4, (B, n), generator=generator)
+    gap = torch.randint(13, (B, 1), generator=generator)
+    after = (between + 2).cumsum(1)  # (B, n): where each pair has ended
+    pairs = shuffle(torch.stack([keys, values], -1), generator)
+    idx = torch.randint(SYMBOLS, (B, 6 * n + 12), generator=generator) + 2 * SYMBOLS
+    idx.scatter_(1, after - between - 2, keys).scatter_(1, after - 1, values)
+    questions = after[:, -1:] + gap + torch.arange(n)
+    idx.scatter_(1, questions, pairs[..., 0])
+    return idx, torch.full_like(idx, -1).scatter_(1, questions, pairs[..., 1])
+
+
+def mqar(B, n, generator, vocab=8192, power=0.01):
+    """Zoology's: keys from the first half of the vocabulary but 0, values from the second, then
+    the keys once more at even distances that follow a power law, 0 everywhere else, 16 n tokens in
+    all. idx, targets as in chains."""
+    half, T = vocab // 2, 16 * n
+    keys = torch.rand(B, half - 1, generator=generator).topk(n).indices + 1
+    values = torch.rand(B, half, generator=generator).topk(n).indices + half
+    odds = torch.arange(1, (T - 2 * n) // 2 + 1).double() ** (power - 1)
+    gaps = torch.multinomial(odds.expand(B, -1), n, generator=generator)  # without repeats
+    idx = torch.zeros(B, T, dtype=torch.int64)
+    idx[:, :2 * n] = torch.stack([keys, values], -1).flatten(1)
+    idx.scatter_(1, 2 * n + 2 * gaps, keys)
+    return idx, torch.full_like(idx, -1).scatter_(1, 2 * n + 2 * gaps, values)
+
+
+class Task(NamedTuple):
+    """Problems, the model for them, and how long it trains."""
+
+    problems: Callable  # (B, pairs, generator) -> idx, targets, both (B, T)
+    pairs: int
+    vocab: int = 2 * SYMBOLS
+    asked: int = SYMBOLS  # questions count if their token is below this
+    parallel: bool = False
+    layers: int = 1
+    steps: int = 400
+
+
+TASKS = {
+    "one-hop": Task(chains, 6), "one-hop-parallel": Task(chains, 6, parallel=True),
+    "gapped": Task(gapped, 5, 3 * SYMBOLS),
+    "gapped-parallel": Task(gapped, 5, 3 * SYMBOLS, parallel=True),
+    "two-hops": Task(two_hops, 6, 3 * SYMBOLS),
+} | {f"mqar-{T}{'-two-layers' * (layers - 1)}":
+     Task(mqar, T // 16, 8192, 8192, layers=layers, steps=2000)
+     for layers in (1, 2) for T in (64, 128, 256)}
