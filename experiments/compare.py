@@ -19,27 +19,23 @@ interrupted one continues. Prints a table, writes compare.json and compare.svg; 
 from the lines that exist. What follows -- goes to train.py as it is.
 """
 
+import json
 import os
 import statistics
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import figures
+import torch
 from controls import CONTROLS
-from runs import Run, Study
+from runs import Run, Study, read_lines
 
 from common import pydocs, pyplot, save, table
 
 import train
 from model import GPT, PRESETS
-from nanonexus.cli import (
-    Parser,
-    UserError,
-    listed,
-    positive,
-    positive_int,
-    run_script,
-)
+from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
 from nanonexus.data import TokenSet
 from nanonexus.stats import mean_spread, paired, paired_text
 
@@ -173,7 +169,7 @@ def parse_args(argv):
     given = argv[:argv.index("--")] if "--" in argv else argv
     parser.set_defaults(**SCALES[parser.parse_args(given).scale])
     args = parser.parse_args(given)
-    if args.dataset is None:
+    if args.dataset is None and not args.show:
         raise UserError(f"--scale {args.scale} needs --dataset, a folder that prepare_data.py made")
     if args.quick:
         args.max_steps, args.eval_interval, extra = 40, 20, QUICK + extra
@@ -187,14 +183,18 @@ def parse_args(argv):
 
 
 class Plan:
-    """Which runs a comparison consists of: names and numbers only, nothing is run here."""
+    """Which runs a comparison consists of: names and numbers only, nothing is run here.
 
-    def __init__(self, args, extra, tokens):
+    extra: flags of train.py for all of them. vocab_size: the token set's.
+    """
+
+    def __init__(self, args, extra, vocab_size):
         self.args = args
         self.flags = ["--preset", args.preset, "--eval_interval", str(args.eval_interval),
                       "--log_interval", str(args.eval_interval), *args.flags.split(), *extra]
-        config = train.make_config(train.build_parser().parse_args(self.flags), tokens,
-                                   train.torch.device("cpu"), None)
+        config = train.make_config(train.build_parser().parse_args(self.flags),
+                                   SimpleNamespace(vocab_size=vocab_size),
+                                   torch.device("cpu"), None)
         self.equal = equal_compute(config, args.max_steps)
 
     def run(self, variant, seed, lr=None, share=1):
@@ -205,10 +205,13 @@ class Plan:
         steps = self.equal["longer"] if variant == "longer" else self.args.max_steps
         flags = [*self.flags, *flags, "--seed", str(seed), "--max_steps", str(steps // share)]
         name = f"{variant}-seed{seed}" + (f"-lr{lr:g}" if share > 1 else "")
-        return Run(name, variant, seed, control, flags + (["--lr", f"{lr:g}"] if lr else []))
+        return Run(name, variant, seed, steps // share, control,
+                   flags + (["--lr", f"{lr:g}"] if lr else []))
 
     def grid(self, variant):
-        return {lr: self.run(variant, LR_SEED, lr, share=4) for lr in self.args.lrs or ()}
+        """{learning rate: the Run that tries it}, if there is a choice."""
+        lrs = self.args.lrs or ()
+        return {lr: self.run(variant, LR_SEED, lr, share=4) for lr in lrs if len(lrs) > 1}
 
     def final(self, study, seeds):
         """{variant: [its Run of each seed]}, of variants whose learning rate is chosen."""
@@ -216,27 +219,52 @@ class Plan:
         for variant in self.args.variants:
             losses = {lr: study.line(run) for lr, run in self.grid(variant).items()}
             if None not in losses.values():
-                lr = min(losses, key=lambda lr: losses[lr]["val_loss"]) if losses else None
+                lr = min(losses, key=lambda lr: losses[lr]["val_loss"]) if losses else \
+                    (self.args.lrs or [None])[0]
                 chosen[variant] = [self.run(variant, seed, lr) for seed in seeds]
         return chosen
+
+
+def check_settings(out, settings):
+    """UserError if the folder holds runs with other settings than these."""
+    path = os.path.join(out, "settings.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            if json.load(f) != settings:
+                raise UserError(f"{out} holds runs with other settings (settings.json): choose "
+                                "another --out, or remove it")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(settings, f)
+
+
+def data_of(path):
+    """(fingerprint, vocab_size) of the token set of all lines in a file of results."""
+    found = {(line["data"], line["vocab_size"]) for line in read_lines(path)}
+    if len(found) != 1:
+        raise UserError(f"{path} has lines of {len(found)} token sets: one is needed")
+    return found.pop()
 
 
 def main():
     args, extra = parse_args(sys.argv[1:])
     plt = pyplot()
     os.makedirs(args.out, exist_ok=True)
-    dataset = args.dataset
-    if dataset == "pydocs":  # one copy for all runs
-        dataset = pydocs(os.path.join(args.out, "pydocs"))
-    tokens = TokenSet(dataset)
-    study = Study(args.out, args.results, dataset, tokens.fingerprint, args.jobs,
-                  settings=dict(preset=args.preset, dataset=args.dataset, max_steps=args.max_steps,
-                                extra=extra))
-    plan, seeds = Plan(args, extra, tokens), range(args.seeds)
+    if args.show:
+        data, vocab_size = data_of(args.results)
+    else:
+        check_settings(args.out, dict(preset=args.preset, dataset=args.dataset,
+                                      max_steps=args.max_steps, extra=extra))
+        dataset = args.dataset
+        if dataset == "pydocs":  # one copy for all runs
+            dataset = pydocs(os.path.join(args.out, "pydocs"))
+        tokens = TokenSet(dataset)
+        data, vocab_size = tokens.fingerprint, tokens.vocab_size
+    study = Study(args.out, args.results, data, args.jobs)
+    plan, seeds = Plan(args, extra, vocab_size), range(args.seeds)
     if not args.show:
-        study.execute([run for name in args.variants for run in plan.grid(name).values()])
+        study.execute([run for name in args.variants for run in plan.grid(name).values()], dataset)
         final = plan.final(study, seeds)
-        study.execute([final[name][i] for i in seeds for name in args.variants])
+        study.execute([final[name][i] for i in seeds for name in args.variants], dataset)
 
     results = {}
     for name, wanted in plan.final(study, seeds).items():
@@ -252,8 +280,10 @@ def main():
           "paired by seed, below 0 is better, * is p < 0.01")
     title = f"{args.preset}, {max(len(r['seeds']) for r in results.values())} seeds"
     save(args, "compare", results, plot(plt, results, title))
-    print(f"Some text: python sample.py --checkpoint {args.out}/{args.variants[-1]}-seed0/ckpt.pt "
-          "--prompt 'The '")
+    plain = [name for name in results if plan.run(name, 0).control is None]
+    if plain and not args.show:  # sample.py knows no controls
+        print(f"Some text: python sample.py --checkpoint {args.out}/{plain[-1]}-seed0/ckpt.pt "
+              "--prompt 'The '")
 
 
 if __name__ == "__main__":

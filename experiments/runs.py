@@ -13,12 +13,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
+import torch
 from controls import flops_per_token
 
 from common import ROOT
 
 from model import GPTConfig
-from nanonexus.checkpoint import read_checkpoint
+from nanonexus.checkpoint import newest_checkpoint
 from nanonexus.cli import UserError
 
 
@@ -26,6 +27,7 @@ class Run(NamedTuple):
     name: str  # of its folder
     variant: str
     seed: int
+    steps: int
     control: str | None  # of controls.py
     flags: list  # of train.py, all but the data and the folder: what makes the run this run
 
@@ -55,22 +57,13 @@ def commit():
 class Study:
     """Runs in folders under `out` on one token set, and the file of lines that they leave.
 
-    data: the token set's fingerprint. jobs: how many runs at a time. settings: what all runs in
-    `out` share; UserError if the folder has others.
+    data: the token set's fingerprint. jobs: how many runs at a time.
     """
 
-    def __init__(self, out, results, dataset, data, jobs, settings):
-        self.out, self.results, self.dataset, self.data = out, results, dataset, data
-        self.jobs, self.commit, self.lock = jobs, commit(), threading.Lock()
+    def __init__(self, out, results, data, jobs):
+        self.out, self.results, self.data, self.jobs = out, results, data, jobs
+        self.commit, self.lock = commit(), threading.Lock()
         self.lines = {(line["flags"], line["data"]): line for line in read_lines(results)}
-        path = os.path.join(out, "settings.json")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                if json.load(f) != settings:
-                    raise UserError(f"{out} holds runs with other settings (settings.json): "
-                                    "choose another --out, or remove it")
-        with open(path, "w", encoding="utf-8") as f:
-            json.dump(settings, f)
 
     def key(self, run):
         return " ".join([run.control] * bool(run.control) + run.flags), self.data
@@ -79,11 +72,13 @@ class Study:
         """What the run has left in the file of results; None if it is not finished."""
         return self.lines.get(self.key(run))
 
-    def execute(self, runs):
-        """Finish the runs that are not finished, in their order. UserError if one stops."""
+    def execute(self, runs, dataset):
+        """Finish the runs that are not finished, in their order, on the token set in the folder
+        dataset. UserError if one stops."""
         left = [run for run in runs if not self.line(run)]
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self.train, run, f"[{len(runs) - len(left) + i}/{len(runs)}]")
+            futures = [pool.submit(self.train, run, dataset,
+                                   f"[{len(runs) - len(left) + i}/{len(runs)}]")
                        for i, run in enumerate(left, 1)]
             try:
                 for future in as_completed(futures):
@@ -95,16 +90,16 @@ class Study:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def train(self, run, number):
+    def train(self, run, dataset, number):
+        """Finish one run, in a process of its own, and append its line. UserError if it stops."""
         folder, start = os.path.join(self.out, run.name), time.monotonic()
         if self.jobs == 1:
             print(f"\n{number} {run.name}", flush=True)
-        log, checkpoint = (os.path.join(folder, name) for name in ("log.jsonl", "ckpt.pt"))
-        steps = int(run.flags[run.flags.index("--max_steps") + 1])
-        if not os.path.exists(checkpoint) or read_lines(log)[-1]["step"] < steps:
+        checkpoint = os.path.join(folder, "ckpt.pt")
+        if not os.path.exists(checkpoint) or newest_checkpoint(checkpoint)["step"] < run.steps:
             script = [os.path.join(ROOT, "train.py")] if run.control is None else [
                 os.path.join(ROOT, "experiments", "controls.py"), run.control]
-            command = [sys.executable, *script, "--dataset", self.dataset, "--out", folder,
+            command = [sys.executable, *script, "--dataset", dataset, "--out", folder,
                        "--no-sample", *run.flags, *["--resume"] * os.path.exists(checkpoint)]
             os.makedirs(folder, exist_ok=True)
             if self.jobs == 1:
@@ -116,7 +111,8 @@ class Study:
             if code:
                 raise UserError(f"{run.name}: train.py stopped with status {code}; the same "
                                 "command continues")
-        line = self.summary(run, read_lines(log), read_checkpoint(checkpoint))
+        line = self.summary(run, read_lines(os.path.join(folder, "log.jsonl")),
+                            newest_checkpoint(checkpoint))
         with self.lock:
             self.lines[self.key(run)] = line
             with open(self.results, "a", encoding="utf-8") as f:
@@ -137,6 +133,7 @@ class Study:
             flops_per_token=flops_per_token(run.control, config, config.block_size),
             tokens_per_sec=statistics.median(
                 event["tokens_per_sec"] for event in log if event["tokens_per_sec"]),
-            dtype=args["dtype"], threads=1 if self.jobs > 1 else os.cpu_count(), data=self.data,
-            flags=self.key(run)[0], commit=self.commit, torch=saved["torch"],
-            python=platform.python_version(), machine=platform.processor() or platform.machine())
+            dtype=args["dtype"], threads=1 if self.jobs > 1 else torch.get_num_threads(),
+            data=self.data, vocab_size=config.vocab_size, flags=self.key(run)[0],
+            commit=self.commit, torch=saved["torch"], python=platform.python_version(),
+            machine=platform.processor() or platform.machine())

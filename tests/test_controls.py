@@ -266,7 +266,8 @@ def test_the_script_trains_the_control_and_resumes(tmp_path, token_set, monkeypa
         monkeypatch.setattr(controls.sys, "argv", ["controls.py", *argv])
         controls.main()
 
-    run("key-shift", *flags, token_set, "--out", str(tmp_path), "--max_steps", "2", "--decay_steps", "4")
+    run("key-shift", *flags, token_set, "--out", str(tmp_path), "--max_steps", "2",
+        "--decay_steps", "4")
     run("key-shift", "--out", str(tmp_path), "--resume", "--max_steps", "4")
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert saved["step"] == 4 and saved["model"]["blocks.0.attn.shift"].abs().min() > 0
