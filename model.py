@@ -95,11 +95,8 @@ class AttnContext(NamedTuple):
 
 
 class RotaryEmbedding(torch.autograd.Function):
-    """Rotate the first rotary_dim dimensions of each head by its token's position.
-
-    Dimension i and i + rotary_dim/2 make a pair (the rotate-half layout). Its gradient is the
-    rotation back, in half the time that autograd takes.
-    """
+    """Rotate the first rotary_dim dimensions of each head by its token's position, i together with
+    i + rotary_dim/2. The gradient is the rotation back, in half the time that autograd takes."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -252,27 +249,32 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def attention_mask(self, T, past, docs, device, strict=False):
-        """AttnContext.mask, or strict_mask, for T tokens after `past` others; docs (B, T)."""
-        if self.config.attention == "flex" and not past:
-            def may_look(b, h, i, j):
-                causal = i > j if strict else i >= j
-                return causal if docs is None else causal & (docs[b, i] == docs[b, j])
-            B = None if docs is None else len(docs)
-            return create_block_mask(may_look, B, None, T, T, device)
-        if docs is None and (T == 1 or not past) and self.config.attention != "manual":
-            return None  # SDPA needs no mask in memory
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past - strict)
-        return mask if docs is None else mask & (docs[:, None, :, None] == docs[:, None, None])
+    def attention_masks(self, T, past, docs, device):
+        """AttnContext's mask and strict_mask, for T tokens after `past` others; docs (B, T)."""
+        c = self.config
+        def mask(strict):
+            if strict and (c.nexus_order == 1 or c.nexus_inner not in ("past", "cross")):
+                return None
+            if c.attention == "flex" and not past:
+                def may_look(b, h, i, j):
+                    causal = i > j if strict else i >= j
+                    return causal if docs is None else causal & (docs[b, i] == docs[b, j])
+                B = None if docs is None else len(docs)
+                return create_block_mask(may_look, B, None, T, T, device)
+            if docs is None and (T == 1 or not past) and c.attention != "manual":
+                return None  # SDPA needs no mask in memory
+            seen = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past - strict)
+            return seen if docs is None else seen & (docs[:, None, :, None] == docs[:, None, None])
+        return mask(strict=False), mask(strict=True)
 
-    def hidden_states(self, idx, cache=None, maps=None, docs=None):
+    def hidden_states(self, idx, cache=None, maps=None, docs=None, masks=None):
         """What the output layer reads: (B, T, C) for token ids idx (B, T).
 
         cache: a nanonexus.generate.KVCache, to continue after the tokens that it has seen. maps: a
         list for manual's weights, (B, H, T, S): in each layer those of each inner loop (q's, then
         k's), then the outer ones. docs: (B, T), each token's document, which attention shall not
-        leave; costs a (T, T) mask a row, except with flex. Raises ModelError if it can not be done.
-        """
+        leave; costs a (T, T) mask a row, except with flex. masks: attention_masks, if made already.
+        Raises ModelError if the context is too short, or the attention backend too limited."""
         c, T = self.config, idx.size(1)
         past = cache.begin(T) if cache else 0
         if past + T > c.block_size:
@@ -283,9 +285,7 @@ class GPT(nn.Module):
             raise ModelError("a cache holds one document: give no docs with it")
         if c.attention == "flex" and idx.device.type != "cuda" and torch.is_grad_enabled():
             raise ModelError("flex attention trains on CUDA only: use attention sdpa here")
-        mask, strict_mask = self.attention_mask(T, past, docs, idx.device), None
-        if c.nexus_order > 1 and c.nexus_inner in ("past", "cross"):
-            strict_mask = self.attention_mask(T, past, docs, idx.device, strict=True)
+        mask, strict_mask = masks or self.attention_masks(T, past, docs, idx.device)
         rope = self.cos[past:past + T], self.sin[past:past + T]
 
         x = self.dropout(self.embed(idx))

@@ -30,12 +30,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import listed, pyplot, save, table
+from common import pyplot, save, table
 
 from model import GPT, PRESETS, GPTConfig
-from nanonexus.cli import Parser, UserError, run_script
-from nanonexus.device import PEAK_FLOPS, keep_freed_memory
-from nanonexus.generate import KVCache
+from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
+from nanonexus.device import keep_freed_memory, peak_flops
+from nanonexus.generate import KVCache, generate
 from nanonexus.loss import TrainingLoss
 
 
@@ -122,7 +122,7 @@ def cache_bytes(model):
     cache = KVCache(8)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.cos.device), cache=cache)
-    return sum(buffer[:, :, :1].nbytes for buffer in cache.buffers.values())
+    return sum(buffer[:, :, :1].nbytes for layer in cache.layers for buffer in layer.buffers)
 
 
 def interleave(jobs, rounds, say):
@@ -140,7 +140,7 @@ def training_step(name, model, idx, targets, args, optimizer=None):
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device != "mps")
     if isinstance(model, GPT) and "plain loss" not in name:
-        run = TrainingLoss(model, eot=0 if "documents" in name else None)
+        run = TrainingLoss(model, 0 if "documents" in name else None, "recompute" in name)
     else:
         run = model
     if args.compile:
@@ -182,8 +182,7 @@ def variants(config, args):
     configs["baseline, plain loss"] = config
     if len(args.orders) > 1:
         m = args.orders[1]
-        configs[f"{order(m)}, recompute"] = replace(config, nexus_order=m,
-                                                    checkpoint_attention=True)
+        configs[f"{order(m)}, recompute"] = replace(config, nexus_order=m)
     return configs
 
 
@@ -228,7 +227,7 @@ def generation(preset, args):
         model = GPT(replace(config, nexus_order=m)).to(args.device).eval()
         for cached in (True, False):
             def job(model=model, cached=cached):
-                model.generate(prompt, new, use_cache=cached)
+                generate(model, prompt, new, use_cache=cached)
             name = "baseline" if m == 1 else f"order {m}"
             jobs[name + ("" if cached else ", recomputed")] = job
     seconds = interleave(jobs, max(2, args.rounds // 2), f"{preset}, generation")
@@ -277,14 +276,16 @@ def main():
     add = parser.add_argument
     add("--presets", type=listed(str), default="tiny", help=f"of {', '.join(PRESETS)} "
         "(default: tiny)")
-    add("--contexts", type=listed(int), default="256,1024,4096", help="(default: 256,1024,4096)")
-    add("--orders", type=listed(int), default="1,2,3,4", help="1 first (default: 1,2,3,4)")
-    add("--tokens", type=int, default=4096, help="a step, or one window if that is more "
+    add("--contexts", type=listed(positive_int), default="256,1024,4096", help="(default: "
+        "256,1024,4096)")
+    add("--orders", type=listed(positive_int), default="1,2,3,4", help="1 first (default: 1,2,3,4)")
+    add("--tokens", type=positive_int, default=4096, help="per step, or one window if that is more "
         "(default: 4096)")
-    add("--rounds", type=int, default=10, help="how often each model takes its turn (default: 10)")
-    add("--gib", type=float, help="also say how many windows at once fit into a memory of this "
-        "many GiB (default: not said)")
-    add("--new_tokens", type=int, default=200, help="tokens to generate (default: 200)")
+    add("--rounds", type=number(int, 2, 10**6), default=10, help="how often each model takes its "
+        "turn (default: 10)")
+    add("--gib", type=number(float, 0, 1e6, above=True), help="also say how many windows at once "
+        "fit into a memory of this many GiB (default: not said)")
+    add("--new_tokens", type=positive_int, default=200, help="tokens to generate (default: 200)")
     add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure beside ours")
     add("--neox", action="store_true", help="transformers' GPT-NeoX too")
     add("--device", default="cuda" if cuda else "cpu")
@@ -294,11 +295,8 @@ def main():
     if args.quick:
         args.contexts, args.orders, args.rounds, args.tokens, args.new_tokens = \
             [64, 128], [1, 2, 3], 3, 256, 20
-    if args.gib is not None and not 0 < args.gib < 1e6:
-        raise UserError(f"--gib must be above 0, got {args.gib}")
-    if args.rounds < 2 or args.orders[0] != 1 or min(args.contexts + args.orders + [
-            args.tokens, args.new_tokens]) < 1:
-        raise UserError("--rounds must be at least 2, --orders begin with 1, the rest be above 0")
+    if args.orders[0] != 1:
+        raise UserError(f"--orders must begin with 1, the baseline; got {args.orders[0]}")
     for preset in args.presets:
         if preset not in PRESETS:
             raise UserError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
@@ -308,8 +306,7 @@ def main():
     if args.device == "cpu":
         keep_freed_memory()
 
-    args.peak = next((peak for name, peak in PEAK_FLOPS.items() if args.device == "cuda"
-                      and name in torch.cuda.get_device_name()), None)
+    args.peak = peak_flops() if args.device == "cuda" else None
     training, generated = {}, {}
     for preset in args.presets:
         for T in args.contexts:

@@ -11,6 +11,7 @@ import pytest
 from test_train import TINY, run, tokens  # noqa: F401
 
 import eval_sciq
+import finetune
 import prepare_data
 import sample
 import train
@@ -19,15 +20,14 @@ from nanonexus.cli import run_script
 hypothesis = pytest.importorskip("hypothesis")
 transformers = pytest.importorskip("transformers")
 from hypothesis import given, settings, strategies  # noqa: E402
-
-from finetune import byte_tokenizer  # noqa: E402
+from retrofit import byte_tokenizer  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 JUNK = ["", " ", "-1", "0", "1", "2", "3", "-0", "nan", "-inf", "1e400", "1.5", "1e-9", "None",
         "true", "999999999999", "9" * 400, "ü", "\u202e", "a b", "../nowhere", "/", ".", "--", "-",
-        "[]", "bytes", "gpt2", "sdpa", "flex", "manual", "qk", "self", "separate", "tiny", "demo",
+        "[]", "bytes", "gpt2", "sdpa", "flex", "manual", "qk", "self", "past", "tiny", "demo",
         "k", "pythia-1b", "sciq,demo", "cpu", "cuda", "mps", "{}", "%s", "\n", "*"]
 
 
@@ -89,7 +89,7 @@ SCRIPTS = {
         "--workers", "1"]),
     "eval_sciq.py": (eval_sciq.main, lambda p, t: ["--checkpoint", str(p / "model/ckpt.pt"),
                                                    "--tasks", "demo", "--limit", "1"]),
-    "retrofit.py": (tune.main, lambda p, t: [
+    "finetune.py": (finetune.main, lambda p, t: [
         "sft", "--model", str(p / "hf"), "--data", str(p / "text.jsonl"), "--out", str(p / "out"),
         "--max_steps", "1", "--batch", "2", "--log_interval", "1", "--device", "cpu"]),
 }

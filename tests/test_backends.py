@@ -13,7 +13,8 @@ from test_train import tokens as tokens_on_disk  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import ModelError
-from nanonexus.generate import KVCache
+from nanonexus.generate import KVCache, generate
+from nanonexus.loss import TrainingLoss
 
 warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -42,7 +43,8 @@ def test_packed_documents_are_as_if_alone(reading, backend):
         assert not torch.equal(gpt(idx)[0][:, 7:], packed[:, 7:])  # unlike without docs
 
 
-@pytest.mark.parametrize("reading", [dict(nexus_order=1), READINGS[0], READINGS[-1]], ids=name)
+@pytest.mark.parametrize("reading", [dict(nexus_order=1), READINGS[0], READINGS[1],
+                                     READINGS[-1]], ids=name)
 @pytest.mark.parametrize("width", [32, 64, 128])
 def test_flex_equals_manual_forward(reading, width):
     shape = dict(n_head=2, n_embd=2 * width, rotary_pct=0.25, block_size=300, n_layer=1)
@@ -54,12 +56,13 @@ def test_flex_equals_manual_forward(reading, width):
             torch.testing.assert_close(flex(idx, docs=d)[0], gpt(idx, docs=d)[0], rtol=0, atol=1e-9)
 
 
-def test_flex_generates_with_the_cache_of_sdpa():
-    gpt = make(attention="flex", nexus_order=2)
+@pytest.mark.parametrize("inner", ["self", "past"])
+def test_flex_generates_with_the_cache_of_sdpa(inner):
+    gpt = make(attention="flex", nexus_order=2, nexus_inner=inner)
     with torch.no_grad():
-        want = same_weights(gpt, attention="sdpa").generate(tokens(1, 5), 8, temperature=0)
+        want = generate(same_weights(gpt, attention="sdpa"), tokens(1, 5), 8, temperature=0)
         torch.manual_seed(0)
-    assert torch.equal(gpt.generate(want[:, :5], 8, temperature=0), want)
+    assert torch.equal(generate(gpt, want[:, :5], 8, temperature=0), want)
 
 
 def test_what_a_backend_cannot_do_is_said():
@@ -122,12 +125,12 @@ def test_no_square_of_the_context_is_ever_in_memory(order):
         assert (largest[0] >= T * T) is square  # logits, 61 T, and MLP, 64 T, are smaller
 
 
-@pytest.mark.parametrize("reading", READINGS[::4], ids=name)
+@pytest.mark.parametrize("reading", READINGS[::5], ids=name)
 def test_recomputed_inner_loops_change_nothing_but_memory(reading):
     gpt, idx = make(**reading), tokens(2, 24)
-    again = same_weights(gpt, checkpoint_attention=True)
+    again = same_weights(gpt)
     kept = []
-    for model in (gpt, again):
+    for model in (TrainingLoss(gpt), TrainingLoss(again, recompute=True)):
         sizes = {}
 
         def pack(x, sizes=sizes):
@@ -135,7 +138,7 @@ def test_recomputed_inner_loops_change_nothing_but_memory(reading):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = model(idx, idx)[1]
+            loss = model(idx, idx)
         loss.backward()
         kept.append(sum(sizes.values()))
     assert kept[1] < kept[0]
@@ -144,8 +147,9 @@ def test_recomputed_inner_loops_change_nothing_but_memory(reading):
 
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
-@pytest.mark.parametrize("kind", [dict(nexus_order=3), dict(nexus_order=2, nexus_inner="shared",
-                                                            nexus_streams="k")], ids=name)
+@pytest.mark.parametrize("kind", [
+    dict(nexus_order=3), dict(nexus_order=2, nexus_inner="shared", nexus_streams="k"),
+    dict(nexus_order=3, nexus_inner="past"), dict(nexus_order=2, nexus_inner="cross")], ids=name)
 def test_compiles_to_one_graph_and_stays(kind):
     """No graph break (fullgraph), no second compilation while steps go on, the same gradients."""
     torch.set_default_dtype(torch.float32)

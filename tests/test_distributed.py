@@ -22,7 +22,7 @@ def check_same(one, many):
             assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-4)
 
 
-FLAGS = ["--max_steps", 12, "--micro_batch", 2]
+FLAGS = ["--max_steps", 12, "--micro_batch", 2, "--nexus_inner", "past"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_killed_process_ends_the_run_and_leaves_a_whole_checkpoint(tokens, tmp
     assert saved["step"] >= 6 and saved["step"] % 3 == 0
     steps = saved["step"] + 2
     flags = ["--resume", "--max_steps", steps, "--micro_batch", 8]
-    resumed = run(tokens, tmp_path, *flags)  # one process goes on with what two began
+    resumed = run(tokens, tmp_path, *flags)  # one process continues with what two began
     assert [event["step"] for event in resumed] == list(range(steps + 1))
 
 
@@ -86,10 +86,10 @@ def test_a_killed_process_ends_the_run_and_leaves_a_whole_checkpoint(tokens, tmp
 def test_gradients_travel_while_backward_goes_on(backend):
     """In buckets: the last layer's are on their way before the first layer's exist."""
     gpt = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=6, n_head=4, n_embd=512,
-                        nexus_order=2, checkpoint_attention=True))  # 75 MB; a bucket has 25
+                        nexus_order=2))  # 75 MB; a bucket has 25
     events = []
     gpt.embed.weight.register_post_accumulate_grad_hook(lambda p: events.append("embedding"))
-    loss = TrainingLoss(gpt)
+    loss = TrainingLoss(gpt, recompute=True)
     if backend:
         torch._dynamo.reset()
         loss = torch.compile(loss, fullgraph=True, dynamic=False, backend=backend)

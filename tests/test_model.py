@@ -9,14 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as nn
-from model import GPT, PRESETS, Env, GPTConfig, ModelError, Rotary
-from nanonexus.generate import KVCache
+from model import GPT, PRESETS, AttnContext, GPTConfig, ModelError, apply_rotary_emb
+from nanonexus.checkpoint import check_size
+from nanonexus.generate import KVCache, generate
 
 SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
                   parallel_residual=False)
 READINGS = [dict(nexus_order=m, nexus_streams=s, nexus_inner=i)
             for m, s, i in itertools.product((2, 3), ("qk", "q", "k"),
-                                             ("self", "shared", "separate"))]
+                                             ("self", "past", "cross", "shared"))]
 ALL = [dict(nexus_order=1), *READINGS]
 
 
@@ -44,6 +45,12 @@ def tokens(*shape):
     return torch.randint(SMALL.vocab_size, shape)
 
 
+def context(gpt, T):
+    """What the model's own forward pass hands to its attention, for one text of T tokens."""
+    masks = gpt.attention_masks(T, 0, None, "cpu")
+    return AttnContext(gpt.config.attention, (gpt.cos[:T], gpt.sin[:T]), *masks, None, None)
+
+
 # --- the reference: the design's formulas, one head and one query at a time ---------------------
 
 def reference_rope(x, rotary_dim):
@@ -55,42 +62,50 @@ def reference_rope(x, rotary_dim):
     return torch.cat([turned.real, turned.imag, x[:, rotary_dim:]], dim=1)
 
 
-def reference_attn(a, b, c, rotary_dim):
-    """Attn(a, b, c), each (T, D): a softmax over the past for one query after the other."""
+def reference_attn(a, b, c, rotary_dim, own=True):
+    """Attn(a, b, c), each (T, D): a softmax over the past for one query after the other; without
+    its own token a query that has no past gets 0."""
     a, b = reference_rope(a, rotary_dim), reference_rope(b, rotary_dim)
     rows = []
     for t in range(len(a)):
-        scores = torch.stack([a[t] @ b[j] for j in range(t + 1)]) / math.sqrt(a.size(1))
+        seen = range(t + own)
+        if not seen:
+            rows.append(torch.zeros_like(c[0]))
+            continue
+        scores = torch.stack([a[t] @ b[j] for j in seen]) / math.sqrt(a.size(1))
         weights = torch.exp(scores) / torch.exp(scores).sum()
-        rows.append(sum(weights[j] * c[j] for j in range(t + 1)))
+        rows.append(sum(weights[j] * c[j] for j in seen))
     return torch.stack(rows)
 
 
 def reference_attention(attn, x):
-    """What Attention(config) should give for x (T, C), from its weights alone."""
+    """What CausalSelfAttention(config) should give for x (T, C), from its weights alone."""
     c = attn.config
     D, R = c.n_embd // c.n_head, c.rotary_dim
     weights, biases = attn.qkv.weight.chunk(3), attn.qkv.bias.chunk(3)
     streams = {n: x @ w.T + b for n, w, b in zip("qkv", weights, biases, strict=True)}
 
-    def heads(a, b, c):
-        parts = [reference_attn(a[:, i:i + D], b[:, i:i + D], c[:, i:i + D], R)
+    def heads(a, b, c, own=True):
+        parts = [reference_attn(a[:, i:i + D], b[:, i:i + D], c[:, i:i + D], R, own)
                  for i in range(0, a.size(1), D)]
         return torch.cat(parts, dim=1)
 
-    for number, s in enumerate(c.nexus_streams):
-        if c.nexus_inner == "shared":
-            A = list(zip(weights, biases, strict=True))
-        elif c.nexus_inner == "separate":
-            A = [(w, 0) for w in attn.inner[number].weight.chunk(3)]
-        h = streams[s]
-        for _ in range(c.nexus_order - 1):
+    h = dict(streams)
+    for _ in range(c.nexus_order - 1):
+        new = {}
+        for n in c.nexus_streams:
+            s = streams[n]
             if c.nexus_inner == "self":
-                h = heads(h, h, streams[s])
+                new[n] = heads(h[n], h[n], s)
+            elif c.nexus_inner == "past":
+                new[n] = s + heads(h[n], h[n], s, own=False)
+            elif c.nexus_inner == "cross":
+                new[n] = s + heads(h["q"], h["k"], s, own=False)
             else:
-                (wq, bq), (wk, bk), (wv, bv) = A
-                h = heads(h @ wq.T + bq, h @ wk.T + bk, streams[s] @ wv.T + bv)
-        streams[s] = h
+                (wq, wk, wv), (bq, bk, bv) = weights, biases
+                new[n] = heads(h[n] @ wq.T + bq, h[n] @ wk.T + bk, s @ wv.T + bv)
+        h.update(new)
+    streams.update(h)
     y = heads(streams["q"], streams["k"], streams["v"])
     return y @ attn.proj.weight.T + attn.proj.bias
 
@@ -103,7 +118,7 @@ def test_attention_equals_the_reference_in_output_and_gradients(reading, backend
     attn, x = gpt.blocks[0].attn, torch.randn(2, T, SMALL.n_embd, requires_grad=True)
     params, weight = list(attn.parameters()), torch.randn(2, T, SMALL.n_embd)
 
-    got = attn(x, Env((gpt.cos[:T], gpt.sin[:T]), None, None, None))
+    got = attn(x, context(gpt, T))
     want = torch.stack([reference_attention(attn, row) for row in x])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
     got_grads = torch.autograd.grad((got * weight).sum(), [x, *params])
@@ -126,7 +141,7 @@ def test_order_1_is_the_baseline_bit_for_bit():
     """Whatever the other Nexus fields say, and equal to attention written without any of Nexus."""
     torch.set_default_dtype(torch.float32)
     idx, base = tokens(2, 20), make()
-    for streams, inner in itertools.product(("qk", "q", "k"), ("self", "shared")):
+    for streams, inner in itertools.product(("qk", "q", "k"), ("self", "past", "cross", "shared")):
         other = GPT(replace(SMALL, nexus_streams=streams, nexus_inner=inner))
         other.load_state_dict(base.state_dict())
         runs = [(m, m(idx, idx)) for m in (base, other)]
@@ -138,9 +153,9 @@ def test_order_1_is_the_baseline_bit_for_bit():
     q, k, v = (s.view(2, 20, 2, 16).transpose(1, 2) for s in attn.qkv(x).split(32, dim=-1))
     rope = base.cos[:20], base.sin[:20]
     y = torch.nn.functional.scaled_dot_product_attention(
-        Rotary.apply(q, *rope), Rotary.apply(k, *rope), v, is_causal=True)
+        apply_rotary_emb(q, *rope), apply_rotary_emb(k, *rope), v, is_causal=True)
     plain = attn.proj(y.transpose(1, 2).reshape(2, 20, 32))
-    assert torch.equal(attn(x, Env(rope, None, None, None)), plain)
+    assert torch.equal(attn(x, context(base, 20)), plain)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
@@ -173,7 +188,7 @@ def test_cache_keeps_what_its_docstring_says(reading):
     gpt, cache = make(**reading), KVCache(24)
     gpt(tokens(1, 24), cache=cache)
     m, n = reading["nexus_order"], len(reading.get("nexus_streams", ""))
-    heads = sum(buffer.size(1) for buffer in cache.buffers.values())
+    heads = sum(buffer.size(1) for layer in cache.layers for buffer in layer.buffers)
     assert heads == SMALL.n_layer * SMALL.n_head * (2 + n * m * (m > 1))
 
 
@@ -191,14 +206,18 @@ def test_maps_are_the_attention_of_every_loop(reading):
     gpt, idx, maps = make(attention="manual", n_layer=1, **reading), tokens(1, 9), []
     gpt(idx, maps=maps)
     m, n = reading["nexus_order"], len(reading.get("nexus_streams", ""))
-    assert [tuple(w.shape) for w in maps] == [(1, n * 2, 9, 9)] * (m - 1) + [(1, 2, 9, 9)]
-    for weights in maps:
-        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-        assert weights.triu(1).abs().max() == 0
+    assert [tuple(w.shape) for w in maps] == [(1, 2, 9, 9)] * (n * (m - 1) + 1)
+    strict = reading.get("nexus_inner") in ("past", "cross")
+    for i, weights in enumerate(maps):
+        own = not strict or i + 1 == len(maps)  # may a token look at itself?
+        assert weights.triu(int(own)).abs().max() == 0
+        rows = weights.sum(-1)
+        torch.testing.assert_close(rows[..., 1:], torch.ones_like(rows[..., 1:]))
+        assert (rows[..., 0] == own).all()
     attn, x = gpt.blocks[0].attn, gpt.blocks[0].norm1(gpt.embed(idx))
     v = attn.heads(attn.qkv(x).chunk(3, dim=-1)[2])  # the outer map makes the output
     y = attn.proj((maps[-1] @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(y, attn(x, Env((gpt.cos[:9], gpt.sin[:9]), None, None, None)))
+    torch.testing.assert_close(y, attn(x, context(gpt, 9)))
     with pytest.raises(ModelError, match="need attention='manual'"):
         make(**reading)(idx, maps=[])
 
@@ -206,9 +225,9 @@ def test_maps_are_the_attention_of_every_loop(reading):
 def test_rotary_gradient_and_relative_positions():
     gpt = make()
     x = torch.randn(1, 2, 5, 16, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: Rotary.apply(x, gpt.cos[:5], gpt.sin[:5]), x)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary_emb(x, gpt.cos[:5], gpt.sin[:5]), x)
     q, k = torch.randn(16), torch.randn(16)
-    turn = [Rotary.apply(torch.stack([s] * 24), gpt.cos, gpt.sin) for s in (q, k)]
+    turn = [apply_rotary_emb(torch.stack([s] * 24), gpt.cos, gpt.sin) for s in (q, k)]
     scores = turn[0] @ turn[1].T  # depends on the distance alone
     for distance in (0, 3, 17):
         line = scores.diagonal(-distance)
@@ -235,16 +254,9 @@ COUNTS = {"pythia-70m": (70_426_624, 18_915_328), "pythia-160m": (162_322_944, 8
 @pytest.mark.parametrize("preset", COUNTS)
 def test_parameter_counts_are_pythias(preset):
     with torch.device("meta"):
-        for m, inner in ((1, "self"), (2, "self"), (4, "self"), (2, "shared"), (4, "shared")):
+        for m, inner in itertools.product((1, 2, 4), ("self", "past", "cross", "shared")):
             gpt = GPT(GPTConfig(**PRESETS[preset], nexus_order=m, nexus_inner=inner))
             assert (gpt.num_params(), gpt.num_params(embeddings=False)) == COUNTS[preset]
-
-
-@pytest.mark.parametrize("streams", ["qk", "q", "k"])
-def test_separate_adds_three_matrices_a_stream_and_layer(streams):
-    extra = [make(nexus_order=m, nexus_inner="separate", nexus_streams=streams).num_params()
-             - make().num_params() for m in (2, 3)]
-    assert extra == [3 * 32**2 * len(streams) * SMALL.n_layer] * 2
 
 
 def test_initialisation_is_gpt_neox():
@@ -285,18 +297,20 @@ def test_greedy_generation_within_and_beyond_the_context(reading):
     for length, new in ((1, 10), (10, 30), (24, 5), (30, 5)):
         idx = tokens(2, length)
         want = slide(gpt, idx, new)
+        assert torch.equal(generate(gpt, idx, new, temperature=0), want)
+        assert torch.equal(generate(gpt, idx, new, temperature=0, use_cache=False), want)
         assert torch.equal(gpt.generate(idx, new, temperature=0), want)
-        assert torch.equal(gpt.generate(idx, new, temperature=0, use_cache=False), want)
 
 
 def test_seeded_generation_repeats_with_and_without_cache():
     gpt, idx = make(nexus_order=2), tokens(2, 4)
 
     def draw(seed, **kwargs):
-        return gpt.generate(idx, 30, generator=torch.Generator().manual_seed(seed), **kwargs)
+        return generate(gpt, idx, 30, generator=torch.Generator().manual_seed(seed), **kwargs)
 
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     assert torch.equal(draw(1), draw(1, use_cache=False))
+    assert torch.equal(draw(1), gpt.generate(idx, 30, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(draw(1, top_k=1), gpt.generate(idx, 30, temperature=0))
     assert draw(1, vocab=5)[:, 4:].max() < 5
 
@@ -322,9 +336,9 @@ def test_sampling_draws_only_what_top_k_and_top_p_leave():
 def test_a_row_stops_at_the_stop_token():
     gpt = make()
     idx = tokens(2, 4)
-    free = gpt.generate(idx, 15, generator=torch.Generator().manual_seed(0))
+    free = generate(gpt, idx, 15, generator=torch.Generator().manual_seed(0))
     stop = free[0, 8].item()  # the first row will meet it, at the latest in its 5th token
-    got = gpt.generate(idx, 15, generator=torch.Generator().manual_seed(0), stop=stop)
+    got = generate(gpt, idx, 15, generator=torch.Generator().manual_seed(0), stop=stop)
     assert stop not in free[0, 9:].tolist()  # else the row could go on unseen
     for row, plain in zip(got, free, strict=True):
         ended = (plain[4:] == stop).nonzero()
@@ -338,26 +352,34 @@ def test_a_row_stops_at_the_stop_token():
 def test_bad_sampling_parameters(kwargs, message):
     with pytest.raises(ModelError, match=message):
         make().generate(tokens(1, 3), 5, **kwargs)
+    with pytest.raises(ModelError, match=message):
+        generate(make(), tokens(1, 3), 5, **kwargs)
 
 
 def test_nothing_to_continue():
     with pytest.raises(ModelError, match="no tokens"):
-        make().generate(tokens(1, 0), 5)
+        generate(make(), tokens(1, 0), 5)
 
 
 # --- configurations -------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(n_layer=0), "n_layer must be at least 1"), (dict(n_layer=10**9), "more than a trillion"),
-    (dict(block_size=10**12), "more than a trillion"), (dict(nexus_order=0), "nexus_order must be"),
+    (dict(n_layer=0), "n_layer must be at least 1"), (dict(nexus_order=0), "nexus_order must be"),
     (dict(n_head=3), "multiple of n_head"), (dict(rotary_pct=0.0), "rotary_pct"),
     (dict(rotary_pct=1.5), "rotary_pct"), (dict(rotary_pct=0.2), "even"),
     (dict(dropout=1.0), "dropout"), (dict(attention="flash"), "sdpa, flex, manual"),
-    (dict(nexus_streams="v"), "qk, q, k"), (dict(nexus_inner="own"), "self, shared, separate"),
-    (dict(nexus_inner="separate"), "order >= 2"), (dict(n_embd="32"), "n_embd must be int"),
+    (dict(nexus_streams="v"), "qk, q, k"), (dict(nexus_inner="own"), "self, past, cross, shared"),
+    (dict(n_embd="32"), "n_embd must be int"),
     (dict(n_layer=2.0), "n_layer must be int"), (dict(gelu="relu"), "tanh, erf"),
     (dict(parallel_residual=1), "parallel_residual must be bool"),
     (dict(dropout=math.nan), "dropout")])
 def test_bad_configurations_are_named(change, message):
     with pytest.raises(ModelError, match=message):
         replace(SMALL, **change)
+
+
+@pytest.mark.parametrize("change", [dict(n_layer=10**9), dict(block_size=10**12)])
+def test_absurd_sizes_are_refused_before_they_are_built(change):
+    with pytest.raises(ModelError, match="more than a trillion"):
+        check_size(replace(SMALL, **change))
+    check_size(GPTConfig(**PRESETS["pythia-1b"]))

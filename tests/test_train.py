@@ -153,7 +153,7 @@ def test_an_interrupt_saves_and_resume_goes_on(tokens, tmp_path):
     (["--max_steps", "0"], "max_steps"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "fast"], "--lr"),
     (["--preset", "tinny"], "tiny"), (["--nexus_order", "0"], "nexus_order"),
-    (["--nexus_inner", "separate", "--nexus_order", "1"], "needs nexus_order >= 2"),
+    (["--nexus_inner", "own"], "nexus_inner"),
     (["--vocab_size", "100"], "less than the token set's 320"), (["--n_head", "3"], "n_head"),
     (["--block_size", "50000", "--batch_tokens", "200000"], "fewer than one window"),
     (["--resume"], "no checkpoint at"), (["--grad_clip", "0"], "grad_clip"),

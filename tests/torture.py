@@ -23,13 +23,14 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import data  # noqa: E402
 import torch  # noqa: E402
 
 import eval_sciq  # noqa: E402
 import train  # noqa: E402
 from model import ModelError  # noqa: E402
+from nanonexus import data  # noqa: E402
 from nanonexus.checkpoint import read_checkpoint  # noqa: E402
+from nanonexus.cli import UserError  # noqa: E402
 
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 256 --micro_batch 8
           --eval_windows 8 --log_interval 1 --eval_interval 5 --warmup_steps 2 --device cpu
@@ -217,7 +218,7 @@ def damage(tokens, run, folder, count, seed=0):
                 f.write(bad := spoil(content, rng))
             try:
                 found = read(path)
-            except (data.UserError, ModelError) as error:
+            except (UserError, ModelError) as error:
                 assert "\n" not in " ".join(str(error).split()) and len(str(error)) < 500
                 outcomes[kind]["named in one line"] += 1
             else:

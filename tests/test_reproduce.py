@@ -1,4 +1,4 @@
-"""scripts/reproduce_70m.sh goes from text to a paired table, and goes on when it was stopped."""
+"""The script of the 70M comparison goes from text to a paired table, and continues when stopped."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 import pytest
 from test_train import ROOT, TINY, read_log
 
-SCRIPT = os.path.join(ROOT, "scripts", "reproduce_70m.sh")
+SCRIPT = os.path.join(ROOT, "experiments", "reproduce_70m.sh")
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
