@@ -1,5 +1,6 @@
 """sample.py: the text is generate()'s, from a prompt or standard input; mistakes are one line."""
 
+import io
 import os
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import torch
 
 import sample
 from model import GPT, GPTConfig
+from nanonexus.cli import run_script
+from nanonexus.generate import generate
+from nanonexus.hf import open_model
 from nanonexus.tokenizer import get_tokenizer
 
 
@@ -35,8 +39,8 @@ def test_the_text_is_what_generate_gives(checkpoint):
     prompt = torch.tensor([list("naïve ".encode())])
     want = []
     for seed in (5, 6):
-        ids = model.generate(prompt, 60, temperature=0.9, top_k=200, vocab=257, stop=256,
-                             generator=torch.Generator().manual_seed(seed))[0].tolist()
+        ids = generate(model, prompt, 60, temperature=0.9, top_k=200, vocab=257, stop=256,
+                       generator=torch.Generator().manual_seed(seed))[0].tolist()
         want.append(tokenizer.decode_bytes([i for i in ids if i != 256]).decode(errors="replace"))
     flags = ["--max_new_tokens", "60", "--temperature", "0.9", "--top_k", "200", "--seed", "5",
              "--num_samples", "2"]
@@ -50,11 +54,27 @@ def test_the_text_is_what_generate_gives(checkpoint):
     (["--prompt", "x" * 40], "", "has 40 tokens, the model's context is 32"),
     (["--prompt", "a", "--top_p", "2"], "", "top_p"),
     (["--prompt", "a", "--seed", "x"], "", "seed"),
-    (["--prompt", "a", "--num_samples", "0"], "", "at least 1")])
-def test_mistakes(checkpoint, argv, stdin, message):
-    out = run(checkpoint[0], *argv, stdin=stdin)
-    assert out.returncode == 2 and message in out.stderr.decode() and out.stderr.count(b"\n") == 1
-    assert out.stdout in (b"", b"a")
+    (["--prompt", "a", "--num_samples", "0"], "", "--num_samples: must be a number from 1")])
+def test_mistakes(checkpoint, argv, stdin, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(checkpoint[0]), "--device",
+                                      "cpu", *argv])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    with pytest.raises(SystemExit) as end:
+        run_script(sample.main)
+    out = capsys.readouterr()
+    assert end.value.code == 2 and message in out.err and out.err.count("\n") == 1
+    assert out.out == ""
+
+
+def test_text_from_a_folder_of_hugging_face(neox):
+    model, tokenizer, _ = open_model(neox)
+    ids = tokenizer.encode_ordinary("The river 🙂")
+    want = generate(model, torch.tensor([ids]), 40, temperature=1.5, stop=tokenizer.eot_token,
+                    vocab=tokenizer.n_vocab, generator=torch.Generator().manual_seed(3))[0].tolist()
+    out = run(neox, "--prompt", "The river 🙂", "--max_new_tokens", "40", "--temperature", "1.5",
+              "--seed", "3")
+    assert out.stdout.decode() == tokenizer.decode(want).removesuffix("<|endoftext|>") + "\n"
+    assert len(set(want)) > 20, out.stderr
 
 
 def test_no_checkpoint(tmp_path):

@@ -1,0 +1,107 @@
+"""What several tests score: rows of every task, a small random GPT-NeoX folder, two checkpoints of
+ours, and a choice's log-likelihood without cache or batch."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from nanonexus.tasks import TASKS
+
+# Rows in the hub's columns. Each trap of the scoring rules has a row.
+LONG = "The river carries sand and clay to the sea, where they sink and slowly turn into rock. " * 4
+ROWS = {
+    "sciq": [
+        dict(support="  \n Ice melts at 0 °C.", question="When does ice melt?", distractor1="never",
+             distractor2="at 10 °C", distractor3="at 50 °C", correct_answer="at 0 °C"),
+        dict(support="", question="What do bees make?", distractor1="milk", distractor2="silk",
+             distractor3="wax and milk", correct_answer="honey"),  # begins with a newline
+        dict(support=LONG, question="What carries sand?", distractor1="the wind",  # does not fit
+             distractor2="a bird", distractor3="rain that falls on the sea", correct_answer="it"),
+        dict(support="Trailing space. ", question="Same?", distractor1="yes", distractor2="yes",
+             distractor3="yes", correct_answer="yes"),  # all tie: the first wins, it is wrong
+    ],
+    "arc_easy": [
+        dict(question="Pick three.", choices=dict(text=["one", "two", "three"], label=list("123")),
+             answerKey="3"),
+        dict(question="Pick five.", choices=dict(text=["a", "bb", "ccc", "dd dd", "five 5"],
+                                                 label=list("ABCDE")), answerKey="E")],
+    "arc_challenge": [
+        dict(question="Which is naïve?", choices=dict(text=["Łódź", "🙂🙂", "é", "naïve answer"],
+                                                      label=list("ABCD")), answerKey="D")],
+    "hellaswag": [
+        dict(activity_label="Baking [x]", ctx_a="A man [header] mixes.", ctx_b="he Pours The MILK",
+             endings=["[step] and stirs  it   well", "on the [substeps] floor", "for Bob", "away "],
+             label="2", ind=1),
+        dict(activity_label="Removing ice", ctx_a="She scrapes. [title] Then", ctx_b="",
+             endings=["goes [title] on.", "sleeps", "stops [step]", "runs off"], label="0", ind=2),
+        dict(activity_label="Query ends", ctx_a="in white", ctx_b="space [step]",
+             endings=["one", "two", "three", "four"], label="3", ind=3)],
+    "logiqa": [
+        dict(label=" b\n", context="All men are mortal.", question="What follows?",
+             options=["Nothing.", "Some are mortal.", "None.", "Men are stones."])],
+    "piqa": [dict(goal="Open a jar", sol1="twist the lid", sol2="sing to it", label=0),
+             dict(goal="Dry hair", sol1="use a fork", sol2="use a towel ", label=1)],
+}
+
+
+def write_rows(folder, rows):
+    for task, lines in rows.items():
+        path = os.path.join(folder, f"{task}_{TASKS[task][2]}.jsonl")
+        with open(path, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(row) + "\n" for row in lines)
+
+
+@pytest.fixture(scope="session")
+def neox(tmp_path_factory):
+    """A folder with a random GPT-NeoX, a tokenizer made of the rows' text, and the rows."""
+    transformers = pytest.importorskip("transformers", reason="extra hf: transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("neox")
+    write_rows(folder, ROWS)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator([json.dumps(ROWS, ensure_ascii=False)], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer,
+                                                eos_token="<|endoftext|>")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
+        vocab_size=448, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=256, max_position_embeddings=96))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)  # scores that differ clearly
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Two checkpoints of ours, on bytes: order 1 and order 2."""
+    folder, paths = tmp_path_factory.mktemp("ours"), []
+    config = GPTConfig(vocab_size=320, block_size=512, n_layer=1, n_head=2, n_embd=32,
+                       rotary_pct=1.0)
+    for order in (1, 2):
+        torch.manual_seed(order)
+        c = replace(config, nexus_order=order)
+        paths.append(str(folder / f"order{order}.pt"))
+        torch.save(dict(model=GPT(c).state_dict(), config=vars(c), step=0, tokenizer="bytes"),
+                   paths[-1])
+    return paths
+
+
+def plain_ll(scorer, context, continuation):
+    """One choice, by the rules, without cache or batch."""
+    seq = (context + continuation)[-(scorer.model.config.block_size + 1):]
+    with torch.no_grad():
+        lp = scorer.model(torch.tensor([seq[:-1]]))[0][0].log_softmax(-1)
+    rows = lp[-len(continuation):]
+    return rows[range(len(continuation)), continuation].sum().item(), \
+        rows.argmax(-1).tolist() == continuation

@@ -1,0 +1,156 @@
+"""One door for every model: GPT-NeoX folders give transformers' logits and ids, checkpoints their
+own; what ours cannot be is refused."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, ModelError
+from nanonexus.checkpoint import load_checkpoint
+from nanonexus.cli import UserError
+from nanonexus.hf import FolderTokenizer, load_neox, open_model
+from nanonexus.tokenizer import get_tokenizer, train_bpe
+
+
+@pytest.mark.parametrize("rotary", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
+def test_from_hf_gives_transformers_logits(tmp_path, rotary, parallel, act):
+    transformers = pytest.importorskip("transformers", reason="extra hf: transformers")
+    torch.manual_seed(1)
+    theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(
+        vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        intermediate_size=256, rotary_pct=rotary, max_position_embeddings=48, hidden_act=act,
+        use_parallel_residual=parallel)).eval()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    idx = torch.randint(97, (2, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(load_neox(tmp_path).eval()(idx)[0], theirs(idx).logits,
+                                   rtol=0, atol=1e-4)
+        with_nexus = load_neox(tmp_path, nexus_order=2).eval()(idx)[0]
+    assert (with_nexus - theirs(idx).logits).abs().max() > 1e-3
+
+
+def test_old_configs_name_rotary_otherwise(neox, tmp_path):
+    for name in ("model.safetensors", "tokenizer.json"):
+        os.symlink(neox / name, tmp_path / name)
+    config = json.loads((neox / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= dict(rotary_pct=0.25, rotary_emb_base=10000)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    idx = torch.randint(400, (1, 20))
+    assert torch.equal(load_neox(tmp_path)(idx)[0], load_neox(neox)(idx)[0])
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model_type="llama"), "model_type 'llama'"), (dict(intermediate_size=128), "intermediate"),
+    (dict(hidden_act="relu"), "hidden_act 'relu'"),
+    (dict(vocab_size=449), "embed.weight is missing, unknown or of another shape"),
+    (dict(tie_word_embeddings=True), "tie_word"), (dict(layer_norm_eps=1e-6), "layer_norm_eps"),
+    (dict(rope_parameters=dict(rope_type="yarn")), "rope_type 'yarn'")])
+def test_models_that_ours_cannot_be_are_refused(neox, tmp_path, change, message):
+    os.symlink(neox / "model.safetensors", tmp_path / "model.safetensors")
+    config = json.loads((neox / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message) as caught:
+        load_neox(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(neox, tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        os.symlink(neox / name, tmp_path / name)
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        open_model(str(tmp_path))
+    tokenizer = json.loads((neox / "tokenizer.json").read_text())
+    last = max(tokenizer["model"]["vocab"].values())
+    tokenizer["model"]["vocab"].update({f"word{i}": last + i for i in range(1, 100)})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="they do not belong together"):
+        open_model(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a tokenizer"):
+        open_model(str(tmp_path))
+
+
+def test_a_folder_opens_with_its_tokenizer_and_config(neox):
+    transformers = pytest.importorskip("transformers", reason="extra hf: transformers")
+    model, tokenizer, meta = open_model(neox, nexus_order=2)
+    assert not model.training and model.config.nexus_order == 2
+    assert meta["config"]["nexus_order"] == 1 and meta["config"]["block_size"] == 96
+    theirs = transformers.AutoTokenizer.from_pretrained(neox)
+    text = "The  river, naïve 🙂\n\t<|endoftext|> of Łódź"
+    ids = tokenizer.encode_ordinary(text)
+    assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.eot_token == theirs.eos_token_id and tokenizer.eot_token in ids
+    assert tokenizer.n_vocab == len(theirs)
+    assert torch.equal(model(torch.tensor([ids]))[0],
+                       load_neox(neox, nexus_order=2).eval()(torch.tensor([ids]))[0])
+
+
+def test_the_bytes_of_tokens_make_up_the_text(neox):
+    tokenizer = FolderTokenizer(neox)
+    text = "The  river, naïve 🙂\n\t<|endoftext|> of Łódź"
+    ids = tokenizer.encode_ordinary(text)
+    pieces = [tokenizer.decode_bytes([i]) for i in ids]
+    assert b"".join(pieces) == tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+    with pytest.raises(UnicodeDecodeError):  # a character's bytes are several tokens
+        [piece.decode() for piece in pieces]
+    for i in range(tokenizer.n_vocab):
+        assert tokenizer.decode_bytes([i]).decode(errors="replace") == tokenizer.decode([i])
+    assert tokenizer.decode(tokenizer.encode_ordinary("a\udcffb")) == "a\ufffdb"  # no UTF-8
+
+
+def test_a_tokenizer_of_words_scores_but_has_no_bytes(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="extra hf: transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 7}, unk_token="▁a"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FolderTokenizer(tmp_path)
+    assert tokenizer.encode_ordinary("a b") == [0, 7] and tokenizer.n_vocab == 8
+    assert tokenizer.eot_token is None and tokenizer.decode_bytes([3]) == b""  # nobody's id
+    with pytest.raises(UserError, match="no byte-level tokenizer: '▁b'"):
+        tokenizer.decode_bytes([7])
+
+
+def test_a_checkpoint_opens_with_its_tokenizer(checkpoints, tmp_path):
+    pytest.importorskip("tokenizers", reason="extra hf: transformers")
+    model, tokenizer, meta = open_model(checkpoints[1], nexus_order=3)
+    want, want_meta = load_checkpoint(checkpoints[1], nexus_order=3)
+    idx = torch.randint(320, (1, 9))
+    assert meta == want_meta and meta["config"]["nexus_order"] == 2
+    assert torch.equal(model(idx)[0], want(idx)[0])
+    assert tokenizer.encode_ordinary("é") == [195, 169]
+
+    source = train_bpe(["the river and the sea and the river"] * 9, 300)
+    config = GPTConfig(vocab_size=320, block_size=8, n_layer=1, n_head=1, n_embd=8, rotary_pct=1.0)
+    torch.save(dict(model=GPT(config).state_dict(), config=vars(config), step=0,
+                    tokenizer="bpe:300", tokenizer_json=source), tmp_path / "c.pt")
+    own = open_model(str(tmp_path / "c.pt"))[1].encode_ordinary("the river")
+    assert own == get_tokenizer("bpe:300", source).encode_ordinary("the river") and len(own) < 5
+
+
+@pytest.mark.parametrize("change", [
+    dict(num_attention_heads=5), dict(num_attention_heads=0), dict(hidden_size="64"),
+    dict(vocab_size=1e9), dict(hidden_size=1 << 20, intermediate_size=1 << 22), dict(nexus="no"),
+    dict(rope_parameters=3), dict(num_hidden_layers=None)])
+def test_any_config_ends_in_one_line(neox, tmp_path, change):
+    os.symlink(neox / "model.safetensors", tmp_path / "model.safetensors")
+    config = json.loads((neox / "config.json").read_text())
+    for broken in (json.dumps(config | change), json.dumps([config]), "{", "{}"):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(ModelError) as caught:
+            load_neox(tmp_path)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    os.remove(tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="is missing"):
+        load_neox(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="not a whole GPT-NeoX model"):
+        load_neox(tmp_path)

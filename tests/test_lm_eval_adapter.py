@@ -1,0 +1,83 @@
+"""The harness on our models: our own scorer's numbers, and tasks that roll or generate."""
+
+import json
+import sys
+
+import pytest
+from questions import LONG, ROWS, plain_ll
+
+import eval_sciq
+from nanonexus.cli import UserError
+from nanonexus.lm_eval_adapter import adapt, run_tasks, score_documents, write_tasks
+from nanonexus.scoring import Scorer, evaluate
+from nanonexus.tasks import read_task
+
+lm_eval = pytest.importorskip("lm_eval", reason="extra hf: lm-eval")
+
+
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.fixture(scope="module")
+def scorer(checkpoints):
+    return Scorer(checkpoints[1])
+
+
+def test_the_harness_gives_our_scorers_numbers(scorer, neox, tmp_path):
+    short = {task: ROWS[task] for task in ("hellaswag", "logiqa", "piqa")}
+    write_tasks(short, neox, tmp_path)
+    _, samples = score_documents(scorer, short, tmp_path)
+    for task in short:
+        ours = evaluate(scorer, task, read_task(task, neox)[0])["docs"]
+        for doc, (lls, acc, acc_norm) in zip(ours, samples[task], strict=True):
+            assert doc["lls"] == pytest.approx(lls, abs=1e-4)
+            assert (doc["acc"], doc["acc_norm"]) == (acc, acc_norm)
+
+
+def test_requests_outside_a_task(scorer):
+    adapter, encode = adapt(scorer), scorer.tokenizer.encode_ordinary
+    ((ll, _),) = adapter.loglikelihood([Request("Ice melts", " at 0")], disable_tqdm=True)
+    assert ll == pytest.approx(plain_ll(scorer, *scorer.encode_pair("Ice melts", " at 0"))[0],
+                               abs=1e-4)
+    text = LONG * 3  # longer than the context: scored in windows, every byte once
+    (total,) = adapter.loglikelihood_rolling([Request(text)])
+    ids = encode(text)
+    assert len(ids) > 2 * 512 and -len(ids) * 8 < total < -len(ids) * 4  # about ln 320 a byte
+    first = plain_ll(scorer, [scorer.tokenizer.eot_token], ids[:512])[0]
+    short = adapter.loglikelihood_rolling([Request(scorer.tokenizer.decode(ids[:512]))])[0]
+    assert short == pytest.approx(first, abs=1e-3)
+    (text,) = adapter.generate_until([Request("abc", dict(until=["\n"], max_gen_toks=5))])
+    assert "\n" not in text
+
+
+def test_generation_ends_before_what_until_says(scorer):
+    adapter = adapt(scorer)
+    (free,) = adapter.generate_until([Request("abc", dict(until=[], max_gen_toks=20))])
+    middle = free[len(free) // 2]
+    for until in (middle, [middle], ["not there", middle]):  # a str is one stop, not its letters
+        (text,) = adapter.generate_until([Request("abc", dict(until=until, max_gen_toks=20))])
+        assert text == free.split(middle)[0]
+    (text,) = adapter.generate_until([Request("", dict(until="no such text", max_gen_toks=3))])
+    assert text  # from the end of a text before
+
+
+def test_the_command_runs_a_task_file(checkpoints, scorer, neox, tmp_path, monkeypatch, capsys):
+    real = lm_eval.tasks.TaskManager
+    monkeypatch.setattr(  # its thousands of own tasks take seconds to index
+        "lm_eval.tasks.TaskManager", lambda **kwargs: real(include_defaults=False))
+    write_tasks(["piqa"], neox, tmp_path)
+    monkeypatch.setattr(sys, "argv", [
+        "eval_sciq.py", "--lm_eval", "--checkpoint", checkpoints[1], "--device", "cpu", "--tasks",
+        str(tmp_path / "piqa.yaml"), "--json", str(tmp_path / "s.json")])
+    eval_sciq.main()
+    result = json.loads((tmp_path / "s.json").read_text())["tasks"]["ours_piqa"]
+    ours = evaluate(scorer, "piqa", read_task("piqa", neox)[0])
+    assert [result["acc,none"], result["acc_norm,none"]] == [ours["acc"], ours["acc_norm"]]
+    assert "|ours_piqa|" in capsys.readouterr().out
+
+
+def test_an_unknown_task_is_named(scorer, tmp_path):
+    with pytest.raises(UserError, match="has no such task: .*nonsense"):
+        run_tasks(scorer, ["nonsense"], tmp_path)

@@ -1,0 +1,87 @@
+"""Scores are lm-evaluation-harness's, choice by choice, traps included."""
+
+import pytest
+import torch
+from questions import ROWS, plain_ll
+
+from nanonexus.cli import UserError
+from nanonexus.lm_eval_adapter import score_documents, write_tasks
+from nanonexus.scoring import Scorer, evaluate
+from nanonexus.tasks import Doc, read_task
+
+
+@pytest.mark.parametrize("batch_size", ["auto", 1])
+def test_scores_are_the_harnesss(neox, tmp_path, batch_size):
+    pytest.importorskip("lm_eval", reason="extra test: lm-eval")
+    from lm_eval.models.huggingface import HFLM
+
+    write_tasks(ROWS, neox, tmp_path)
+    model = HFLM(pretrained=str(neox), device="cpu", dtype="float32", batch_size=3)
+    results, samples = score_documents(model, ROWS, tmp_path)
+    scorer = Scorer(str(neox), batch_size=batch_size)
+    for task in ROWS:
+        ours = evaluate(scorer, task, read_task(task, neox)[0])
+        for doc, (lls, acc, acc_norm) in zip(ours["docs"], samples[task], strict=True):
+            assert doc["lls"] == pytest.approx(lls, abs=1e-4), task
+            assert (doc["acc"], doc["acc_norm"]) == (acc, acc_norm), task
+        assert ours["acc"] == results[task]["acc,none"]
+        assert ours["acc_norm"] == results[task]["acc_norm,none"]
+        if ours["n"] > 1:
+            for metric in ("acc", "acc_norm"):
+                assert ours[f"{metric}_stderr"] == pytest.approx(
+                    results[task][f"{metric}_stderr,none"])
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_shared_contexts_and_batches_change_nothing(neox, order):
+    scorer = Scorer(str(neox), nexus_order=order)
+    docs = [doc for task in ROWS for doc in read_task(task, neox)[0]]
+    pairs = [scorer.encode_pair(doc.context, " " + c) for doc in docs for c in doc.choices]
+    for (ll, greedy), (context, continuation) in zip(scorer.loglikelihoods(pairs), pairs,
+                                                     strict=True):
+        want, want_greedy = plain_ll(scorer, context, continuation)
+        assert ll == pytest.approx(want, abs=1e-4) and greedy == want_greedy
+
+
+def test_greedy_is_seen(neox):
+    scorer = Scorer(str(neox))
+    context = scorer.tokenizer.encode_ordinary("The river")
+    best = scorer.model.generate(torch.tensor([context]), 3, temperature=0)[0, -3:].tolist()
+    wrong = [*best[:2], (best[2] + 1) % 400]
+    (_, yes), (_, no) = scorer.loglikelihoods([(context, best), (context, wrong)])
+    assert yes and not no
+
+
+def test_equal_choices_tie_exactly_and_the_first_wins(neox):
+    docs = read_task("sciq", neox)[0]
+    entry = evaluate(Scorer(str(neox)), "sciq", docs)["docs"][3]
+    assert len(set(entry["lls"])) == 1 and entry["acc"] == 0.0
+
+
+def test_acc_norm_divides_by_characters():
+    class Fixed:
+        def encode_pair(self, context, continuation):
+            return context, continuation
+
+        def loglikelihoods(self, pairs, say):
+            return [({" ééé": -6.0, " abc": -5.4}[c], False) for _, c in pairs]
+
+    doc = Doc("?", ["ééé", "abc"], 1)  # a character -2.0 and -1.8, a byte -1.0 and -1.8
+    assert evaluate(Fixed(), "any", [doc])["acc_norm"] == 1.0
+
+
+def test_white_space_that_ends_a_context_is_scored_with_the_choice(neox):
+    scorer = Scorer(str(neox))
+    tokenizer = scorer.tokenizer
+    context, continuation = scorer.encode_pair("in white \n", " one")
+    assert tokenizer.decode(context) == "in white" and tokenizer.decode(continuation) == " \n one"
+    assert scorer.encode_pair("", "one") == ([tokenizer.eot_token],
+                                             tokenizer.encode_ordinary("one"))
+
+
+def test_a_choice_longer_than_the_context_is_refused(neox):
+    scorer = Scorer(str(neox))
+    with pytest.raises(UserError, match="a continuation has 97 tokens"):
+        scorer.loglikelihoods([([1, 2], [3] * 97)])
+    (ll, _), = scorer.loglikelihoods([([1, 2], [3] * 96)])  # just fits
+    assert ll == pytest.approx(plain_ll(scorer, [1, 2], [3] * 96)[0], abs=1e-3)

@@ -1,0 +1,46 @@
+"""Prompts are the harness's to the letter, from files as from the hub."""
+
+import pytest
+from questions import ROWS
+
+from nanonexus import tasks
+from nanonexus.cli import UserError
+from nanonexus.tasks import TASKS, read_task
+
+
+def test_prompts_are_to_the_letter():
+    read = {task: [TASKS[task][3](row) for row in rows] for task, rows in ROWS.items()}
+    assert read["sciq"][0].context == "Ice melts at 0 °C.\nQuestion: When does ice melt?\nAnswer:"
+    assert read["sciq"][1].context == "\nQuestion: What do bees make?\nAnswer:"
+    assert read["arc_easy"][0] == ("Question: Pick three.\nAnswer:", ["one", "two", "three"], 2)
+    bake, ice, white = read["hellaswag"]
+    assert bake.context == "Baking : A man mixes. He pours the milk"
+    assert bake.choices == [" and stirs it  well", "on the floor", "for Bob", "away"]
+    assert ice.context == "Removing ice: She scrapes.. Then"
+    assert ice.choices == ["goes. on.", "sleeps", "stops ", "runs off"]
+    assert white.context == "Query ends: in white Space "
+    assert read["logiqa"][0] == (
+        "Passage: All men are mortal.\nQuestion: What follows?\nChoices:\nA. Nothing.\n"
+        "B. Some are mortal.\nC. None.\nD. Men are stones.\nAnswer:",
+        ROWS["logiqa"][0]["options"], 1)
+    assert read["piqa"][1] == ("Question: Dry hair\nAnswer:", ["use a fork", "use a towel "], 1)
+
+
+def test_rows_from_the_hub(monkeypatch, neox):
+    asked = []
+
+    def load_hub(*where):
+        asked.append(where)
+        return ROWS["arc_easy"]
+
+    monkeypatch.setattr(tasks, "load_hub", load_hub)
+    docs, digest = read_task("arc_easy", None, limit=1)
+    assert asked == [("allenai/ai2_arc", "ARC-Easy", "test")] and len(digest) == 64
+    assert docs == read_task("arc_easy", neox, limit=1)[0]
+
+    def offline(*where):
+        raise UserError("cannot read allenai/ai2_arc from the hub (ConnectionError)")
+
+    monkeypatch.setattr(tasks, "load_hub", offline)
+    with pytest.raises(UserError, match="--data DIR with a file arc_easy_test.jsonl"):
+        read_task("arc_easy", None)
