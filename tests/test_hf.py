@@ -92,9 +92,13 @@ def test_a_folder_opens_with_its_tokenizer_and_config(neox):
                        load_neox(neox, nexus_order=2).eval()(torch.tensor([ids]))[0])
 
 
-def test_the_bytes_of_tokens_make_up_the_text(neox):
-    tokenizer = FolderTokenizer(neox)
-    text = "The  river, naïve 🙂\n\t<|endoftext|> of Łódź"
+def test_the_bytes_of_tokens_make_up_the_text(neox, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="extra hf: transformers")
+    own = tokenizers.Tokenizer.from_file(str(neox / "tokenizer.json"))
+    own.add_tokens(["  ", "über 🙂"])  # not written in letters for bytes, as Pythia's runs of spaces
+    own.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FolderTokenizer(tmp_path)
+    text = "The  river, naïve, über 🙂\n\t<|endoftext|> of Łódź"
     ids = tokenizer.encode_ordinary(text)
     pieces = [tokenizer.decode_bytes([i]) for i in ids]
     assert b"".join(pieces) == tokenizer.decode_bytes(ids) == text.encode()
@@ -137,8 +141,8 @@ def test_a_checkpoint_opens_with_its_tokenizer(checkpoints, tmp_path):
 
 @pytest.mark.parametrize("change", [
     dict(num_attention_heads=5), dict(num_attention_heads=0), dict(hidden_size="64"),
-    dict(vocab_size=1e9), dict(hidden_size=1 << 20, intermediate_size=1 << 22), dict(nexus="no"),
-    dict(rope_parameters=3), dict(num_hidden_layers=None)])
+    dict(vocab_size=1e3), dict(vocab_size=10**11), dict(nexus="no"), dict(rope_parameters=3),
+    dict(hidden_size=1 << 20, intermediate_size=1 << 22), dict(num_hidden_layers=None)])
 def test_any_config_ends_in_one_line(neox, tmp_path, change):
     os.symlink(neox / "model.safetensors", tmp_path / "model.safetensors")
     config = json.loads((neox / "config.json").read_text())

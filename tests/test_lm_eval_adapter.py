@@ -56,9 +56,11 @@ def test_generation_ends_before_what_until_says(scorer):
     adapter = adapt(scorer)
     (free,) = adapter.generate_until([Request("abc", dict(until=[], max_gen_toks=20))])
     middle = free[len(free) // 2]
-    for until in (middle, [middle], ["not there", middle]):  # a str is one stop, not its letters
+    for until in (middle, [middle], ["not there", middle]):
         (text,) = adapter.generate_until([Request("abc", dict(until=until, max_gen_toks=20))])
         assert text == free.split(middle)[0]
+    until = free[0] + "not there"  # a str is one stop, not its letters
+    assert adapter.generate_until([Request("abc", dict(until=until, max_gen_toks=20))]) == [free]
     (text,) = adapter.generate_until([Request("", dict(until="no such text", max_gen_toks=3))])
     assert text  # from the end of a text before
 
