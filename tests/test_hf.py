@@ -95,7 +95,7 @@ def test_a_folder_opens_with_its_tokenizer_and_config(neox):
 def test_the_bytes_of_tokens_make_up_the_text(neox, tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="extra hf: transformers")
     own = tokenizers.Tokenizer.from_file(str(neox / "tokenizer.json"))
-    own.add_tokens(["  ", "über 🙂"])  # not written in letters for bytes, as Pythia's runs of spaces
+    own.add_tokens(["  ", "über 🙂"])  # in no byte letters, as Pythia's spaces
     own.save(str(tmp_path / "tokenizer.json"))
     tokenizer = FolderTokenizer(tmp_path)
     text = "The  river, naïve, über 🙂\n\t<|endoftext|> of Łódź"
