@@ -71,7 +71,8 @@ def main():
     check_names(names)
     plt = pyplot() if args.versus else None  # it and the data may be missing: before any scoring
     data = {name: read_task(name, args.data, args.limit) for name in names}
-    entries = [score(path, data, args) for path in (args.checkpoint, args.versus) if path]
+    paths = [args.checkpoint, args.versus] if args.versus else [args.checkpoint]
+    entries = [score(path, data, args) for path in paths]
     result = report(entries, args)
     if args.versus:
         print_gaps(result["paired"], args)
