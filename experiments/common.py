@@ -1,9 +1,5 @@
 """
-What the experiments share: the way to the project's modules, statistics, tables and saved results.
-
-One rule of statistics holds in all of them. Differences are paired where seeds are shared, given
-with their 99% t interval, and claimed only where that interval excludes 0, that is at p < 0.01.
-No seed is dropped and no best one chosen.
+What the experiments share: the way to the project's modules, tables and saved results.
 """
 
 import json

@@ -1,27 +1,60 @@
-"""compare.py trains what it says, continues where it was, and its table is the logs' arithmetic."""
+"""compare.py trains what it says and continues where it was; its table is the lines' arithmetic."""
 
+import io
 import json
+import math
 import os
 import signal
 import statistics
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from types import SimpleNamespace
 
 import compare
 import pytest
+import runs
 
+import prepare_data
+import train
 from model import GPT, PRESETS, GPTConfig
+from nanonexus.checkpoint import read_checkpoint
+from nanonexus.cli import UserError, run_script
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.join(ROOT, "experiments", "compare.py")
 SMALL = ["--", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32",
-         "--batch_tokens", "256", "--micro_batch", "8", "--warmup_steps", "1", "--device", "cpu"]
+         "--batch_tokens", "256", "--micro_batch", "8", "--warmup_steps", "1", "--device", "cpu",
+         "--eval_windows", "16"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A token set, prepared once: each run of compare.py would prepare pydocs anew."""
+    folder, argv = tmp_path_factory.mktemp("compare") / "set", sys.argv
+    sys.argv = ["prepare_data.py", "--out", str(folder), "--max_tokens", "120000", "--workers", "1"]
+    try:
+        prepare_data.main()
+    finally:
+        sys.argv = argv
+    return str(folder)
 
 
 def run(out, *argv):
-    return subprocess.run([sys.executable, SCRIPT, "--out", str(out), *argv], capture_output=True,
-                          text=True)
+    """The command, in this process: what it trains runs in others."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(stdout), redirect_stderr(stderr), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [SCRIPT, "--out", str(out), *argv])
+        try:
+            run_script(compare.main)
+        except SystemExit as error:
+            code = error.code
+    return SimpleNamespace(returncode=code, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+
+
+def lines(path):
+    return [json.loads(line) for line in path.open()]
 
 
 def test_compare_and_continue(tmp_path):
@@ -30,53 +63,159 @@ def test_compare_and_continue(tmp_path):
     assert first.returncode == 0, first.stderr
     again = run(tmp_path, "--seeds", "2", "--max_steps", "4", "--eval_interval", "2", *SMALL)
     assert again.returncode == 0, again.stderr
-    assert "seed 0" not in again.stdout and again.stdout.count(", seed 1") == 2  # seed 0 was there
+    assert "-seed0" not in again.stdout.split("variant")[0]  # seed 0 was there
+    assert again.stdout.count("] baseline-seed1") == again.stdout.count("] self-seed1") == 1
 
     with open(tmp_path / "compare.json") as f:
         results = json.load(f)["results"]
-    assert list(results) == ["baseline", "nexus-2"]
+    assert list(results) == ["baseline", "self"]
     for name, r in results.items():
+        assert r["seeds"] == [0, 1]
         for seed in (0, 1):
-            with open(tmp_path / f"{name}-seed{seed}" / "log.jsonl") as f:
-                assert json.loads(f.readlines()[-1])["val_loss"] == r["val_loss"][seed]
+            log = lines(tmp_path / f"{name}-seed{seed}" / "log.jsonl")
+            assert log[-1]["val_loss"] == r["val_loss"][seed]
         assert f"{statistics.mean(r['val_loss']):.4f} ±" in again.stdout
-    base, nexus = results["baseline"], results["nexus-2"]
+    base, nexus = results["baseline"], results["self"]
     assert base["parameters"] == nexus["parameters"]
     assert base["flops_per_token"] < nexus["flops_per_token"]
     gap = statistics.mean(b - a for a, b in zip(base["val_loss"], nexus["val_loss"], strict=True))
     assert f"{gap:+.4f} [" in again.stdout
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "compare.svg").read_text()
+    kept = lines(tmp_path / "results.jsonl")
+    assert [(line["variant"], line["seed"]) for line in kept] == [
+        ("baseline", 0), ("self", 0), ("baseline", 1), ("self", 1)]
+    assert kept[1]["steps"] == 4 and kept[1]["tokens"] == 1024 and kept[1]["lr"] == 3e-3
+    assert [tokens for tokens, _ in kept[1]["curve"]] == [0, 512, 1024]
 
     other = run(tmp_path, "--max_steps", "5", *SMALL)
     assert other.returncode == 2 and "other settings" in other.stderr
 
 
-def test_two_baselines_spend_the_compute_of_order_2(tmp_path):
+def test_rates_are_chosen_on_a_seed_of_their_own_and_controls_are_trained(tmp_path, dataset):
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "docs" / "text.jsonl"
+    results.parent.mkdir()
+    argv = ["--seeds", "1", "--max_steps", "16", "--eval_interval", "8", "--lrs", "1e-6,1e-2",
+            "--variants", "key-shift", "--jobs", "2", "--results", str(results),
+            "--dataset", dataset, *SMALL]
+    out = run(tmp_path / "out", *argv)
+    assert out.returncode == 0, out.stderr
+    found = lines(results)
+    *grid, final = found  # the grid comes first
+    assert sorted((r["seed"], r["steps"], r["lr"]) for r in grid) == [
+        (1000, 4, 1e-6), (1000, 4, 1e-2)]
+    losses = {r["lr"]: r["val_loss"] for r in grid}
+    assert losses[1e-2] < losses[1e-6]  # and its best is taken
+    assert (final["seed"], final["steps"], final["lr"]) == (0, 16, 1e-2)
+    state = read_checkpoint(str(tmp_path / "out" / "key-shift-seed0" / "ckpt.pt"))["model"]
+    assert "blocks.0.attn.shift" in state
+    assert final["parameters"] == sum(p.numel() for p in state.values())
+    assert {r["threads"] for r in found} == {1}
+    assert {r["variant"] for r in found} == {"key-shift"}
+
+    # a line that is there is a run that is done, wherever the folders are; --show runs nothing
+    kept = results.read_text()
+    again = run(tmp_path / "elsewhere", "--show", *argv)
+    assert again.returncode == 0, again.stderr
+    assert results.read_text() == kept
+    assert sorted(os.listdir(tmp_path / "elsewhere")) == ["compare.json", "compare.svg"]
+    assert out.stdout[out.stdout.index("variant  "):].split("wrote")[0] \
+        == again.stdout[again.stdout.index("variant  "):].split("wrote")[0]
+    assert run(tmp_path / "out", *argv).returncode == 0 and results.read_text() == kept
+    results.write_text(kept.replace(found[-1]["data"], "0" * 32, 1))
+    mixed = run(tmp_path / "elsewhere", "--show", *argv)
+    assert mixed.returncode == 2 and "lines of 2 token sets" in mixed.stderr
+
+
+def line(variant, seed, loss, flops=10):
+    return dict(variant=variant, seed=seed, lr=1e-3, parameters=5, flops_per_token=flops,
+                tokens_per_sec=7.0, val_loss=loss, curve=[[0, 9.0], [100, loss]])
+
+
+def test_the_order_is_all_grids_then_seed_by_seed(tmp_path, monkeypatch, dataset):
+    """Whenever it stops, what is there are paired comparisons: with the training replaced."""
+    pytest.importorskip("matplotlib")
+    order = []
+
+    def finished(study, made, dataset, number):
+        order.append(made)
+        loss = 5 - 100 * float(made.flags[-1]) - 0.1 * (made.variant == "past")
+        study.lines[study.key(made)] = line(made.variant, made.seed, loss)
+
+    monkeypatch.setattr(runs.Study, "train", finished)
+    argv = ["--dataset", dataset, "--lrs", "1e-3,3e-3", "--variants", "baseline,past,canon", *SMALL]
+    assert run(tmp_path, "--seeds", "2", *argv).returncode == 0
+    names = ("baseline", "past", "canon")
+    assert [made.name for made in order] == [
+        *(f"{name}-seed1000-lr{lr}" for name in names for lr in ("0.001", "0.003")),
+        *(f"{name}-seed{seed}" for seed in (0, 1) for name in names)]
+    assert [made.flags[-1] for made in order[6:]] == ["0.003"] * 6  # the better one
+    assert [made.steps for made in order] == [62] * 6 + [250] * 6
+    gap = json.loads((tmp_path / "compare.json").read_text())["results"]["past"]["minus_baseline"]
+    assert gap["seeds"] == [0, 1] and gap["mean"] == pytest.approx(-0.1)
+
+
+def test_seeds_are_paired_although_one_variant_has_more():
+    pytest.importorskip("scipy")
+    base = compare.summarise([line("baseline", seed, loss)
+                              for seed, loss in ((0, 3.0), (1, 4.0), (2, 5.0), (3, 99.0))])
+    other = compare.summarise([line("past", seed, loss)
+                               for seed, loss in ((1, 3.9), (0, 2.8), (2, 4.6))])
+    gap = compare.minus(other, base)
+    assert gap["seeds"] == [1, 0, 2] and gap["mean"] == pytest.approx(-0.7 / 3)
+    assert 0 < gap["p"] < 1
+    assert compare.minus(compare.summarise([line("past", 7, 1.0)]), base) is None
+    single = compare.minus(compare.summarise([line("past", 3, 1.0)]), base)
+    assert single["mean"] == -98 and math.isnan(single["p"])
+    heading, *body = compare.rows({"baseline": base, "past": other | dict(minus_baseline=gap)})
+    assert heading[-1] == "minus baseline [99% interval]"
+    assert body[1][0] == "past" and body[1][6] == 3 and body[1][-1].startswith("-0.2333 [")
+
+
+def test_every_variant_is_a_model_and_has_a_style():
+    import figures
+
+    parser = train.build_parser()
+    args, extra = compare.parse_args(["--quick"])
+    plan = compare.Plan(args, extra, 320)
+    for name in compare.VARIANTS:
+        made = plan.run(name, 3)
+        flags = parser.parse_args(made.flags)
+        assert (flags.seed, flags.max_steps) == (3, made.steps) and made.variant == name
+        assert figures.style(name)
+    assert plan.run("shift-past-k", 0).control == "key-shift" != plan.run("past", 0).control
+    plans = [(run.steps, run.control, run.flags) for run in map(plan.run, compare.VARIANTS,
+                                                                [0] * len(compare.VARIANTS))]
+    assert all(plans.count(made) == 1 for made in plans)  # no two are the same
+    quarter = plan.run("longer", 1000, 2e-3, share=4)
+    assert quarter.steps == plan.run("longer", 0).steps // 4 and quarter.flags[-2:] == ["--lr",
+                                                                                       "0.002"]
+
+
+def test_two_baselines_spend_the_compute_of_order_2(tmp_path, dataset):
     pytest.importorskip("matplotlib")
     out = run(tmp_path, "--seeds", "1", "--max_steps", "20", "--eval_interval", "20",
-              "--variants", "baseline,nexus-2,longer,deeper", *SMALL, "--block_size", "64",
-              "--micro_batch", "4")
+              "--variants", "longer,baseline,self,deeper", "--dataset", dataset, *SMALL,
+              "--block_size", "64", "--micro_batch", "4")
     assert out.returncode == 0, out.stderr
     with open(tmp_path / "compare.json") as f:
         results = json.load(f)["results"]
     flops = {name: r["flops_per_token"] * r["tokens"][-1] for name, r in results.items()}
-    assert flops["nexus-2"] > flops["baseline"]
+    assert flops["self"] > flops["baseline"]
     step = results["baseline"]["flops_per_token"] * 256
-    assert abs(flops["longer"] - flops["nexus-2"]) <= step / 2
+    assert abs(flops["longer"] - flops["self"]) <= step / 2
     base = GPTConfig(**{**PRESETS["tiny"], "n_layer": 20, "block_size": 1024})
     layers = compare.equal_compute(base, 1)["deeper"]
     target = GPT(replace(base, nexus_order=2)).flops_per_token(1024)
     gaps = {n: abs(GPT(replace(base, n_layer=n)).flops_per_token(1024) - target)
             for n in (layers - 1, layers, layers + 1)}
     assert min(gaps, key=gaps.get) == layers > 21  # several layers at a long context
-    wrong = run(tmp_path / "wrong", "--variants", "longer")
-    assert wrong.returncode == 2 and "baseline before it" in wrong.stderr
 
 
-def test_an_interrupt_saves_and_the_same_command_continues(tmp_path):
+def test_an_interrupt_saves_and_the_same_command_continues(tmp_path, dataset):
     pytest.importorskip("matplotlib")
-    argv = ["--variants", "baseline", "--seeds", "1", "--max_steps", "4000", "--eval_interval",
-            "2000", *SMALL, "--log_interval", "1"]
+    argv = ["--dataset", dataset, "--variants", "baseline", "--seeds", "1", "--max_steps", "4000",
+            "--eval_interval", "2000", *SMALL, "--log_interval", "1"]
     process = subprocess.Popen([sys.executable, SCRIPT, "--out", str(tmp_path), *argv], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
@@ -90,18 +229,29 @@ def test_an_interrupt_saves_and_the_same_command_continues(tmp_path):
         process.kill()
     assert process.returncode == 2 and "the same command continues" in errors
     folder = tmp_path / "baseline-seed0"
-    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").open()]
+    steps = [event["step"] for event in lines(folder / "log.jsonl")]
     assert (folder / "ckpt.pt").exists() and steps == list(range(len(steps))) and 5 < len(steps)
+    assert not (tmp_path / "results.jsonl").exists()
     argv[argv.index("4000")] = str(len(steps) + 2)
     (tmp_path / "settings.json").unlink()  # the test's own shorter run
     argv += ["--decay_steps", "4000"]
     assert run(tmp_path, *argv).returncode == 0
-    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").open()]
+    steps = [event["step"] for event in lines(folder / "log.jsonl")]
     assert steps == list(range(len(steps)))
+    assert lines(tmp_path / "results.jsonl")[0]["steps"] == steps[-1]
 
 
-@pytest.mark.parametrize("argv, message", [(["--variants", "nexus2"], "no variant 'nexus2'"),
-                                           (["--seeds", "0"], "--seeds")])
+def test_a_damaged_file_of_results_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"flags": "", "data": ""}\n{"flags": ')
+    with pytest.raises(UserError, match="results.jsonl has a damaged line"):
+        runs.Study(str(tmp_path), str(path), "", 1)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--variants", "nexus2"], "no variant 'nexus2'"), (["--seeds", "0"], "--seeds"),
+    (["--lrs", "0"], "--lrs"), (["--jobs", "0"], "--jobs"),
+    (["--scale", "text"], "needs --dataset"), (["--show"], "has lines of 0 token sets")])
 def test_mistakes(tmp_path, argv, message):
     out = run(tmp_path, *argv)
     assert out.returncode == 2 and message in out.stderr and out.stderr.count("\n") == 1
