@@ -25,7 +25,7 @@ from nanonexus.cli import (
 )
 from nanonexus.device import check_device
 from nanonexus.files import write_json
-from nanonexus.retrofit import load, nexus
+from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.schedule import warmup_cosine
 from nanonexus.stats import mcnemar, stderr
 
@@ -144,7 +144,7 @@ def sft(args):
     examples = read_examples(args.data, tokenizer, args.max_length)
     # trained weights are float32, products args.dtype; under adapters the weights stay as they are
     model = pretrained(load, args.model, dtype=args.dtype if args.lora else "float32")
-    nexus(model, args.order, args.streams, args.layers, args.gate)
+    nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
     if args.lora:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(
@@ -190,7 +190,7 @@ def score(path, args):
         raise UserError(f"lm-evaluation-harness has no such task: {', '.join(sorted(unknown))}")
     model = pretrained(load, path, dtype=args.dtype).to(args.device).eval()
     if args.order is not None:
-        nexus(model, args.order, args.streams, args.layers, args.gate)
+        nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch)
     results = lm_eval.simple_evaluate(
         model=harness, tasks=args.tasks, limit=args.limit, num_fewshot=args.fewshot,
@@ -235,6 +235,8 @@ def main():
     for add in (train.add_argument, test.add_argument):
         add("--model", required=True, help="a folder, or a name on the hub")
         add("--streams", default="qk", choices=["qk", "q", "k"], help="refined (default: qk)")
+        add("--inner", default="self", choices=INNERS, help="the map of an inner loop, see "
+            "nanonexus/retrofit.py (default: self, the paper's)")
         add("--layers", type=whole, nargs="+", help="numbers of the layers (default: all)")
         add("--gate", type=number(float, -100), help="start of a gate a head; 0 starts as the "
             "original model (default: no gate)")

@@ -8,6 +8,19 @@ Nexus inside pretrained models of transformers: Qwen2.5, Llama, Mistral, Pythia 
 Every decoder here rotates its queries and keys by one function, apply_rotary_pos_emb, just before
 it attends. That is where Nexus comes in: what is to be rotated is first refined, by loops of the
 model's own attention (same mask, scaling and backend). All else is the model's own code.
+
+A loop refines the queries and keys s into h_s, which begins as s, by one of four maps:
+
+    self     h_s <- Attn(h_s, h_s, s)          the paper's, as far as its text is known
+    past     h_s <- s + Attn_<(h_s, h_s, s)    Attn_< sees only earlier tokens; the first of a
+    cross    h_s <- s + Attn_<(h_q, h_k, s)    document keeps s
+    shift    h_s <- h_s of the token before    no attention: with a gate from 0 on the keys alone,
+                                               k_t <- (1 - g) k_t + g k_(t-1), g learnt by head
+
+Where H query heads share K keys in groups, each head of a stream has its own map in self, past and
+shift: H for the queries, K for the keys. In cross a query head takes its group's key. A key takes
+its group's mean query: the logits are the mean of those of the group, no head is preferred, and a
+group of one query gives the definition.
 """
 
 import copy
@@ -19,6 +32,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from model import ModelError
 from nanonexus.hf import fetch
@@ -29,15 +44,18 @@ from nanonexus.hf import fetch
 # Tested, with their mask, cache and scaling. Others rotate only a part of each head, or not always.
 FAMILIES = ("gemma", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "qwen2",
             "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
+INNERS = ("self", "past", "cross", "shift")
+BACKENDS = ("sdpa", "eager", "flex_attention")  # from whose masks a token's own place can go
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # from 5.24, before, in GPT-NeoX
 
 
 class Refinement(NamedTuple):
-    """What refining needs, carried to the rotary function in the place of its cosines."""
+    """What the inner loops of one attention need, carried to the rotary function in the place of
+    its cosines."""
 
     attention: nn.Module
     cos: torch.Tensor
-    mask: object  # as the model made it: None, a tensor or a BlockMask
+    mask: object  # as the model made it: None, a tensor (B, 1, T, S) or a BlockMask
     cache: object
     extra: dict  # what else the model hands to its attention
 
@@ -74,62 +92,145 @@ class Nexus:
         context = Refinement(self, cos, given.get("attention_mask"), cache, extra)
         return self.nexus_forward(**given | dict(position_embeddings=(context, sin)))
 
-    def refine(self, s, rotary, context):
-        """h <- Attn(h, h, s), order - 1 times, of streams s (B, heads, T, D) before rotary: as
-        CausalSelfAttention.refine in model.py, the reading `self`."""
-        h, values, attend = s, s, attention_function(self)
+    def refine(self, q, k, rotary, context):
+        """Queries (B, H, T, D) and keys (B, K, T, D) after order - 1 inner loops, before rotary: as
+        CausalSelfAttention.refine in model.py. Both streams lie side by side, as H + K heads."""
+        H, K, names = q.size(1), k.size(1), self.nexus_streams
+        backend = self.config._attn_implementation
+        if self.nexus_inner != "self" and backend not in BACKENDS:
+            raise ModelError(f"the inner map {self.nexus_inner!r} needs the attention "
+                             f"{', '.join(BACKENDS)}, not {backend!r}, whose masks it can't read")
+
+        def apart(h):
+            return h[:, :H] if "q" in names else q, h[:, -K:] if "k" in names else k
+
+        h = s = torch.cat([{"q": q, "k": k}[n] for n in names], dim=1)
+        if self.nexus_inner != "shift":
+            values = keep(context, "values", s)  # of every loop
         for loop in range(1, self.nexus_order):
-            query = key = rotary(h)
-            if context.cache is not None:  # the values are those of the first loop: kept once
-                new = s if loop == 1 else s[..., :0]
-                key, seen = keep(context.cache, self.layer_idx, loop, key, new)
-                values = seen if loop == 1 else values
-            h = attend(Heads(self), query, key, values, context.mask, dropout=0.0,
-                       scaling=self.scaling, sliding_window=getattr(self, "sliding_window", None),
-                       **context.extra)[0].transpose(1, 2)  # they give (B, T, heads, D)
-        return self.nexus_gate(s, h) if self.nexus_gate is not None else h
+            match self.nexus_inner:
+                case "self":
+                    query = rotary(h)
+                    h = attend(query, keep(context, loop, query), values, context)
+                case "past":
+                    query = rotary(h)
+                    h = s + attend_earlier(query, keep(context, loop, query), values, context)
+                case "cross":  # a group's mean query for its key, a group's key for its queries
+                    hq, hk = apart(h)
+                    mean = hq.unflatten(1, (K, H // K)).mean(2)
+                    query = rotary(torch.cat([{"q": hq, "k": mean}[n] for n in names], dim=1))
+                    key = keep(context, loop, rotary(hk))
+                    keys = {"q": key.repeat_interleave(H // K, 1), "k": key}
+                    key = torch.cat([keys[n] for n in names], dim=1)
+                    h = s + attend_earlier(query, key, values, context)
+                case "shift":
+                    h = previous(h, keep(context, loop, h), context)
+        return apart(self.nexus_gate(s, h) if self.nexus_gate is not None else h)
 
 
-def attention_function(attention):
-    """The backend that the model's config names: sdpa, eager, flex_attention, ..."""
+def attend(query, key, value, context):
+    """Attention by the backend that the model's config names, with its scaling and mask, a key for
+    each query head: (B, heads, T, D) to keys and values (B, heads, S, D) gives (B, heads, T, D)."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    attention = context.attention
     eager = attention.nexus_forward.__globals__["eager_attention_forward"]
-    return ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation, eager)
+    function = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation, eager)
+    return function(Heads(attention), query, key, value, context.mask, dropout=0.0,
+                    scaling=attention.scaling, **context.extra,
+                    sliding_window=getattr(attention, "sliding_window", None))[0].transpose(1, 2)
 
 
-def keep(cache, layer, loop, key, value):
-    """Append to what this loop of this layer has seen, (B, heads, S, D) each. It is a layer more of
-    the model's own cache, of the kind its own layer has: beams, windows and cropping follow."""
+def attend_earlier(query, key, value, context):
+    """attend, to strictly earlier tokens alone; where a document has none, the result is 0."""
+    T, S, mask = query.size(2), key.size(2), context.mask
+    if mask is None:  # plain causal: without the newest key, and the query that saw no other
+        if S == 1:
+            return torch.zeros_like(query)
+        seen = S if T == 1 else T  # a static cache has room for more
+        first = int(seen == T)
+        y = attend(query[:, :, first:], key[:, :, :seen - 1], value[:, :, :seen - 1], context)
+        return F.pad(y, (0, 0, first, 0))
+    strict = earlier(context, T, S)
+    if isinstance(strict, BlockMask):  # it gives 0 for a row of nothing
+        return attend(query, key, value, context._replace(mask=strict))
+    nothing = ~strict.any(-1, keepdim=True)  # (B, 1, T, 1): the softmax of such a row would be NaN
+    allowed = strict | nothing
+    if mask.dtype != torch.bool:  # one to add
+        allowed = mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+    return attend(query, key, value, context._replace(mask=allowed)).masked_fill(nothing, 0)
+
+
+def previous(h, seen, context):
+    """h (B, heads, T, D) of the token before each, out of all seen (B, heads, S, D); the first of
+    a document keeps its own."""
+    T, S = h.size(2), seen.size(2)
+    if context.mask is None:  # the first of all keeps its own
+        before = seen[:, :, S - 2:S - 1] if T == 1 else h[:, :, :-1]
+        return torch.cat([h[:, :, :T - before.size(2)], before], dim=2)
+    mask = earlier(context, T, S)
+    if isinstance(mask, BlockMask):
+        mask = create_mask(mask.mask_mod, len(h), 1, T, S, h.device)
+    newest = last(mask)
+    before = seen.gather(2, newest.clamp(min=0).expand_as(h))
+    return before.where(newest >= 0, h)
+
+
+def earlier(context, T, S):
+    """The model's mask without each token's own place: a bool tensor (B, 1, T, S) or a BlockMask.
+
+    The own place is the last that a token may see, as in every causal mask; in a BlockMask, place
+    S - T + i of query i. Raises ModelError where that is not so.
+    """
+    mask, cache = context.mask, context.cache
+    if isinstance(mask, BlockMask):
+        if getattr(cache, "is_compileable", False):
+            raise ModelError("past, cross and shift do not know a token's place in a static cache "
+                             "under flex_attention: use sdpa, or a dynamic cache")
+        if not hasattr(mask, "nexus_earlier"):  # made once, for all layers
+            may_look = mask.mask_mod
+            mask.nexus_earlier = create_block_mask(
+                lambda b, h, i, j: may_look(b, h, i, j) & (j < S - T + i), mask.shape[0], None, T,
+                S, mask.kv_indices.device)
+        return mask.nexus_earlier
+    allowed = mask if mask.dtype == torch.bool else mask > -1e4  # as a weight that is 0
+    return allowed & (torch.arange(S, device=mask.device) < last(allowed))
+
+
+def last(allowed):
+    """The last place that each row of a bool tensor (..., T, S) allows, (..., T, 1), or -1."""
+    place = allowed.size(-1) - 1 - allowed.flip(-1).byte().argmax(-1, keepdim=True)
+    return place.where(allowed.any(-1, keepdim=True), -1)
+
+
+def keep(context, name, x):
+    """Append x (B, heads, T, D) to what this layer has seen under a name, (B, heads, S, D); without
+    a cache it is all. It is a layer more of the model's own cache, of the kind its own layer has:
+    beams, windows and cropping follow."""
+    cache, layer = context.cache, context.attention.layer_idx
+    if cache is None:
+        return x.view_as(x)  # compiled flex_attention takes no tensor twice (torch 2.13)
     while len(cache.layers) <= layer:  # a cache that grows as layers come
         cache.layers.append(cache.layer_class_to_replicate())
-    places = cache.__dict__.setdefault("nexus", {})  # (layer, loop) -> index in cache.layers
-    if (layer, loop) not in places:
+    places = cache.__dict__.setdefault("nexus", {})  # (layer, name) -> index in cache.layers
+    if (layer, name) not in places:
         own = cache.layers[layer]
         if own.is_initialized and own.get_seq_length():
             raise ModelError("this cache was filled before nexus(): begin with a new one")
         fresh = copy.deepcopy(own)
         fresh.is_initialized = False
-        places[layer, loop] = len(cache.layers)
+        places[layer, name] = len(cache.layers)
         cache.layers.append(fresh)
-    return cache.update(key, value, places[layer, loop])
+    return cache.update(x, x[..., :0], places[layer, name])[0]  # keys alone, no values
 
 
 def refined_rotary(rotary):
     """apply_rotary_pos_emb of a model's file, with Nexus before it."""
     def apply(q, k, context, sin, *args, **kwargs):
-        attention, H = context.attention, q.size(1)
-
         def rotated(h):
             return rotary(h, h[:, :0], context.cos, sin, *args, **kwargs)[0]
 
-        if attention.nexus_streams == "qk":  # side by side as H + K heads: one call for both
-            q, k = attention.refine(torch.cat([q, k], dim=1), rotated, context).split(
-                [H, k.size(1)], dim=1)
-        elif attention.nexus_streams == "q":
-            q = attention.refine(q, rotated, context)
-        else:
-            k = attention.refine(k, rotated, context)
+        q, k = context.attention.refine(q, k, rotated, context)
         return rotary(q, k, context.cos, sin, *args, **kwargs)
 
     return apply
@@ -160,11 +261,12 @@ def attentions(model):
             if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")]
 
 
-def nexus(model, order=2, streams="qk", layers=None, gate=None):
+def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
     """Turn a causal language model of transformers into its Nexus version, in place; returns it.
 
     order: 1 gives the original back, m > 1 adds m - 1 inner loops to each attention.
     streams: what is refined, "qk", "q" or "k". layers: numbers of the layers (None: all).
+    inner: the map of a loop, "self", "past", "cross" or "shift", see above.
     gate: None, or what a new parameter a head and stream starts at; 0 starts as the original model,
     since at order 2 without a gate a pretrained model changes at once.
     Asked again with the same settings, it keeps what the gates have learnt.
@@ -175,7 +277,11 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None):
         raise ModelError(f"order must be a whole number from 1 up, got {order!r}")
     if streams not in ("qk", "q", "k"):
         raise ModelError(f"streams must be qk, q or k, got {streams!r}")
+    if inner not in INNERS:
+        raise ModelError(f"inner must be one of {', '.join(INNERS)}, got {inner!r}")
     modules = attentions(model)
+    if not all(attention.is_causal for attention in modules):
+        raise ModelError("this model attends to later tokens too: the loops of Nexus are causal")
     chosen = range(len(modules)) if layers is None else layers
     for i in chosen:
         if type(i) is not int or not 0 <= i < len(modules):
@@ -183,14 +289,15 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None):
     if gate is not None and order == 1:
         raise ModelError("a gate needs order 2 or more: order 1 has nothing to let through")
 
-    settings = dict(order=order, streams=streams, gate=gate,
+    settings = dict(order=order, streams=streams, gate=gate, inner=inner,
                     layers=None if layers is None else list(layers))
     if any(isinstance(m, Nexus) for m in modules) and model.config.nexus == settings:
         return model  # as it is, with the gates it has learnt
     for attention in modules:  # the original, whatever it was before
         if isinstance(attention, Nexus):
             attention.__class__ = type(attention).__bases__[1]
-            del attention.nexus_order, attention.nexus_streams, attention.nexus_gate
+            for name in ("order", "streams", "inner", "gate"):
+                delattr(attention, f"nexus_{name}")
     model.config.__dict__.pop("nexus", None)
     if order == 1:
         return model
@@ -198,6 +305,7 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None):
         attention, c = modules[i], model.config
         attention.__class__ = nexus_class(type(attention))
         attention.nexus_order, attention.nexus_streams = order, streams
+        attention.nexus_inner = inner
         query, key = c.num_attention_heads, getattr(c, "num_key_value_heads", c.num_attention_heads)
         heads = {"qk": query + key, "q": query, "k": key}[streams]
         device = next(attention.parameters()).device

@@ -105,7 +105,7 @@ def test_fine_tuning_learns_and_the_folder_remembers(base, tmp_path, monkeypatch
 
 
 def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
-    flags = ["--save_interval", 3, "--log_interval", 1, "--gate", 0]
+    flags = ["--save_interval", 3, "--log_interval", 1, "--gate", 0, "--inner", "cross"]
     sft(monkeypatch, base, tmp_path / "whole", "--max_steps", 6, *flags)
     sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags)
     for name in ("model.safetensors", "checkpoint-6"):
@@ -118,7 +118,9 @@ def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
     state.write_text(state.read_text().replace('"step": 1', '"step": 1, "mark": "seen"'))
     log = sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags, "--resume")
     assert log[0]["mark"] == "seen"  # it did not begin anew
-    a, b = (load(tmp_path / name).state_dict() for name in ("whole", "torn"))
+    models = [load(tmp_path / name) for name in ("whole", "torn")]
+    assert all(model.config.nexus["inner"] == "cross" for model in models)
+    a, b = (model.state_dict() for model in models)
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
 

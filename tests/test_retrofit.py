@@ -245,7 +245,7 @@ def test_saved_and_loaded_and_copied(gate, tmp_path):
                 p.add_(0.3 * torch.randn_like(p))
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert again.config.nexus == dict(order=3, streams="k", layers=[0], gate=gate)
+    assert again.config.nexus == dict(order=3, streams="k", layers=[0], gate=gate, inner="self")
     nexus(again, 3, "k", layers=[0], gate=gate)  # the same: nothing is lost
     assert torch.equal(logits(again.eval(), idx), logits(model, idx))
     other = copy.deepcopy(model)
