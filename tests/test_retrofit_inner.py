@@ -251,8 +251,8 @@ def test_what_cannot_be_right_is_refused(monkeypatch):
     model, idx = nexus(make("qwen2"), inner="past"), tokens(1, 5)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="'past' needs the attention sdpa, eager, flex_attention"):
-        attentions(model)[0](hidden_states=torch.zeros(1, 5, 32).double(), position_embeddings=(0, 0),
-                             attention_mask=None)
+        attentions(model)[0](hidden_states=torch.zeros(1, 5, 32).double(),
+                             position_embeddings=(0, 0), attention_mask=None)
     model = nexus(make("qwen2", backend="flex_attention"), inner="cross")
     static = transformers.StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(ModelError, match="static cache under flex_attention"), torch.no_grad():
