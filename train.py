@@ -16,30 +16,19 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import get_args
 
-import numpy as np
 import torch
 
-from model import GPT, PRESETS, GPTConfig
-from nanonexus import data
-from nanonexus.checkpoint import check_size, newest_checkpoint, save_checkpoint
-from nanonexus.cli import (
-    Parser,
-    UserError,
-    non_negative,
-    positive,
-    positive_int,
-    run_script,
-    whole,
-)
-from nanonexus.device import peak_flops
+from model import PRESETS, GPTConfig
+from nanonexus.checkpoint import check_size, newest_checkpoint
+from nanonexus.cli import Parser, UserError, non_negative, positive, positive_int, run_script, whole
+from nanonexus.data import TokenSet
 from nanonexus.generate import generate
 from nanonexus.log import Log
-from nanonexus.loss import TrainingLoss
 from nanonexus.processes import Stop, join_processes
-from nanonexus.schedule import warmup_cosine
+from nanonexus.run import Run, learning_rate
 from nanonexus.tokenizer import get_tokenizer
 
 # What each size trains well with. Pythia's learning rates; its batch is 2M tokens, ours a quarter.
@@ -151,32 +140,19 @@ def agree(given, saved, names):
                             "drop the flag, or start anew in another --out")
 
 
-def learning_rate(step, args):
-    return warmup_cosine(step, args.lr, args.warmup_steps, args.decay_steps)
-
-
-def make_optimizer(model, args, device):
-    """AdamW with Pythia's settings: decay on matrices, none on biases and LayerNorms."""
-    params = list(model.parameters())
-    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=args.weight_decay),
-              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8,
-                             fused=device.type in ("cuda", "cpu"))
-
-
 def open_dataset(args, world):
     """The token set; pydocs is prepared on first use, by the first process while others wait."""
     if args.dataset != "pydocs":
         if not os.path.isdir(args.dataset):
             raise UserError(f"no token set {args.dataset}: use pydocs, or a folder that "
                             f"prepare_data.py --out {args.dataset} has made")
-        return data.TokenSet(args.dataset, verify=args.verify)
+        return TokenSet(args.dataset, verify=args.verify)
     folder = os.path.join(args.out, "pydocs")
     if world.rank == 0 and not os.path.exists(os.path.join(folder, "meta.json")):
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_data.py")
         subprocess.run([sys.executable, script, "--dataset", "pydocs", "--out", folder], check=True)
     world.wait()
-    return data.TokenSet(folder, verify=args.verify)
+    return TokenSet(folder, verify=args.verify)
 
 
 def make_config(args, tokens, device, saved):
@@ -187,6 +163,8 @@ def make_config(args, tokens, device, saved):
     check_size(config)
     if config.attention == "flex" and device.type != "cuda":
         raise UserError("--attention flex trains on CUDA only: use --attention sdpa")
+    if args.doc_mask and config.attention != "flex" and device.type == "cuda":
+        raise UserError("--doc_mask on CUDA needs --attention flex: with another, masks of T x T")
     if config.vocab_size < tokens.vocab_size:
         raise UserError(f"--vocab_size {config.vocab_size} is less than the token set's "
                         f"{tokens.vocab_size}")
@@ -199,147 +177,61 @@ def make_config(args, tokens, device, saved):
     return config
 
 
-class Run:
-    """A run: its model, optimizer and step, which a checkpoint saves and restores, its data, and
-    the function that it trains."""
-
-    def __init__(self, args, config, tokens, world):
-        T = config.block_size
-        # batch_tokens = windows x T; windows = processes x micro-steps x micro_batch
-        unit = T * world.size * args.micro_batch
-        if args.batch_tokens % unit:
-            raise UserError(
-                f"--batch_tokens {args.batch_tokens} must be a multiple of block_size x "
-                f"micro_batch x processes = {T} x {args.micro_batch} x {world.size} = {unit}: use "
-                f"{max(1, args.batch_tokens // unit) * unit}, or another --micro_batch")
-        self.batch_size, self.accumulate = args.batch_tokens // T, args.batch_tokens // unit
-        self.n_train, self.n_val = data.windows(tokens.train, T), data.windows(tokens.val, T)
-        self.args, self.config, self.tokens, self.world = args, config, tokens, world
-
-        device, cuda = world.device, world.device.type == "cuda"
-        torch.manual_seed(args.seed)
-        self.gpt, self.step = GPT(config).to(device), 0
-        self.optimizer = make_optimizer(self.gpt, args, device)
-        self.loss = TrainingLoss(self.gpt, tokens.eot if args.doc_mask else None,
-                                 args.checkpoint_attention)
-        if cuda if args.compile is None else args.compile:
-            self.loss = torch.compile(self.loss, fullgraph=True, dynamic=False)
-        self.bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and cuda)
-        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.bf16)
-        self.peak = peak_flops() if cuda and self.bf16 else None
-
-    def restore(self, saved):
-        self.gpt.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step = saved["step"]
-
-    def save(self):
-        if self.world.rank == 0:
-            save_checkpoint(os.path.join(self.args.out, "ckpt.pt"), dict(
-                format=1, model=self.gpt.state_dict(), optimizer=self.optimizer.state_dict(),
-                config=asdict(self.config), step=self.step,
-                tokens=self.step * self.args.batch_tokens, tokenizer=self.tokens.tokenizer,
-                tokenizer_json=self.tokens.tokenizer_json,
-                data=self.tokens.fingerprint, args=vars(self.args),
-                torch=str(torch.__version__)), self.args.keep)
-
-    def to_device(self, arrays):
-        arrays, device = [torch.from_numpy(a) for a in arrays], self.world.device
-        if device.type == "cuda":  # pinned, the copy runs while the device computes
-            return [a.pin_memory().to(device, non_blocking=True) for a in arrays]
-        return [a.to(device) for a in arrays]
-
-    def windows(self):
-        """The windows of this step's batch that this process trains on."""
-        return data.train_indices(self.n_train, self.args.seed, self.step, self.batch_size,
-                                  self.world.rank, self.world.size)
-
-    def micro_batches(self):
-        """This step's batch, this process's share: idx and targets (micro_batch, T) at a time."""
-        windows, size = self.windows(), self.args.micro_batch
-        for i in range(0, len(windows), size):
-            yield self.to_device(data.batch(self.tokens.train, self.config.block_size,
-                                            windows[i:i + size]))
-
-    @torch.no_grad()
-    def validate(self):
-        """The mean loss on a fixed list of windows, in nats per token."""
-        self.gpt.eval()
-        size, rank, world = self.args.micro_batch, self.world.rank, self.world.size
-        windows = data.val_indices(self.n_val, self.args.eval_windows, rank, world)
-        total = torch.zeros((), device=self.world.device)
-        for i in range(0, len(windows), size):
-            x, y = data.batch(self.tokens.val, self.config.block_size, windows[i:i + size])
-            short = ((0, size - len(x)), (0, 0))  # to one shape: one compilation
-            padded = self.to_device([np.pad(x, short), np.pad(y, short, constant_values=-1)])
-            with self.autocast:
-                total += self.loss(*padded) * len(x)
-        self.gpt.train()
-        return self.world.mean(total, len(windows))
-
-
 def train(run, log, stop):
     """Take steps until max_steps, or until stop asks for an end."""
-    args, world, optimizer = run.args, run.world, run.optimizer
-    model = run.loss if world.size == 1 else torch.nn.parallel.DistributedDataParallel(
-        run.loss, device_ids=[world.device.index] if world.device.type == "cuda" else None)
-    timer, timed_from = time.perf_counter(), run.step
+    args, world, batches, unread = run.args, run.world, run.micro_batches(), None
+    timer, timed_from, first = None, None, run.step + 1  # of the first step here, not timed
     while run.step < args.max_steps:
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, args)
         # dropout too is a pure function of seed, step and rank: resuming needs no generator's state
         torch.manual_seed((args.seed * 1_000_003 + run.step) * world.size + world.rank)
         total = torch.zeros((), device=world.device)
-        for micro, (x, y) in enumerate(run.micro_batches(), 1):
+        for micro in range(1, run.accumulate + 1):
+            x, y = next(batches)
             if world.size > 1:  # must be set before the forward pass
-                model.require_backward_grad_sync = micro == run.accumulate
-            with run.autocast:
-                loss = model(x, y)
+                run.model.require_backward_grad_sync = micro == run.accumulate
+            with run.precision():
+                loss = run.model(x, y)
             (loss / run.accumulate).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(run.gpt.parameters(), args.grad_clip)
-        if math.isfinite(norm):
-            optimizer.step()
-        else:  # the weights are still good
-            report_nan(run, log, norm)
-        optimizer.zero_grad(set_to_none=True)
+        run.update(norm)
+        if unread:  # of the step before: by now the device has it
+            run.check(*unread, log)
+        unread = run.step, norm
         run.step += 1
 
         step, last = run.step, run.step == args.max_steps
+        if step == first:  # it compiled, and filled caches
+            world.synchronize()
+            timer, timed_from = time.perf_counter(), step
         if log:
             log.advance()
-        if last or step % args.log_interval == 0 or step % args.eval_interval == 0:
-            train_loss = world.mean(total, run.accumulate)  # waits for the device
-            speed = (step - timed_from) * args.batch_tokens / (time.perf_counter() - timer)
-            flops = speed * run.gpt.flops_per_token(run.config.block_size)
+        stopping = stop.asked()
+        if world.size > 1:  # processes can stop only together: they agree on it at log steps
+            stopping = step % args.log_interval == 0 and world.any(stopping)
+        logging = last or step % args.log_interval == 0 or step % args.eval_interval == 0
+        saving = last or stopping or step % args.save_interval == 0
+        if logging or saving:
+            run.check(*unread, log)  # waits for the device
+            unread = None
+        if logging:
+            train_loss = world.mean(total, run.accumulate)
+            seconds, steps = time.perf_counter() - timer, step - timed_from
+            speed = steps * args.batch_tokens / seconds if steps else None
             val_loss = run.validate() if last or step % args.eval_interval == 0 else None
             if log:
                 log.write(dict(step=step, tokens=step * args.batch_tokens, train_loss=train_loss,
                                val_loss=val_loss, lr=group["lr"], grad_norm=norm.item(),
-                               tokens_per_sec=round(speed, 1),
-                               mfu=flops / (run.peak * world.size) if run.peak else None))
-            timer, timed_from = time.perf_counter(), step
-        # processes can stop only together: several of them agree on it at log steps
-        stopping = stop.asked()
-        if world.size > 1:
-            stopping = step % args.log_interval == 0 and world.any(stopping)
-        if last or stopping or step % args.save_interval == 0:
+                               tokens_per_sec=speed and round(speed, 1), mfu=run.mfu(speed)))
+        if saving:
             run.save()
+        if logging or saving:
             timer, timed_from = time.perf_counter(), step
         if stopping:
-            return
-
-
-def report_nan(run, log, norm):
-    """Say where a gradient was not finite; a UserError unless such steps are to be left out."""
-    windows = run.windows()
-    wrong = (f"the gradient's norm is {norm.item()} at step {run.step + 1}, windows "
-             f"{' '.join(map(str, windows[:8]))}{' ...' if len(windows) > 8 else ''}")
-    if run.args.on_nan == "stop":
-        raise UserError(f"{wrong}: the last checkpoint is kept; try a smaller --lr, or "
-                        "--on_nan skip")
-    if log:
-        log.say(f"{wrong}: left out")
+            break
+    batches.close()
 
 
 def show_sample(model, tokens, path):

@@ -10,6 +10,7 @@ resumes exactly and sees the same batches on one process or on many.
 import functools
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -134,11 +135,28 @@ def windows(tokens, block_size):
     return n
 
 
+def read_windows(tokens, block_size, indices):
+    """Windows `indices` as one int64 array (len(indices), T + 1)."""
+    rows = np.stack([tokens[i * block_size:(i + 1) * block_size + 1] for i in indices])
+    return rows.astype(np.int64)
+
+
 def batch(tokens, block_size, indices):
     """Windows `indices` as int64 arrays (len(indices), T): inputs, and the tokens after them."""
-    rows = np.stack([tokens[i * block_size:(i + 1) * block_size + 1] for i in indices])
-    rows = rows.astype(np.int64)
+    rows = read_windows(tokens, block_size, indices)
     return rows[:, :-1], rows[:, 1:]
+
+
+def ahead(make, items):
+    """make(item) for each item, in order; a thread makes the next while the caller uses this."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for item in items:
+            waiting, ready = thread.submit(make, item), waiting
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()
 
 
 def train_indices(n, seed, step, batch_size, rank=0, world=1):

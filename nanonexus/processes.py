@@ -30,6 +30,11 @@ class Processes(NamedTuple):
     def any(self, flag):
         return self.mean(torch.tensor(float(flag), device=self.device), 1) > 0
 
+    def synchronize(self):
+        """Until this process's device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def wait(self):
         """Until all have come here."""
         if self.size > 1:
@@ -47,7 +52,8 @@ def join_processes(kind):
     if size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                device_id=device if device.type == "cuda" else None)
     return Processes(size, rank, device)
 
 

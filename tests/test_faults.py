@@ -17,12 +17,12 @@ import torch
 import torture
 from test_train import ROOT, command, numbers, read_log, run, tokens, weights  # noqa: F401
 
-import train
 from model import ModelError
 from nanonexus import checkpoint
 from nanonexus.cli import UserError
 from nanonexus.data import TokenSet
 from nanonexus.hf import load_neox
+from nanonexus.loss import TrainingLoss
 
 
 def test_killed_at_random_moments_it_loses_nothing(tokens, tmp_path):  # noqa: F811
@@ -88,14 +88,14 @@ def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):  # noqa: F811
 
 def poison(monkeypatch, bad_step):
     """Make the loss of one step NaN."""
-    calls, forward = [], train.TrainingLoss.forward
+    calls, forward = [], TrainingLoss.forward
 
     def patched(self, idx, targets):
         loss = forward(self, idx, targets)
         calls.append(torch.is_grad_enabled())
         return loss * float("nan") if calls[-1] and sum(calls) == bad_step else loss
 
-    monkeypatch.setattr(train.TrainingLoss, "forward", patched)
+    monkeypatch.setattr(TrainingLoss, "forward", patched)
 
 
 def test_not_a_number_is_named_where_it_appears(tokens, tmp_path, monkeypatch):  # noqa: F811

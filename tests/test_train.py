@@ -13,10 +13,11 @@ import torch
 from torture import same
 
 import train
-from model import ModelError
+from model import GPT, PRESETS, GPTConfig, ModelError
 from nanonexus import data
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import UserError
+from nanonexus.run import learning_rate, make_optimizer
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 256 --micro_batch 4
@@ -104,16 +105,16 @@ def test_micro_batches_do_not_change_the_result(tokens, tmp_path):
 def test_learning_rate_schedule():
     args = train.build_parser().parse_args(["--lr", "1", "--warmup_steps", "10", "--decay_steps",
                                             "110"])
-    rates = [train.learning_rate(step, args) for step in range(150)]
+    rates = [learning_rate(step, args) for step in range(150)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[60] == pytest.approx(0.55) and rates[110:] == pytest.approx([0.1] * 40)
     assert rates[10:111] == sorted(rates[10:111], reverse=True)
 
 
 def test_decay_only_on_matrices():
-    model = train.GPT(train.GPTConfig(**train.PRESETS["tiny"]))
+    model = GPT(GPTConfig(**PRESETS["tiny"]))
     args = train.build_parser().parse_args(["--weight_decay", "0.1"])
-    decayed, other = train.make_optimizer(model, args, torch.device("cpu")).param_groups
+    decayed, other = make_optimizer(model, args, torch.device("cpu")).param_groups
     assert decayed["weight_decay"] == 0.1 and other["weight_decay"] == 0.0
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in other["params"]} == {1}
     assert sum(len(g["params"]) for g in (decayed, other)) == len(list(model.parameters()))
