@@ -192,7 +192,7 @@ def train(run, log, stop):
             if world.size > 1:  # must be set before the forward pass
                 run.model.require_backward_grad_sync = micro == run.accumulate
             with run.precision():
-                loss = run.model(x, y)
+                loss = run.model(*run.inputs(x, y))
             (loss / run.accumulate).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(run.gpt.parameters(), args.grad_clip)

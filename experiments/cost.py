@@ -24,6 +24,7 @@ import time
 from dataclasses import replace
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -34,7 +35,7 @@ from common import pyplot, save, table
 
 from model import GPT, PRESETS, GPTConfig
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
-from nanonexus.device import keep_freed_memory, peak_flops
+from nanonexus.device import fast_attention, keep_freed_memory, peak_flops
 from nanonexus.generate import KVCache, generate
 from nanonexus.loss import TrainingLoss
 
@@ -144,10 +145,11 @@ def training_step(name, model, idx, targets, args, optimizer=None):
     else:
         run = model
     if args.compile:
-        run = torch.compile(run)
+        run = torch.compile(run, fullgraph=isinstance(model, GPT), dynamic=False)
 
     def job():
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"), \
+                fast_attention(torch.device(args.device)):
             out = run(idx, targets)
         (out[1] if isinstance(out, tuple) else out).backward()
         optimizer.step()
@@ -303,6 +305,7 @@ def main():
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
     plt, args.compile = pyplot(), args.device == "cuda"
+    torch._dynamo.config.recompile_limit = 64  # one for each model here; beyond it, eager, silently
     if args.device == "cpu":
         keep_freed_memory()
 

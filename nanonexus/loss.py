@@ -12,7 +12,16 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2**26  # logits at once: 256 MiB in float32
+# Logits at once. On a CPU 256 MiB in float32, which its caches like; on CUDA 2 GiB, as every part
+# adds its share of the head's gradient to the whole in float32.
+CHUNK = {"cpu": 2**26, "cuda": 2**29}
+
+
+def rows_at_once(h, vocab_size):
+    """How many rows of h (N, C) have their logits in memory at once: a multiple of 256, if that
+    many fit, since odd sizes are slow on CUDA."""
+    rows = max(1, CHUNK.get(h.device.type, CHUNK["cpu"]) // vocab_size)
+    return rows if rows < 256 or h.device.type == "cpu" else rows // 256 * 256
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -27,7 +36,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         w, count = weight.to(dtype), (targets >= 0).sum()
         total = torch.zeros((), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
         dh, dw = (torch.empty_like(h), torch.zeros_like(weight)) if learn else (None, None)
-        rows, ids = max(1, CHUNK // weight.size(0)), torch.arange(weight.size(0), device=h.device)
+        rows, ids = rows_at_once(h, weight.size(0)), torch.arange(weight.size(0), device=h.device)
         for start in range(0, h.size(0), rows):
             part = slice(start, start + rows)
             x, target = h[part].to(dtype), targets[part, None]
@@ -63,10 +72,16 @@ class TrainingLoss(nn.Module):
             block.attn.refine = partial(checkpoint, block.attn.refine, use_reentrant=False,
                                         preserve_rng_state=False)  # no dropout inside
 
-    def forward(self, idx, targets):
-        """idx, targets (B, T); targets of -1 are ignored. The loss of GPT.forward, in nats."""
-        docs = None if self.eot is None else (idx == self.eot).cumsum(1)
-        h, weight = self.gpt.hidden_states(idx, docs=docs).flatten(0, 1), self.gpt.head.weight
+    def documents(self, idx):
+        """(B, T), the number of each token's document in idx; None if all of a row is one."""
+        return None if self.eot is None else (idx == self.eot).cumsum(1)
+
+    def forward(self, idx, targets, masks=None):
+        """The loss of GPT.forward, in nats. idx, targets (B, T); targets of -1 are ignored.
+        masks: what gpt.attention_masks gives for documents(idx), to have them made elsewhere."""
+        docs = self.documents(idx) if masks is None else None
+        h = self.gpt.hidden_states(idx, docs=docs, masks=masks).flatten(0, 1)
+        weight = self.gpt.head.weight
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
         with torch.autocast(kind, enabled=False):

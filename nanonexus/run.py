@@ -57,8 +57,10 @@ class Run:
         self.optimizer = make_optimizer(self.gpt, args, device)
         self.loss = TrainingLoss(self.gpt, tokens.eot if args.doc_mask else None,
                                  args.checkpoint_attention)
+        self.documents, self.masks = self.loss.documents, self.gpt.attention_masks
         if cuda if args.compile is None else args.compile:
             self.loss = torch.compile(self.loss, fullgraph=True, dynamic=False)
+            self.masks = torch.compile(self.masks, fullgraph=True, dynamic=False)
         self.model = self.loss if world.size == 1 else torch.nn.parallel.DistributedDataParallel(
             self.loss, device_ids=[device.index] if cuda else None, broadcast_buffers=False,
             gradient_as_bucket_view=True)
@@ -98,6 +100,12 @@ class Run:
         return data.train_indices(self.n_train, self.args.seed, step, self.batch_size,
                                   self.world.rank, self.world.size)
 
+    def inputs(self, idx, targets):
+        """What self.loss takes: with flex the masks too, made once per batch beside its graph."""
+        if self.config.attention != "flex":
+            return idx, targets
+        return idx, targets, self.masks(idx.size(1), 0, self.documents(idx), idx.device)
+
     def micro_batches(self):
         """idx and targets of every micro-step from here on, made one ahead."""
         size, steps = self.args.micro_batch, itertools.count(self.step)
@@ -115,8 +123,9 @@ class Run:
         for i in range(0, len(windows), size):
             x, y = self.load(self.tokens.val, windows[i:i + size])
             short = (0, 0, 0, size - len(x))  # to one shape: one compilation
+            inputs = self.inputs(F.pad(x, short), F.pad(y, short, value=-1))
             with self.precision():
-                total += self.loss(F.pad(x, short), F.pad(y, short, value=-1)) * len(x)
+                total += self.loss(*inputs) * len(x)
         self.gpt.train()
         return self.world.mean(total, len(windows))
 

@@ -66,7 +66,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     short, long = (results["training"][f"tiny, {T}"]["order 2"] for T in (16, 32))
     assert short["parameters"] == 875_264 and short["predicted"] > long["predicted"]
     assert "order 2, recomputed" in results["generation"]["tiny"]
-    assert (tmp_path / "cost.png").exists()
+    assert (tmp_path / "cost.svg").exists()
     for wrong in (["--orders", "2"], ["--presets", "huge"], ["--nanogpt", "nowhere.py"],
                   ["--gib", "-1"]):
         monkeypatch.setattr(sys, "argv", ["cost.py", *wrong])

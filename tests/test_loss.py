@@ -1,5 +1,7 @@
 """loss.py: the loss and gradients of torch's cross-entropy, whatever the pieces."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from nanonexus.loss import LinearCrossEntropy, TrainingLoss
 
 @pytest.fixture(params=[1, 3, 10**6], ids=["a row", "some rows", "all rows"])
 def rows(request, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", request.param * 11)
+    monkeypatch.setitem(loss.CHUNK, "cpu", request.param * 11)
 
 
 def problem(dtype=torch.float64, N=8, C=5, V=11):
@@ -66,8 +68,15 @@ def test_the_logits_are_never_all_in_memory():
         tracker = MemTracker()
         tracker.track_external(gpt)
         with tracker, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loss, "CHUNK", 8192 * 64)
+            patch.setitem(loss.CHUNK, "cpu", 8192 * 64)
             run(gpt, torch.zeros(4, 256, dtype=torch.long)).backward()
         peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
     logits = 4 * 4 * 256 * 8192
     assert peaks[0] > 2 * logits and peaks[1] < peaks[0] - 1.5 * logits
+
+
+def test_on_cuda_few_large_parts_of_whole_tiles():
+    h = torch.empty(32768, 512, device="meta")
+    rows = loss.rows_at_once(SimpleNamespace(device=torch.device("cuda")), 50304)
+    assert rows % 256 == 0 and 1 <= len(h) / rows <= 4
+    assert loss.rows_at_once(h.new_empty(5, 4, device="cpu"), 2**30) == 1  # never none
