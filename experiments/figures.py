@@ -49,8 +49,9 @@ def style(variant):
 def name_lines(panel, ends, gap=0.065):
     """Write each variant's name to the right of its line's end, and a hair from one to the other.
 
-    ends: {variant: (x, y)}, in the panel's data; gap: the least distance of two names, as a share
-    of the panel's height. To be called when all is drawn: limits and scales must be final.
+    ends: {variant: (x, y)}, in the panel's data; a comma and more may follow a variant's name. gap:
+    the least distance of two names, as a share of the panel's height. To be called when all is
+    drawn: limits and scales must be final.
     """
     panel.get_xlim(), panel.get_ylim()  # settles the limits, which wait for whoever asks
     to_share = panel.transData + panel.transAxes.inverted()
@@ -66,7 +67,7 @@ def name_lines(panel, ends, gap=0.065):
         shift = max(0, -low) - max(0, high - 1)  # back into the panel, if all of them fit there
         heights = [y + shift for y in heights] if high - low <= 1 else heights
     for height, (_, name) in zip(heights, at, strict=True):
-        color = STYLES[name][0]
+        color = STYLES[name.split(",")[0]][0]
         panel.annotate(name, ends[name], xytext=(1.06, height), textcoords="axes fraction",
                        color=color, va="center", fontsize=8, annotation_clip=False,
                        arrowprops=dict(arrowstyle="-", color=color, lw=0.5, alpha=0.6,

@@ -87,5 +87,5 @@ TASKS = {
     "gapped-parallel": Task(gapped, 5, 3 * SYMBOLS, parallel=True),
     "two-hops": Task(two_hops, 6, 3 * SYMBOLS),
 } | {f"mqar-{T}{'-two-layers' * (layers - 1)}":
-     Task(mqar, T // 16, 8192, 8192, layers=layers, steps=2000)
+     Task(mqar, T // 16, 8192, 8192, layers=layers, steps=1000)
      for layers in (1, 2) for T in (64, 128, 256)}

@@ -282,7 +282,7 @@ def main():
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
     add("--pairs", type=number(int, 1, SYMBOLS), help="of a problem (default: 6; gapped 5; mqar-T "
         "T/16)")
-    add("--steps", type=positive_int, help="of training (default: 400; mqar 2000)")
+    add("--steps", type=positive_int, help="of training (default: 400; mqar 1000)")
     add("--width", type=positive_int, default=64, help="of the model (default: 64)")
     add("--heads", type=positive_int, default=2, help="of the model (default: 2)")
     add("--batch", type=positive_int, default=64, help="problems per step (default: 64)")

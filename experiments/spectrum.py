@@ -1,11 +1,22 @@
 """
-What does attention look like inside trained models: what rank, what entropy, what did Nexus move?
+What does attention look like inside models: what rank, what entropy, whom does an inner map read?
 
     python experiments/spectrum.py --out out/spectrum              # of compare.py's models, 3 seeds
     python experiments/spectrum.py --runs out/compare --dataset out/compare/pydocs
     python experiments/spectrum.py --quick
 
-On windows of validation text, for each layer and head, in float64:
+An inner map softmax(h h^T / sqrt(D)) scores a token against itself with |h|^2 / sqrt(D): always
+positive, and larger the wider the head. So `self` reads mostly itself, or must keep h small. How
+much, is the mean of the map's diagonal, the own-token share. `past` and `cross` have no diagonal by
+construction; beside it stands the share of the token before. Both, for `self`, `past`, `cross`:
+
+- at initialisation, against context T and head width D, on tokens all different. There q's entries
+  have variance 0.4 (GPT-NeoX's initialisation, a layer norm), hence a token's own score has mean
+  0.4 sqrt(D), the others' variance 0.16, and its share of T tokens is about
+  1 / (1 + (T - 1) exp(0.08 - 0.4 sqrt(D)));
+- in trained models, layer by layer on windows of validation text, and against T.
+
+In trained models also, for each layer and head, in float64:
 
 - the singular values of log-attention. Taken from the block of late rows and early columns, which
   no causal mask touches, each row centred (softmax ignores a row's constant). Effective rank: the
@@ -16,40 +27,56 @@ On windows of validation text, for each layer and head, in float64:
   counted at the tolerance --tol, relative to the largest singular value.
 - the share of log-attention outside the span of the layer's inputs, which is what X W_q W_k^T X^T
   can reach. Rotary takes the baseline out of it too, so that is the figure to compare with.
-- the entropy of inner and outer attention, as a share of a uniform row's; the weight that an inner
-  step leaves on its own token; the cosine between a query or key and what it was refined into.
+- the entropy of inner and outer attention, as a share of a uniform row's; the cosine between a
+  query or key and what it was refined into.
 """
 
-import glob
 import os
+import re
+import statistics
 import subprocess
 import sys
 
 import torch
+from figures import WIDTH, name_lines, style
 from tqdm import tqdm
 
-from common import ROOT, mean_spread, paired, paired_text, pyplot, save, table
+from common import ROOT, pyplot, save, table
 
+from model import GPT, GPTConfig
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
 from nanonexus.data import TokenSet, batch, val_indices, windows
+from nanonexus.stats import mean_spread, paired, paired_text
 
-COLUMNS = ["effective rank", "outside span", "rank of layer", "rank <= D", "outer entropy",
-           "inner q entropy", "inner k entropy", "own token, q", "own token, k", "cosine q",
-           "cosine k"]
+OUTER = ["effective rank", "outside span", "rank of layer", "rank <= D", "outer entropy"]
+INNER = ["entropy, q", "entropy, k", "own token, q", "own token, k", "token before, q",
+         "token before, k", "cosine, q", "cosine, k"]
+STRICT = ("past", "cross")  # inner maps without a diagonal
 
 
 def watch(attention, seen):
-    """Let one Attention module write its input and each refined stream into `seen`."""
+    """Let one CausalSelfAttention write its input and its refined streams into `seen`."""
     refine = attention.refine
 
-    def recorded(s, env):
-        h = refine(s, env)
-        seen["refined"].append((s, h))
-        return h
+    def recorded(q, k, ctx):
+        refined = refine(q, k, ctx)
+        seen["refined"].append(dict(q=(q, refined[0]), k=(k, refined[1])))
+        return refined
 
     attention.refine = recorded
     attention.register_forward_pre_hook(lambda module, inputs: seen["x"].append(inputs[0]))
+
+
+def by_layer(maps, config):
+    """[({stream: its inner maps (loops, B, H, T, T)}, the outer map (B, H, T, T)) per layer]"""
+    loops, n = config.nexus_order - 1, len(config.nexus_streams)
+    step, layers = loops * n + 1, []
+    for first in range(0, len(maps), step):
+        *inner, outer = maps[first:first + step]  # each loop's q, then k
+        layers.append(({name: torch.stack(inner[i::n]) for i, name in
+                        enumerate(config.nexus_streams)} if loops else {}, outer))
+    return layers
 
 
 def block(weights):
@@ -79,26 +106,36 @@ def outside_span(log, x):
     return 1 - reached.square().sum((-2, -1)) / log.square().sum((-2, -1))
 
 
-def entropy(weights):
-    """Mean entropy of the rows of (..., T, T), relative to uniform; the first row has no choice."""
-    T = weights.size(-1)
-    uniform = torch.arange(1, T + 1, dtype=weights.dtype).log()
-    return (torch.special.entr(weights).sum(-1)[..., 1:] / uniform[1:]).mean(-1)
+def entropy(weights, strict=False):
+    """Mean entropy of the rows of (..., T, T), relative to uniform, where there is a choice: from
+    the second row on, from the third if no token sees itself."""
+    seen = torch.arange(1, weights.size(-1) + 1) - int(strict)  # how many tokens a row sees
+    rows = torch.special.entr(weights).sum(-1)[..., seen > 1]
+    return (rows / seen[seen > 1].to(rows).log()).mean(-1)
+
+
+def token_shares(weights, strict=False):
+    """(what a token gives itself, what it gives the one before), means over the rows with a choice
+    of maps (..., T, T): (...) each."""
+    first = 1 + strict
+    own, before = (weights.diagonal(offset, -2, -1) for offset in (0, -1))
+    return own[..., first:].mean(-1), before[..., first - 1:].mean(-1)
 
 
 @torch.no_grad()
-def measure(path, idx, tol):
-    """{column: (layers,) list}, and the mean normalised spectrum per layer, of one checkpoint."""
+def measure(path, idx, tol, contexts):
+    """{column: (layers,) list}, the mean normalised spectrum per layer, and the token shares at
+    each context, of one checkpoint."""
     model, _ = load_checkpoint(path, attention="manual")
     c, model = model.config, model.double()
-    H, D, loops = c.n_head, c.n_embd // c.n_head, c.nexus_order - 1
-    seen, rows, maps = dict(x=[], refined=[]), {name: [] for name in COLUMNS}, []
+    D, strict = c.n_embd // c.n_head, c.nexus_inner in STRICT
+    seen, rows, maps = dict(x=[], refined=[]), {name: [] for name in OUTER + INNER}, []
+    against = {T: shares(model, idx[:, :T]) for T in contexts if T <= idx.size(1)}
     for layer in model.blocks:
         watch(layer.attn, seen)
-    model(idx, maps=maps)
+    model.hidden_states(idx, maps=maps)
     spectra = []
-    for layer in range(c.n_layer):
-        *inner, outer = maps[layer * (loops + 1):(layer + 1) * (loops + 1)]  # (B, H or 2H, T, T)
+    for layer, (inner, outer) in enumerate(by_layer(maps, c)):
         log, mean_log = block(outer), block(outer.mean(1))
         singular = torch.linalg.svdvals(log)  # (B, H, T/2)
         of_layer = torch.linalg.svdvals(mean_log)
@@ -107,55 +144,115 @@ def measure(path, idx, tol):
         row = {"effective rank": effective_rank(singular), "rank of layer": rank,
                "outside span": outside_span(log, seen["x"][layer]),
                "rank <= D": (rank <= D).double(), "outer entropy": entropy(outer)}
-        if loops:
-            s, h = seen["refined"][layer]
-            cosine = torch.cosine_similarity(s, h, dim=-1)
-            own = torch.stack([m.diagonal(dim1=-2, dim2=-1)[..., 1:] for m in inner])
-            bits = torch.stack([entropy(m) for m in inner])  # (loops, B, heads)
-            for i, stream in enumerate(c.nexus_streams):
-                heads = slice(i * H, (i + 1) * H)
-                row |= {f"inner {stream} entropy": bits[..., heads],
-                        f"own token, {stream}": own[:, :, heads],
-                        f"cosine {stream}": cosine[:, heads]}
-        for name in COLUMNS:
+        for n, weights in inner.items():
+            own, before = token_shares(weights, strict)
+            row |= {f"entropy, {n}": entropy(weights, strict), f"own token, {n}": own,
+                    f"token before, {n}": before,
+                    f"cosine, {n}": torch.cosine_similarity(*seen["refined"][layer][n], dim=-1)}
+        for name in rows:
             rows[name].append(row[name].mean().item() if name in row else None)
-    return dict(D=D, rows=rows, spectra=spectra)
+    return dict(D=D, rows=rows, spectra=spectra, shares=against)
 
 
-def lines(results):
-    yield ["", "layer", "D", *COLUMNS]
+@torch.no_grad()
+def shares(model, idx):
+    """(own-token share, share of the token before), means over all inner maps on idx; None if the
+    model has none."""
+    maps, c = [], model.config
+    model.hidden_states(idx, maps=maps)
+    found = [token_shares(weights, c.nexus_inner in STRICT)
+             for inner, _ in by_layer(maps, c) for weights in inner.values()]
+    if not found:
+        return None
+    return [statistics.mean(pair[i].mean().item() for pair in found) for i in (0, 1)]
+
+
+def at_start(inner, T, D, seed, heads=2):
+    """shares of an untrained layer of `heads` heads of width D on T tokens, no two the same."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size=T, block_size=T, n_layer=1, n_head=heads, n_embd=heads * D,
+                          rotary_pct=1.0, nexus_order=2, nexus_inner=inner, attention="manual"))
+    return shares(model, torch.randperm(T)[None])
+
+
+def expected_share(T, D):
+    """About what `self` gives its own token at initialisation, see above, mean over rows 2 to T."""
+    other = torch.exp(torch.tensor(0.08 - 0.4 * D**0.5))
+    return (1 / (1 + torch.arange(1, T) * other)).mean().item()
+
+
+def lines(results, columns):
+    yield ["", "layer", "D", *columns]
     for variant, runs in results.items():
         for layer in range(len(runs[0]["spectra"])):
-            cells = [[run["rows"][name][layer] for run in runs] for name in COLUMNS]
-            yield [variant, layer + 1, runs[0]["D"],
-                   *("" if cell[0] is None else mean_spread(cell, 2) for cell in cells)]
+            cells = [[run["rows"][name][layer] for run in runs] for name in columns]
+            if any(cell[0] is not None for cell in cells):
+                yield [variant, layer + 1, runs[0]["D"],
+                       *("" if cell[0] is None else mean_spread(cell, 2) for cell in cells)]
 
 
-def plot(plt, results):
-    figure, panels = plt.subplots(1, 3, figsize=(14, 4.2))
-    for i, (variant, runs) in enumerate(results.items()):
-        values = torch.tensor([run["spectra"] for run in runs]).mean(0)  # (layers, T/2)
-        for layer, spectrum in enumerate(values):
-            panels[0].semilogy(range(1, len(spectrum) + 1), spectrum, color=f"C{i}", alpha=0.7,
-                               label=variant if layer == 0 else None)
-        at = range(1, len(values) + 1)
-        for panel, name, style in ((panels[1], "effective rank", "o-"),
-                                   (panels[2], "own token, q", "o-"),
-                                   (panels[2], "own token, k", "s--")):
-            column = [run["rows"][name] for run in runs]
-            if column[0][0] is not None:
-                column = torch.tensor(column)
-                panel.errorbar(at, column.mean(0), column.std(0), fmt=style, color=f"C{i}",
-                               capsize=2, label=f"{variant}{name[-3:] if 'own' in name else ''}")
-        panels[0].set_xlim(0, 1.5 * runs[0]["D"])
-    panels[0].set(ylim=(1e-4, 1.2), xlabel="singular value of a head's log-attention",
-                  title="spectrum, a line a layer")
-    panels[1].set(xlabel="layer", title="effective rank of a head's log-attention", xticks=at)
-    panels[2].set(xlabel="layer", title="weight an inner step leaves on its own token", xticks=at)
-    for panel in panels:
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+def share_lines(found, contexts, D):
+    """found(variant, T): a list over seeds of (own, before) at head width D, or None."""
+    for variant in ("self", *STRICT):
+        for i, name in enumerate(("own token", "token before")):
+            if not (variant in STRICT and i == 0):  # 0 by construction
+                yield [variant, D, name, *(mean_spread([pair[i] for pair in found(variant, T)], 3)
+                                           for T in contexts)]
+
+
+def plot(plt, results, start, contexts):
+    figure, panels = plt.subplots(2, 2, figsize=(WIDTH, 6.4))
+    (spectrum, ranks), (untrained, trained) = panels
+    ends = [{} for _ in range(4)]
+    for variant, runs in results.items():
+        values = torch.tensor([run["spectra"] for run in runs]).mean((0, 1))  # (T/2,)
+        last = int((values >= 1e-3).sum())
+        spectrum.semilogy(range(1, last + 1), values[:last], **style(variant))
+        ends[0][variant] = last, values[last - 1].item()
+        column = torch.tensor([run["rows"]["effective rank"] for run in runs])  # (seeds, layers)
+        at = range(1, column.size(1) + 1)
+        ranks.plot(at, column.T, "o", ms=2.5, color=style(variant)["color"])
+        ranks.plot(at, column.mean(0), **style(variant))
+        ends[1][variant] = at[-1], column.mean(0)[-1].item()
+        if pairs := [run["shares"] for run in runs if all(run["shares"].values())]:
+            at, strict = list(pairs[0]), variant in STRICT
+            y = torch.tensor([[pair[T][strict] for T in at] for pair in pairs])  # (seeds, T)
+            trained.plot(at, y.T, "o", ms=2.5, color=style(variant)["color"])
+            trained.plot(at, y.mean(0), **style(variant))
+            ends[3][variant] = at[-1], y.mean(0)[-1].item()
+    for (variant, D), pairs in start.items():
+        y = [statistics.mean(pair[variant in STRICT] for pair in pairs[T]) for T in contexts]
+        untrained.plot(contexts, y, **style(variant))
+        name = variant if variant in STRICT else f"{variant}, D = {D}"  # those do not know D
+        ends[2][name] = contexts[-1], y[-1]
+    spectrum.set(title="spectrum of a head's log-attention", xlabel="singular value",
+                 ylabel="relative to the largest", ylim=(1e-3, 1.2))
+    ranks.set(title="its effective rank", xlabel="layer", xticks=range(1, column.size(1) + 1))
+    for panel, title in ((untrained, "untrained"), (trained, "trained")):
+        panel.set(title=f"{title}: own token (self), token before", xlabel="context T",
+                  xscale="log", ylim=(0, 1))
+        at = contexts if panel is untrained else list(runs[0]["shares"])
+        panel.set_xticks(at, at)
+        panel.minorticks_off()
+    untrained.set_ylabel("share of an inner map")
+    for panel, names in zip(panels.flat, ends, strict=True):
+        if names:
+            name_lines(panel, names)
     return figure
+
+
+def checkpoints(runs, variant, seeds):
+    """The first `seeds` checkpoints of a variant in a folder of compare.py's runs, by seed."""
+    found = {}
+    for name in os.listdir(runs) if os.path.isdir(runs) else ():
+        match = re.fullmatch(f"{re.escape(variant)}-seed(\\d+)", name)
+        path = os.path.join(runs, name, "ckpt.pt")
+        if match and os.path.exists(path):
+            found[int(match[1])] = path
+    if len(found) < seeds:
+        raise UserError(f"{runs} has {len(found)} checkpoints of {variant}, not {seeds}: lower "
+                        "--seeds, or let compare.py make them")
+    return [found[seed] for seed in sorted(found)[:seeds]]
 
 
 def main():
@@ -163,47 +260,63 @@ def main():
     add = parser.add_argument
     add("--runs", metavar="DIR", help="what compare.py --out DIR has made (default: OUT/compare, "
         "made by compare.py if it is not there)")
-    add("--variants", default="baseline,nexus-2", help="of compare.py (default: baseline,nexus-2)")
+    add("--variants", type=listed(str), default="baseline,self,past,cross",
+        help="of compare.py, without its controls (default: baseline,self,past,cross)")
     add("--dataset", metavar="DIR", help="token set to look at (default: pydocs in --runs)")
-    add("--seeds", type=int, default=3, help="models of each variant (default: 3)")
-    add("--windows", type=int, default=8, help="of validation text (default: 8)")
-    add("--tol", type=float, default=0.01, help="singular values below this times the largest "
-        "do not count for a rank (default: 0.01)")
+    add("--seeds", type=positive_int, default=3, help="models of each variant (default: 3)")
+    add("--windows", type=positive_int, default=8, help="of validation text (default: 8)")
+    add("--tol", type=number(float, 1e-12, 0.999), default=0.01, help="singular values below this "
+        "times the largest do not count for a rank (default: 0.01)")
+    add("--contexts", type=listed(number(int, 8, 2**14)), default="32,64,128,256,512",
+        help="T of the untrained models, and of the trained ones as far as their context goes "
+        "(default: 32,64,128,256,512)")
+    add("--widths", type=listed(number(int, 2, 2**12)), default="16,32,64,128",
+        help="D of the untrained models, even numbers (default: 16,32,64,128)")
     add("--quick", action="store_true", help="small models, two windows: under a minute")
     add("--out", default="out/spectrum", help="folder (default: out/spectrum)")
     args = parser.parse_args()
     if args.quick:
-        args.windows, args.seeds = 2, min(2, args.seeds)
-    if min(args.windows, args.seeds) < 1 or not 0 < args.tol < 1:
-        raise UserError("--windows and --seeds must be at least 1, --tol between 0 and 1")
+        args.windows, args.seeds, args.contexts = 2, min(2, args.seeds), [16, 32, 64]
     plt, runs = pyplot(), args.runs or os.path.join(args.out, "compare")
+    torch.set_num_threads(1)  # the models are small: two threads would wait for each other
+    start = {(inner, D): {T: [at_start(inner, T, D, seed) for seed in range(args.seeds)]
+                          for T in args.contexts}
+             for D in tqdm(args.widths, desc="untrained", disable=None, leave=False)
+             for inner in ("self", *STRICT)}
+    heading = ["inner map", "D", "share of the", *(f"T = {T}" for T in args.contexts)]
+    print(f"untrained, mean over maps and rows, ± over {args.seeds} seeds\n" + table([heading, *(
+        row for D in args.widths
+        for row in share_lines(lambda inner, T, D=D: start[inner, D][T], args.contexts, D))]))
     if not args.runs:  # continues, or finds everything done
         done = subprocess.run([sys.executable, os.path.join(ROOT, "experiments", "compare.py"),
-                               "--variants", args.variants, "--seeds", str(args.seeds), "--out",
-                               runs, *(["--quick"] if args.quick else [])])
+                               "--variants", ",".join(args.variants), "--seeds", str(args.seeds),
+                               "--out", runs, *(["--quick"] if args.quick else [])])
         if done.returncode:
             raise UserError(f"compare.py stopped with status {done.returncode}")
-    paths = {name: sorted(glob.glob(os.path.join(runs, f"{name}-seed*", "ckpt.pt")))[:args.seeds]
-             for name in args.variants.split(",")}
-    for name, found in paths.items():
-        if len(found) < args.seeds:
-            raise UserError(f"{runs} has {len(found)} checkpoints of {name}, not {args.seeds}: "
-                            "lower --seeds, or let compare.py make them")
-    T = load_checkpoint(found[0])[0].config.block_size // 2 * 2
+    paths = {name: checkpoints(runs, name, args.seeds) for name in args.variants}
+    T = load_checkpoint(paths[args.variants[0]][0])[0].config.block_size // 2 * 2
     text = TokenSet(args.dataset or os.path.join(runs, "pydocs")).val
     idx = torch.from_numpy(batch(text, T, val_indices(windows(text, T), args.windows, 0, 1))[0])
-    results = {name: [measure(path, idx, args.tol) for path in tqdm(found, desc=name, leave=False,
-                                                                    disable=None)]
-               for name, found in paths.items()}
+    results = {name: [measure(path, idx, args.tol, args.contexts) for path in tqdm(
+        found, desc=name, leave=False, disable=None)] for name, found in paths.items()}
     print(f"\nmean over heads and {len(idx)} windows of {T} tokens, ± over {args.seeds} seeds; "
-          f"ranks at tolerance {args.tol}\n{table(lines(results))}\n")
+          f"ranks at tolerance {args.tol}\n{table(lines(results, OUTER))}\n")
+    print(f"inner maps\n{table(lines(results, INNER))}\n")
+    for name, found in results.items():
+        for T in found[0]["shares"]:
+            if pairs := [run["shares"][T] for run in found if run["shares"][T]]:
+                own, before = (mean_spread(some, 3) for some in zip(*pairs, strict=True))
+                print(f"{name}, T = {T}: own token {own}, token before {before}")
     base, *others = results.items()
     for name, others_runs in others:
         for column in ("effective rank", "outside span", "rank of layer", "outer entropy"):
             a, b = ([sum(run["rows"][column]) / len(run["spectra"]) for run in group]
                     for group in (others_runs, base[1]))
             print(f"{name} minus {base[0]}, {column}: {paired_text(paired(a, b), 3)}")
-    save(args, "spectrum", results, plot(plt, results))
+    untrained = [dict(inner=inner, D=D, T=T, shares=pairs) for (inner, D), of_T in start.items()
+                 for T, pairs in of_T.items()]
+    save(args, "spectrum", dict(untrained=untrained, trained=results),
+         plot(plt, results, start, args.contexts))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import spectrum
 import torch
 
 from model import GPT, GPTConfig
+from nanonexus.cli import UserError, run_script
 
 
 def test_effective_rank():
@@ -23,6 +24,50 @@ def test_entropy_is_relative_to_uniform():
     uniform /= uniform.sum(-1, keepdim=True)
     assert spectrum.entropy(uniform).item() == pytest.approx(1)
     assert spectrum.entropy(torch.eye(6).double()).item() == pytest.approx(0)
+    earlier = torch.tril(torch.ones(6, 6), -1).double()
+    earlier[1:] /= earlier[1:].sum(-1, keepdim=True)
+    assert spectrum.entropy(earlier, strict=True).item() == pytest.approx(1)
+
+
+def test_token_shares():
+    weights = torch.tensor([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.1, 0.2, 0.7, 0], [0, 0, 0.4, 0.6]])
+    own, before = spectrum.token_shares(weights)
+    assert own.item() == pytest.approx(0.6) and before.item() == pytest.approx(1.1 / 3)
+    strict = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0.9, 0.1, 0, 0], [0, 0.7, 0.3, 0]])
+    own, before = spectrum.token_shares(strict, strict=True)
+    assert own.item() == 0 and before.item() == pytest.approx(0.2)  # the second row has no choice
+
+
+@pytest.mark.parametrize("D", [16, 128])
+def test_at_the_start_a_wide_head_reads_mostly_itself(D):
+    own = [spectrum.at_start("self", 64, D, seed)[0] for seed in range(3)]
+    assert sum(own) / 3 == pytest.approx(spectrum.expected_share(64, D), rel=0.15)
+    for inner in spectrum.STRICT:
+        own, before = spectrum.at_start(inner, 64, D, 0)
+        even = sum(1 / t for t in range(2, 64)) / 62
+        assert own == 0 and before == pytest.approx(even, rel=0.4)
+
+
+def test_maps_are_dealt_to_layers_loops_and_streams():
+    config = GPTConfig(n_layer=2, nexus_order=3)
+    maps = [torch.full((1, 1, 2, 2), float(i)) for i in range(10)]  # q, k, q, k, outer; twice
+    first, second = spectrum.by_layer(maps, config)
+    assert [m.mean().item() for m in first[0]["q"]] == [0, 2] and first[1].mean() == 4
+    assert [m.mean().item() for m in second[0]["k"]] == [6, 8] and second[1].mean() == 9
+    plain = spectrum.by_layer(maps[:2], GPTConfig(n_layer=2))
+    assert [inner for inner, _ in plain] == [{}, {}] and plain[1][1].mean() == 1
+
+
+def test_checkpoints_are_those_of_the_seeds(tmp_path):
+    for name in ("past-seed1", "past-seed0", "past-k-seed0", "past-seed1000-lr0.004", "past-seed3"):
+        (tmp_path / name).mkdir()
+        if name != "past-seed3":  # not finished
+            (tmp_path / name / "ckpt.pt").touch()
+    found = spectrum.checkpoints(tmp_path, "past", 2)
+    assert [os.path.basename(os.path.dirname(path)) for path in found] == ["past-seed0",
+                                                                           "past-seed1"]
+    with pytest.raises(UserError, match="2 checkpoints of past, not 3"):
+        spectrum.checkpoints(tmp_path, "past", 3)
 
 
 def test_block_has_the_rank_of_the_scores_and_is_blind_to_the_softmax():
@@ -55,24 +100,40 @@ def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeyp
     with torch.no_grad():  # the second layer's keys are all alike: its inner maps are uniform
         model.blocks[1].attn.qkv.weight[8:16] = 0
     monkeypatch.setattr(spectrum, "load_checkpoint", lambda path, attention: (model, None))
-    rows = spectrum.measure("", torch.randint(32, (3, 16)), 0.01)["rows"]
-    assert rows["inner k entropy"][1] == pytest.approx(1) and rows["inner k entropy"][0] < 0.999999
-    assert rows["inner q entropy"] == [None, None]
+    idx = torch.randint(32, (3, 16))
+    found = spectrum.measure("", idx, 0.01, [8, 16])
+    rows = found["rows"]
+    assert rows["entropy, k"][1] == pytest.approx(1) and rows["entropy, k"][0] < 0.999999
+    assert rows["entropy, q"] == [None, None]
     own = sum(1 / t for t in range(2, 17)) / 15
-    assert rows["own token, k"][1] == pytest.approx(own)
+    assert rows["own token, k"][1] == rows["token before, k"][1] == pytest.approx(own)
+    both = [sum(rows[f"{name}, k"]) / 2 for name in ("own token", "token before")]
+    assert found["shares"][16] == pytest.approx(both)  # over layers
+    assert found["shares"][8] == pytest.approx(spectrum.shares(model, idx[:, :8]))
     assert rows["effective rank"][0] <= 4 + 1e-9  # D
 
 
 def test_the_command(tmp_path):
     pytest.importorskip("matplotlib")
-    out = subprocess.run([sys.executable, spectrum.__file__, "--quick", "--seeds", "1", "--out",
-                          str(tmp_path)], capture_output=True, text=True)
+    out = subprocess.run([sys.executable, spectrum.__file__, "--quick", "--seeds", "1", "--widths",
+                          "8,16", "--variants", "baseline,past", "--out", str(tmp_path)],
+                         capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     results = json.loads((tmp_path / "spectrum.json").read_text())["results"]
-    rows = results["nexus-2"][0]["rows"]
-    assert len(rows["cosine q"]) == 2 and all(-1 <= c <= 1 for c in rows["cosine q"])
+    rows = results["trained"]["past"][0]["rows"]
+    assert len(rows["cosine, q"]) == 2 and all(-1 <= c <= 1 for c in rows["cosine, q"])
     assert f"{rows['effective rank'][0]:.2f} ±" in out.stdout
-    assert os.path.getsize(tmp_path / "spectrum.png") > 1000
-    again = subprocess.run([sys.executable, spectrum.__file__, "--runs", str(tmp_path / "compare"),
-                            "--seeds", "2"], capture_output=True, text=True)
-    assert again.returncode == 2 and "1 checkpoints of baseline, not 2" in again.stderr
+    (before,) = [x["shares"][0][1] for x in results["untrained"]
+                 if (x["inner"], x["D"], x["T"]) == ("past", 16, 64)]
+    assert f"{before:.3f} ±" in out.stdout.split("trained, mean")[1]
+    assert os.path.getsize(tmp_path / "spectrum.svg") > 1000
+
+
+@pytest.mark.parametrize("wrong", ["--runs nowhere", "--seeds 0", "--tol 1", "--contexts 4"])
+def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["spectrum.py", "--contexts", "8", "--widths", "4", "--out",
+                                      str(tmp_path), *wrong.split()])
+    with pytest.raises(SystemExit) as end:
+        run_script(spectrum.main)
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
