@@ -1,4 +1,4 @@
-"""The README's commands name scripts and flags that exist."""
+"""The documents' commands name scripts and flags that exist, and their code is model.py's."""
 
 import glob
 import os
@@ -9,7 +9,13 @@ import sys
 import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DOCUMENTS = [os.path.join(ROOT, name) for name in ("README.md", "RESULTS.md")]
+DOCUMENTS = [os.path.join(ROOT, name) for name in ("README.md", "RESULTS.md")] + glob.glob(
+    f"{ROOT}/docs/**/*.md", recursive=True)
+
+
+def read(path):
+    with open(path, encoding="utf-8") as f:
+        return f.read()
 
 
 def commands():
@@ -17,8 +23,8 @@ def commands():
     found = {}
     scripts = [p for p in glob.glob(f"{ROOT}/*.py") + glob.glob(f"{ROOT}/experiments/*.py")]
     for path in DOCUMENTS + scripts:
-        with open(path, encoding="utf-8") as f:
-            text = f.read() if path.endswith(".md") else f.read().split('"""')[1]
+        text = read(path) if path.endswith(".md") else read(path).split('"""')[1]
+        text = text.replace("\\\n", " ")  # a command over two lines
         for line in text.splitlines():
             for script, rest in re.findall(r"(?:python |\d )((?:experiments/)?\w+\.py)([^`|#]*)",
                                            line):
@@ -28,17 +34,31 @@ def commands():
 
 
 def test_every_script_is_mentioned():
-    assert {"train.py", "sample.py", "prepare_data.py", "eval_sciq.py", "experiments/compare.py",
-            "experiments/cost.py", "experiments/harness.py"} <= commands().keys()
+    assert {"train.py", "sample.py", "prepare_data.py", "eval_sciq.py", "finetune.py",
+            "experiments/compare.py", "experiments/cost.py",
+            "experiments/harness.py"} <= commands().keys()
 
 
 @pytest.mark.parametrize("script", sorted(commands()))
 def test_flags_exist(script):
     said = ""
-    for command in (["sft"], ["eval"]) if script == "retrofit.py" else ([],):
+    for command in (["sft"], ["eval"]) if script == "finetune.py" else ([],):
         out = subprocess.run([sys.executable, os.path.join(ROOT, script), *command, "--help"],
                              capture_output=True, text=True, cwd=ROOT)
         assert out.returncode == 0, out.stderr
         said += out.stdout
     missing = {flag for flag in commands()[script] if flag not in said}
     assert not missing
+
+
+def test_the_ten_lines_are_the_models():
+    code = [block for block in re.findall(r"```python\n(.*?)```", read(DOCUMENTS[0]), re.S)
+            if "def refine" in block]
+    assert len(code) == 1 and code[0] in read(os.path.join(ROOT, "model.py"))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: os.path.relpath(path, ROOT))
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", read(path)):
+        if not target.startswith("http"):
+            assert os.path.exists(os.path.join(os.path.dirname(path), target)), target

@@ -13,7 +13,7 @@ def test_it_runs(monkeypatch):
     notebook = nbformat.read(os.path.join(ROOT, "walkthrough.ipynb"), as_version=4)
     text = "\n".join(cell.source for cell in notebook.cells)
     assert text.count("<details>") == text.count("</details>") >= 4  # exercises, answers hidden
-    assert "from model import" in text and "class Attention" not in text
+    assert "from model import" in text and "class CausalSelfAttention" not in text
     saved = [cell.outputs for cell in notebook.cells if cell.cell_type == "code"]
     assert any(output for output in saved)  # readable on the web without running it
     nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3",
