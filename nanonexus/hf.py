@@ -106,22 +106,26 @@ def read_config(folder):
         hf = json.load(f)
     check(hf, folder)
     rope = hf.get("rope_parameters") or {}
-    nexus = hf.get("nexus") or dict(order=1, streams="qk")  # what nanonexus.retrofit has left there
+    nexus = hf.get("nexus") or dict(order=1, streams="qk")  # of nanonexus.retrofit or .export
     return dict(nexus_order=nexus["order"], nexus_streams=nexus["streams"],
                 nexus_inner=nexus.get("inner", "self"),  # older retrofits have none
                 vocab_size=hf["vocab_size"], block_size=hf["max_position_embeddings"],
                 n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
                 n_embd=hf["hidden_size"], gelu=GELUS[hf["hidden_act"]],
                 rotary_pct=float(rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))),
-                parallel_residual=hf.get("use_parallel_residual", True))
+                parallel_residual=hf.get("use_parallel_residual", True),
+                dropout=float(hf.get("hidden_dropout", 0)))
 
 
 def check(hf, path):
     """Refuse what would load and then compute something else."""
     rope = {"rope_theta": hf.get("rotary_emb_base", 10000), "rope_type": "default",
             **(hf.get("rope_parameters") or hf.get("rope_scaling") or {})}
+    own = "gpt_neox"
+    if hf.get("model_type") == "nanonexus" and hf.get("nexus"):
+        own = "nanonexus"  # as nanonexus.export names higher orders
     for name, ours, theirs in (
-            ("model_type", "gpt_neox", hf.get("model_type")),
+            ("model_type", own, hf.get("model_type")),
             ("intermediate_size", 4 * hf["hidden_size"], hf["intermediate_size"]),
             ("layer_norm_eps", 1e-5, hf.get("layer_norm_eps", 1e-5)),
             ("attention_bias", True, hf.get("attention_bias", True)),

@@ -1,0 +1,253 @@
+"""
+A checkpoint as a Hugging Face folder, for transformers, lm-eval and what else reads those.
+
+    python -m nanonexus.export --checkpoint out/ckpt.pt --out exported
+
+Order 1 is a plain GPT-NeoX: nothing of ours is needed to read it. Higher orders bring their model
+along, modeling_nexus.py, which transformers runs if it is told to trust the folder.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import uuid
+from dataclasses import fields
+
+from model import GPTConfig
+from nanonexus.checkpoint import load_checkpoint
+from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.hf import NAMES
+from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer
+
+MODELING = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling_nexus.py")
+# flags of train.py that do not change what comes out
+ASIDE = {"out", "resume", "verify", "device", "sample", "wandb", "tensorboard", "log_interval",
+         "save_interval", "keep", "max_minutes"}
+
+
+def neox_weights(model):
+    """The model's weights under GPT-NeoX's names and in its layout: what nanonexus.hf reads back,
+    bit for bit."""
+    H, result = model.config.n_head, {}
+    for name, w in model.state_dict().items():
+        if ".qkv." in name:  # ours: all q, all k, all v; theirs: head after head, q, k, v each
+            w = w.unflatten(0, (3, H, -1)).transpose(0, 1).flatten(0, 2)
+        for theirs, ours in NAMES.items():
+            name = name.replace(ours, theirs) if ours else name
+        result[name if name.startswith("embed_out.") else f"gpt_neox.{name}"] = w.contiguous()
+    return result
+
+
+def neox_config(config, eot):
+    """config.json of a GPTConfig: GPT-NeoX's, with rotary as transformers 4 and 5 name it, and for
+    a higher order the settings of Nexus and where its model is. eot: the id that ends a text."""
+    result = dict(
+        architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", vocab_size=config.vocab_size,
+        hidden_size=config.n_embd, num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head, intermediate_size=4 * config.n_embd,
+        hidden_act="gelu_pytorch_tanh" if config.gelu == "tanh" else "gelu",
+        max_position_embeddings=config.block_size, layer_norm_eps=1e-5, attention_bias=True,
+        rotary_pct=config.rotary_pct, rotary_emb_base=10000, rope_parameters=dict(
+            rope_type="default", rope_theta=10000.0, partial_rotary_factor=config.rotary_pct),
+        use_parallel_residual=config.parallel_residual, hidden_dropout=config.dropout,
+        attention_dropout=0.0, tie_word_embeddings=False, use_cache=True, bos_token_id=eot,
+        eos_token_id=eot, torch_dtype="float32")
+    if config.nexus_order > 1:
+        result |= dict(
+            architectures=["NexusForCausalLM"], model_type="nanonexus",
+            auto_map={"AutoConfig": "modeling_nexus.NexusConfig",
+                      "AutoModelForCausalLM": "modeling_nexus.NexusForCausalLM"},
+            nexus=dict(order=config.nexus_order, streams=config.nexus_streams,
+                       inner=config.nexus_inner))
+    return result
+
+
+def tokenizer_json(encoding):
+    """tokenizer.json, as a str, of "bytes" or "gpt2", a tiktoken.Encoding: the same ids.
+
+    tiktoken merges what makes the token of the lowest rank; so the merge that makes a token is of
+    the two parts that are left when only earlier tokens may be made."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    ranks, char = encoding._mergeable_ranks, dict(byte_chars())
+    merges = [split(token, ranks, rank) for token, rank in sorted(ranks.items(), key=lambda x: x[1])
+              if len(token) > 1]
+    chars = {token: "".join(char[byte] for byte in token) for token in ranks}
+    tokenizer = Tokenizer(models.BPE(vocab={chars[token]: rank for token, rank in ranks.items()},
+                                     merges=[(chars[a], chars[b]) for a, b in merges]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False,
+                                                       use_regex=encoding.name != "bytes")
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOT])
+    return tokenizer.to_str()
+
+
+def split(token, ranks, below):
+    """The two parts of token (bytes) that are merged last, by merges to ranks lower than `below`.
+    Raises UserError if they are not two."""
+    parts = [token[i:i + 1] for i in range(len(token))]
+    while True:
+        found = [ranks.get(a + b, below) for a, b in zip(parts, parts[1:], strict=False)]
+        if not found or (least := min(found)) >= below:
+            break
+        i = found.index(least)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    if len(parts) != 2:
+        raise UserError(f"this tokenizer makes {token!r} of {len(parts)} parts, not of two")
+    return parts
+
+
+def last_validation(checkpoint, step):
+    """(loss in nats per token, step) of the last validation up to `step`, by the log.jsonl beside
+    the checkpoint; None if there is none. Raises UserError if the log is damaged."""
+    path, last = os.path.join(os.path.dirname(checkpoint), "log.jsonl"), None
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, line in enumerate(f, 1):
+            if not line.endswith("\n"):
+                break  # cut short by a kill
+            try:
+                event = json.loads(line)
+                if event["step"] <= step and event.get("val_loss") is not None:
+                    last = float(event["val_loss"]), event["step"]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(f"{path} is damaged in line {number}: remove that line, or the "
+                                "file") from error
+    return last
+
+
+def training_command(args):
+    """The command line of train.py that gives a checkpoint's args again."""
+    flags = {f.name for f in fields(GPTConfig) if f.type is bool}
+    words = ["python", "train.py"]
+    for name, value in args.items():
+        if value is True:
+            words += [f"--{name}"] * (name not in ASIDE)
+        elif value is False:
+            words += [f"--no-{name}"] * (name in flags)
+        elif value is not None and name not in ASIDE:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def model_card(model, meta, validation, license):
+    """README.md: what the model is, how it was trained and how it is loaded."""
+    c, nexus = model.config, model.config.nexus_order > 1
+    loss = validation and f"{validation[0]:.4f} nats per token at step {validation[1]}"
+    rows = {
+        "Architecture": f"GPT-NeoX, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}",
+        "Order": f"{c.nexus_order}, inner attention {c.nexus_inner}, streams {c.nexus_streams}"
+                 if nexus else "1 (standard attention)",
+        "Parameters": f"{model.num_params():,} ({model.num_params(embeddings=False):,} without "
+                      "embeddings)",
+        "Context": f"{c.block_size} tokens",
+        "Tokenizer": f"{meta['tokenizer']} (vocabulary padded to {c.vocab_size})",
+        "Tokens seen": f"{meta['tokens']:,}" if "tokens" in meta else None,
+        "Validation loss": loss,
+        "License of the training text": license and " ".join(license.split()).replace("|", "\\|"),
+    }
+    table = "\n".join(f"| {name} | {value or 'not recorded'} |" for name, value in rows.items())
+    trust = ", trust_remote_code=True" if nexus else ""
+    about = ("Its queries and keys are themselves outputs of attention "
+             "([Nexus](https://arxiv.org/abs/2512.03377)); the model's code is `modeling_nexus.py` "
+             "in this folder. Read it before you trust it: `trust_remote_code=True` runs it."
+             if nexus else "It is a plain GPT-NeoX: nothing but transformers is needed to load it.")
+    command = training_command(meta["args"]) if meta.get("args") else "not recorded"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {"Nexus" if nexus else "GPT"}, trained with nanoNexus
+
+{about}
+
+| | |
+|---|---|
+{table}
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path{trust})
+ids = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+```
+
+## Training
+
+```sh
+{command}
+```
+"""
+
+
+def export(checkpoint, out, license=None):
+    """Write the checkpoint's model as a Hugging Face folder, whole or not at all.
+
+    license: of the text that it was trained on, for the model card. Raises UserError if `out` is
+    there and not empty, ModelError or UserError if the checkpoint or its tokenizer is not whole.
+    """
+    from safetensors.torch import save_file
+
+    out = os.path.abspath(os.path.expanduser(out))
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UserError(f"{out} exists and is not empty: remove it or choose another --out")
+    model, meta = load_checkpoint(checkpoint)
+    encoding = get_tokenizer(meta["tokenizer"], meta.get("tokenizer_json"))
+    c, eot = model.config, encoding.eot_token
+    if encoding.n_vocab > c.vocab_size:
+        raise UserError(f"the tokenizer of {checkpoint} has {encoding.n_vocab} tokens, its model "
+                        f"only {c.vocab_size}: they do not belong together")
+    ids = dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
+    unused = list(range(encoding.n_vocab, c.vocab_size))  # the padding of the vocabulary
+    files = {
+        "config.json": neox_config(c, eot),
+        "generation_config.json": ids | (dict(suppress_tokens=unused) if unused else {}),
+        "tokenizer_config.json": dict(
+            tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT, pad_token=EOT,
+            padding_side="left", model_max_length=c.block_size,
+            clean_up_tokenization_spaces=False),
+        "tokenizer.json": meta.get("tokenizer_json") or tokenizer_json(encoding),
+        "README.md": model_card(model, meta, last_validation(checkpoint, meta["step"]), license)}
+
+    partial = f"{out}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        os.makedirs(partial)
+        for name, content in files.items():
+            with open(os.path.join(partial, name), "w", encoding="utf-8") as f:
+                f.write(content if isinstance(content, str) else json.dumps(content, indent=2))
+        if c.nexus_order > 1:
+            shutil.copy(MODELING, partial)
+        save_file(neox_weights(model), os.path.join(partial, "model.safetensors"),
+                  metadata={"format": "pt"})
+        for name in os.listdir(partial):
+            with open(os.path.join(partial, name), "rb+") as f:
+                os.fsync(f.fileno())
+        os.replace(partial, out)  # onto nothing, or onto an empty folder
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return model, meta
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a ckpt.pt that train.py wrote")
+    add("--out", required=True, help="the folder to write; must be new, or empty")
+    add("--license", metavar="TEXT", help="of the text that the model was trained on, for the "
+        "model card")
+    args = parser.parse_args()
+    model, meta = export(args.checkpoint, args.out, args.license)
+    kind = "Nexus" if model.config.nexus_order > 1 else "GPT-NeoX"
+    print(f"{args.out}: {kind}, {model.num_params():,} parameters, step {meta['step']}")
+
+
+if __name__ == "__main__":
+    run_script(main)
