@@ -38,25 +38,65 @@ def test_change_is_nought_at_order_1_and_gate_0():
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **retrofit.SHAPE)).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1) if p.dim() > 1 else None
-    changes = retrofit.change(model, torch.randint(64, (2, 20)))
-    assert abs(changes["original"]["kl"]) < 1e-6 and abs(changes["order 2, gate 0.0"]["kl"]) < 1e-6
-    assert 1e-4 < changes["order 2, gate 0.25"]["kl"] < changes["order 2"]["kl"]
-    assert changes["original"]["loss"] == changes["order 2, gate 0.0"]["loss"]
+    batch = torch.randint(64, (2, 20))
+    names = ["original", *(f"{inner}{gate}" for inner in ("self", "past", "cross")
+                           for gate in ("", ", gate 0.0", ", gate 0.25")), "key-shift, gate 0.25"]
+    changes = {name: retrofit.change(model, batch, retrofit.CHANGES[name]) for name in names}
+    assert abs(changes["original"]["kl"]) < 1e-6
+    for inner in ("self", "past", "cross"):
+        assert abs(changes[f"{inner}, gate 0.0"]["kl"]) < 1e-6
+        assert 1e-4 < changes[f"{inner}, gate 0.25"]["kl"] < changes[inner]["kl"]
+        assert changes["original"]["loss"] == changes[f"{inner}, gate 0.0"]["loss"]
+    assert changes["key-shift, gate 0.25"]["kl"] > 1e-4
+    assert len({r["kl"] for r in changes.values()}) >= 8  # each is a retrofit of its own
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_accuracy_counts_answers_and_their_steps():
+    class Model:  # answers every question but for its last step
+        def generate(self, input_ids, **kwargs):
+            answers = [row["answer"][:-1] + str((int(row["answer"][-1]) + 1) % 10) for row in rows]
+            ends = tokenizer(answers, return_tensors="pt")["input_ids"]
+            return torch.cat([input_ids, ends], dim=1)
+
+    tokenizer, rows = retrofit.byte_tokenizer(), retrofit.questions(30, 3, seed=0)
+    args = retrofit.build_parser().parse_args([])
+    assert retrofit.accuracy(Model(), tokenizer, rows, args) == (0, [1, 1, 0])
+
+
+def test_runs_end_in_a_line_and_are_never_run_again(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(retrofit, "VARIANTS", {"order 1": ["--order", "1"],
-                                               "order 2, gated": ["--order", "2", "--gate", "0"]})
-    argv = "--steps 2 --batch 2 --context 32 --sft_steps 2 --examples 64 --sft_batch 4 --seeds 1"
-    monkeypatch.setattr(sys, "argv", ["retrofit.py", *argv.split(), "--out", str(tmp_path)])
-    retrofit.main()
-    results = json.loads((tmp_path / "retrofit.json").read_text())["results"]
-    assert len(results["runs"]["order 1"]["losses"][0]) == 2
-    assert results["runs"]["order 1"]["gates"] == [None]
-    assert results["runs"]["order 2, gated"]["gates"][0] > 0
-    assert "2,425,152 parameters" in capsys.readouterr().out
-    assert (tmp_path / "retrofit.png").exists()
-    monkeypatch.setattr(sys, "argv", ["retrofit.py", "--terms", "1"])
-    with pytest.raises(UserError, match="--terms: must be a number from 2"):
+    argv = ("--steps 2 --batch 2 --context 32 --sft_steps 2 --examples 64 --sft_batch 4 --seeds 1 "
+            f"--variants baseline,past-gated --out {tmp_path}").split()
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["retrofit.py", *argv, *flags])
         retrofit.main()
+        return capsys.readouterr().out
+
+    few = dict(list(retrofit.CHANGES.items())[:2])
+    monkeypatch.setattr(retrofit, "CHANGES", few)
+    assert "2,425,152 parameters" in run()
+    results = json.loads((tmp_path / "retrofit.json").read_text())["results"]
+    assert len(results["runs"]["baseline"]["0"]["losses"]) == 2
+    assert results["runs"]["baseline"]["0"]["gate"] is None
+    assert results["runs"]["past-gated"]["0"]["gate"] > 0
+    assert list(results["changes"]) == list(few)
+    assert (tmp_path / "retrofit.svg").exists()
+
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 2 + 2
+    monkeypatch.setattr(retrofit, "finetune", lambda *args: pytest.fail("run twice"))
+    shown = run("--show")  # neither the text nor the flags of the runs are needed for it
+    assert run("--results", str(tmp_path / "results.jsonl")).endswith(shown)
+    assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
+    with pytest.raises(UserError, match="pretrained with other settings"):
+        run("--steps", "3")
+    other = json.loads(lines[-1])
+    other["settings"]["sft_steps"] = 3
+    (tmp_path / "results.jsonl").write_text("\n".join([*lines, json.dumps(other)]) + "\n")
+    with pytest.raises(UserError, match="lines of several settings"):
+        run("--show")
+    with pytest.raises(UserError, match="no variant nonsense"):
+        run("--variants", "nonsense")
+    with pytest.raises(UserError, match="--terms: must be a number from 2"):
+        run("--terms", "1")
