@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# The first hours on a GPU, in order: is it right, is it fast, what does it learn. A part that is done
+# is not done again and one that was cut short continues, so on a machine that is lent for minutes at
+# a time the same command is simply given again.
+#
+#   TOKENS=tokens/openstax OUT=out/gpu experiments/gpu.sh                 # all parts
+#   TOKENS=tokens/openstax OUT=out/gpu BUDGET=540 experiments/gpu.sh      # at most nine minutes
+#   PARTS="tests speed" TOKENS=... OUT=... experiments/gpu.sh
+#
+# TOKENS: a token set (GPT-2's tokenizer for the shapes of Pythia), or TOKENS.tar.xz beside it, which
+# travels well: tar -cJf tokens/openstax.tar.xz -C tokens openstax
+# PARTS: tests (backends and loss on CUDA), curve (200 steps, bfloat16 against float32), speed
+# (cost.py), profile (the ten longest kernels), train (VARIANTS x SEEDS at PRESET, STEPS of 524,288
+# tokens), scores (DATA: a folder with the tasks' files). NANOGPT: a copy of nanoGPT's model.py.
+# DEVICE=cpu PRESET=tiny tries the script without a GPU. Results: OUT/*.json, OUT/*.log and a table.
+set -euo pipefail
+: "${OUT:?give a folder: OUT=out/gpu}" "${TOKENS:?give a token set: TOKENS=tokens/openstax}"
+: "${PARTS:=tests curve speed profile train scores}" "${BUDGET:=1000000}" "${SEEDS:=0 1}"
+: "${PRESET:=pythia-70m}" "${DEVICE:=cuda}" "${STEPS:=600}" "${CONTEXT:=2048}"
+: "${VARIANTS:=baseline self past key-shift}"
+root=$(cd "$(dirname "$0")/.." && pwd)
+end=$((SECONDS + BUDGET))
+mkdir -p "$OUT"
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$OUT/inductor} PYTHONUNBUFFERED=1
+[ -e "$TOKENS/meta.json" ] || tar -xJf "$TOKENS.tar.xz" -C "$(dirname "$TOKENS")"
+
+left() { echo $((end - SECONDS)); }
+# part NAME COMMAND...: run it once, its output in OUT/NAME.log; what is left of the budget is its limit
+part() {
+    local name=$1; shift
+    [ -e "$OUT/$name.done" ] && return
+    if [ "$(left)" -lt 30 ]; then echo "$name: no time left, give the same command again"; exit 0; fi
+    echo "== $name: $*"
+    if timeout --signal=TERM --kill-after=60 "$(left)" "$@" 2>&1 | tee -a "$OUT/$name.log"; then
+        touch "$OUT/$name.done"
+    else
+        echo "$name: failed, or cut short; see $OUT/$name.log"
+    fi
+}
+# reached FOLDER: the last step that a training run has logged
+reached() { tail -qn 1 "$1/log.jsonl" 2>/dev/null | grep -o '"step": [0-9]*' | grep -o '[0-9]*' || echo 0; }
+# training NAME VARIANT STEPS FLAGS...: train.py, or a control, until STEPS; saved when time is over
+training() {
+    local name=$1 variant=$2 steps=$3; shift 3
+    local program=("$root/train.py") flags=(--nexus_order 1) resume=()
+    case $variant in
+        baseline) ;;
+        self | past | cross | shared) flags=(--nexus_order 2 --nexus_inner "$variant") ;;
+        *) program=("$root/experiments/controls.py" "$variant") ;;
+    esac
+    if [ -e "$OUT/$name/ckpt.pt" ]; then resume=(--resume); fi
+    if [ "$(reached "$OUT/$name")" -lt "$steps" ]; then rm -f "$OUT/$name.done"; fi
+    part "$name" python "${program[@]}" --dataset "$TOKENS" --preset "$PRESET" --device "$DEVICE" \
+        --out "$OUT/$name" --no-sample --max_steps "$steps" "${flags[@]}" "${resume[@]}" \
+        --max_minutes $(((($(left) - 60) / 60) > 0 ? ($(left) - 60) / 60 : 1)) "$@"
+}
+
+for name in $PARTS; do case $name in
+    tests) part tests python -m pytest -q -n 4 "$root/tests/test_backends.py" "$root/tests/test_loss.py" ;;
+    curve) for dtype in float32 bfloat16; do
+            training "curve-$dtype" past 200 --dtype "$dtype"
+        done ;;
+    speed) part speed python "$root/experiments/cost.py" --presets "$PRESET" --contexts "$CONTEXT" \
+            --tokens $((32 * CONTEXT)) --orders 1,2,3 --device "$DEVICE" --out "$OUT/speed" \
+            ${NANOGPT:+--nanogpt "$NANOGPT"} ;;
+    profile) for order in 1 2; do
+            part "profile-$order" python "$root/experiments/profile_step.py" --preset "$PRESET" \
+                --nexus_order "$order" --device "$DEVICE" --out "$OUT/profile-$order"
+        done ;;
+    train) for seed in $SEEDS; do for variant in $VARIANTS; do
+            training "$variant-$seed" "$variant" "$STEPS" --seed "$seed" --eval_interval 50 \
+                --save_interval 100
+        done; done ;;
+    scores) for seed in $SEEDS; do for variant in self past cross shared; do
+            # controls are no models of model.py, and are compared by their losses alone
+            [ "$(reached "$OUT/$variant-$seed")" -ge "$STEPS" ] || continue
+            part "scores-$variant-$seed" python "$root/eval_sciq.py" --tasks all ${DATA:+--data "$DATA"} \
+                --checkpoint "$OUT/baseline-$seed/ckpt.pt" --versus "$OUT/$variant-$seed/ckpt.pt" \
+                --device "$DEVICE" --json "$OUT/scores-$variant-$seed.json" \
+                --plot "$OUT/scores-$variant-$seed.svg"
+        done; done ;;
+    *) echo "no part $name: choose from tests curve speed profile train scores" >&2; exit 2 ;;
+esac; done
+
+python - "$OUT" <<'PY'
+import glob, json, os, sys
+print(f"{'run':24}{'step':>8}{'tokens':>14}{'val loss':>10}{'tokens/s':>12}{'MFU':>8}")
+for path in sorted(glob.glob(os.path.join(sys.argv[1], "*", "log.jsonl"))):
+    events = [json.loads(line) for line in open(path)]
+    last = next((e for e in reversed(events) if e["val_loss"] is not None), events[-1])
+    speeds = sorted(e["tokens_per_sec"] for e in events if e["tokens_per_sec"])
+    mfus = sorted(e["mfu"] for e in events if e["mfu"])
+    middle = lambda xs, form: form.format(xs[len(xs) // 2]) if xs else "-"
+    print(f"{os.path.basename(os.path.dirname(path)):24}{last['step']:>8}{last['tokens']:>14,}"
+          f"{last['val_loss']:>10.4f}{middle(speeds, '{:,.0f}'):>12}{middle(mfus, '{:.1%}'):>8}")
+PY
