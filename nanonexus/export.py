@@ -174,10 +174,10 @@ pipeline_tag: text-generation
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this folder
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path{trust})
 model = AutoModelForCausalLM.from_pretrained(path{trust})
 ids = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+print(tokenizer.decode(model.generate(**ids, max_new_tokens={min(50, c.block_size // 2)})[0]))
 ```
 
 ## Training
@@ -188,13 +188,28 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
 """
 
 
+def flush(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name != "posix":  # nothing else can do that for a folder
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def export(checkpoint, out, license=None):
     """Write the checkpoint's model as a Hugging Face folder, whole or not at all.
 
     license: of the text that it was trained on, for the model card. Raises UserError if `out` is
     there and not empty, ModelError or UserError if the checkpoint or its tokenizer is not whole.
     """
-    from safetensors.torch import save_file
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise UserError(f"{error}: a folder of Hugging Face needs pip install -e '.[hf]'"
+                        ) from error
 
     out = os.path.abspath(os.path.expanduser(out))
     if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
@@ -227,10 +242,10 @@ def export(checkpoint, out, license=None):
             shutil.copy(MODELING, partial)
         save_file(neox_weights(model), os.path.join(partial, "model.safetensors"),
                   metadata={"format": "pt"})
-        for name in os.listdir(partial):
-            with open(os.path.join(partial, name), "rb+") as f:
-                os.fsync(f.fileno())
+        for name in [*os.listdir(partial), "."]:
+            flush(os.path.join(partial, name))
         os.replace(partial, out)  # onto nothing, or onto an empty folder
+        flush(os.path.dirname(out))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return model, meta
