@@ -126,6 +126,12 @@ def test_permutation_p_is_exact():
     assert recall.permutation_p([1, 1], [1, 1]) == 1
 
 
+def test_steps_to_an_accuracy():
+    line = dict(steps=400, curve=[0.2, 0.95, 0.5, 0.99])  # seen after 20, 40, 60, 80 steps
+    assert recall.steps_to(line) == 40 and recall.steps_to(line, 0.96) == 80
+    assert recall.steps_to(line, 1) is None
+
+
 def test_every_variant_has_a_style():
     assert recall.VARIANTS.keys() <= STYLES.keys()
 
