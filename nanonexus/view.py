@@ -27,10 +27,10 @@ WHITE = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
 INNER = {  # what an inner loop does, in a beginner's words
     "self": "A token gathers from those before it and from itself.",
     "past": "A token keeps what it is and gathers from those before it, never from itself.",
-    "cross": "One map, from queries to keys, gathers for both of them; a token keeps what it is "
-             "and gathers from those before it, never from itself.",
-    "shared": "The layer's own weights make queries, keys and values of them once more; a token "
-              "gathers from those before it and from itself."}
+    "cross": "One map, from queries to keys, says from which; a token keeps what it is and gathers "
+             "from those before it, never from itself.",
+    "shared": "The layer's own weights are applied once more to do so; a token gathers from those "
+              "before it and from itself."}
 
 
 def parse_args():
@@ -60,8 +60,7 @@ def main():
                         f"{max(layers)}")
     html = page(dict(
         tokens=[spell(tokenizer.decode_bytes([i])) for i in ids], heads=model.config.n_head,
-        layers=list(layers), about=describe(model.config, meta),
-        inner=INNER[model.config.nexus_inner] if model.config.nexus_order > 1 else None,
+        layers=list(layers), about=describe(model.config, meta), legend=explain(model.config),
         maps=[dict(kind=kind, title=title, code=pack(weights[[n - 1 for n in layers]]))
               for kind, title, weights in maps]))
     write(args.out, html)
@@ -131,6 +130,17 @@ def describe(config, meta):
                 f"refines {streams}")
     steps = f", training step {meta['step']:,}" if "step" in meta else ""
     return f"{what}; {config.n_layer} layers of {config.n_head} heads{steps}."
+
+
+def explain(config):
+    """What its maps show, in a beginner's words."""
+    if config.nexus_order == 1:
+        return "All maps are of outer attention, where the token reads; there is no inner one."
+    query, key = "query (what it looks for)", "key (what it is found by)"
+    streams = {"qk": f"{query} and its {key} gather", "q": f"{query} gathers",
+               "k": f"{key} gathers"}[config.nexus_streams]
+    return (f"Here a token's {streams} from other tokens first: inner attention shows from which, "
+            f"outer attention where the token then reads. {INNER[config.nexus_inner]}")
 
 
 def spell(token):

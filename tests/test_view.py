@@ -117,7 +117,8 @@ def test_the_page_holds_manual_attentions_weights(config, kinds, places, tmp_pat
         shape = (2, 2, T, T)
         assert (unpack(found["code"], shape) - want[:, place]).abs().max() < 1e-3
     assert len({m["title"] for m in data["maps"]}) == len(kinds)
-    assert bool(data["inner"]) == (len(kinds) > 1)
+    assert ("query" in data["legend"]) == ("q" in config.get("nexus_streams", "qk") and len(
+        kinds) > 1) and ("inner attention shows" in data["legend"]) == (len(kinds) > 1)
     assert f"order {config.get('nexus_order', 1)}" in data["about"] and "step 7" in data["about"]
     assert "".join(data["tokens"]) == ("The␣na⟨C3⟩⟨AF⟩ve␣</script><!--␣&amp;␣"
                                        "⟨E2⟩⟨80⟩⟨9C⟩river⟨E2⟩⟨80⟩⟨9D⟩↵")
