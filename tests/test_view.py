@@ -146,6 +146,15 @@ def test_size(tmp_path, monkeypatch):
     assert 1e6 < os.path.getsize(out) < 2e6
 
 
+# a tokenizer may have them as one token
+EVIL = ["</script><script>throw 1</script>", "<!--<script>", "{{data}}", "\u2028\\", "<img src=x>"]
+
+
+def test_a_token_cannot_end_the_data(tmp_path):
+    view.write(tmp_path / "view.html", view.page(dict(tokens=EVIL)))
+    assert read(tmp_path / "view.html") == dict(tokens=EVIL)
+
+
 @pytest.mark.parametrize("token, text", [
     (b"the", "the"), (b" the", " the"), (b"  ", "␣␣"), (b" \n", "␣↵"), (b"a\tb", "a⇥b"),
     (b"\xc3", "⟨C3⟩"), ("é".encode(), "é"), (b"\x00", "⟨U+0000⟩"),
@@ -243,6 +252,17 @@ def test_the_browser_has_manual_attentions_weights(browser, pages):
         assert found.shape == want.shape and (found - want).abs().max() < 1e-3
         assert page.locator("figure").count() == len(want) and not errors
         assert page.evaluate("tokens.map(token => token.textContent)") == read(path)["tokens"]
+    page.close()
+
+
+def test_a_token_is_text_and_nothing_else(browser, pages, tmp_path):
+    data = read(pages[0][0])
+    data["tokens"][:len(EVIL)] = EVIL
+    view.write(tmp_path / "view.html", view.page(data))
+    page, errors = open_page(browser, str(tmp_path / "view.html"))
+    page.locator("#tokens span").nth(6).hover()
+    assert page.evaluate("tokens.map(token => token.textContent)") == data["tokens"]
+    assert page.locator("script").count() == 2 and page.locator("img").count() == 0 and not errors
     page.close()
 
 
