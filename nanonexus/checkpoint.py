@@ -12,6 +12,8 @@ import torch
 
 from model import GPT, GPTConfig, ModelError
 from nanonexus.cli import UserError
+from nanonexus.files import replace
+from nanonexus.memory import check_size
 
 
 def older(path, i):
@@ -40,22 +42,13 @@ def save_checkpoint(path, state, keep=1):
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, path + ".link")
             os.replace(path + ".link", older(path, 1))
-        os.replace(partial, path)
+        replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(partial)
         kept = "the last one is untouched" if os.path.exists(path) else "there is none yet"
         raise UserError(f"could not write the checkpoint {path} ({error}): is the disk full? "
                         f"{kept}; free some space and --resume") from error
-
-
-def check_size(config):
-    """Raises ModelError for a slip of the keyboard that would take all memory, and the machine."""
-    size = config.n_embd * (12 * config.n_layer * config.n_embd + 2 * config.vocab_size
-                            + config.block_size)
-    if size > 1e12:
-        raise ModelError(f"vocab_size, block_size, n_layer and n_embd make {size:.0e} numbers: "
-                         "more than a trillion")
 
 
 def load_weights(model, state, path):

@@ -16,13 +16,27 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def replace(partial, path):
+    """os.replace(partial, path), for a file or a folder, kept even if the power fails: the folder
+    that holds both names is flushed to the disk too."""
+    os.replace(partial, path)
+    with contextlib.suppress(OSError):  # a system that cannot flush folders, Windows for one
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def write_json(path, result):
     """Replace the file at path by result, in one step."""
     partial = f"{path}.partial"
     try:
         with open(partial, "w", encoding="utf-8") as f:
             json.dump(result, f, indent=1)
-        os.replace(partial, path)
+            f.flush()
+            os.fsync(f.fileno())
+        replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(partial)

@@ -10,6 +10,7 @@ import sys
 import time
 
 from nanonexus.cli import UserError
+from nanonexus.files import replace
 
 SPIKE = 1.0  # nats above the median of the last ten logged losses
 
@@ -62,7 +63,9 @@ class Log:
             events = read(path, resumed_at, args)
         with open(path + ".partial", "w", encoding="utf-8") as f:
             f.writelines(json.dumps(event) + "\n" for event in events)
-        os.replace(path + ".partial", path)
+            f.flush()
+            os.fsync(f.fileno())
+        replace(path + ".partial", path)
         self.file = open(path, "a", encoding="utf-8")
         self.losses = [event["train_loss"] for event in events if event.get("train_loss")]
         self.bar, self.wandb, self.board = None, None, None

@@ -18,6 +18,7 @@ from nanonexus.checkpoint import save_checkpoint
 from nanonexus.cli import UserError
 from nanonexus.device import fast_attention, peak_flops
 from nanonexus.loss import TrainingLoss
+from nanonexus.memory import check_fits
 from nanonexus.schedule import warmup_cosine
 
 
@@ -52,6 +53,8 @@ class Run:
         self.args, self.config, self.tokens, self.world = args, config, tokens, world
 
         device, cuda = world.device, world.device.type == "cuda"
+        self.bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and cuda)
+        check_fits(config, args.micro_batch, device, self.bf16, args.checkpoint_attention)
         torch.manual_seed(args.seed)
         self.gpt, self.step = GPT(config).to(device), 0
         self.optimizer = make_optimizer(self.gpt, args, device)
@@ -64,7 +67,6 @@ class Run:
         self.model = self.loss if world.size == 1 else torch.nn.parallel.DistributedDataParallel(
             self.loss, device_ids=[device.index] if cuda else None, broadcast_buffers=False,
             gradient_as_bucket_view=True)
-        self.bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and cuda)
         self.peak = peak_flops() if cuda and self.bf16 else None
 
     def mfu(self, speed):
@@ -90,6 +92,9 @@ class Run:
     def load(self, tokens, windows):
         """idx and targets (len(windows), T) on the device, from tokens.train or tokens.val."""
         rows = torch.from_numpy(data.read_windows(tokens, self.config.block_size, windows))
+        if (top := int(rows.max())) >= self.config.vocab_size:  # opening a set reads its beginning
+            raise UserError(f"{self.tokens.folder} holds the id {top}, beyond the vocabulary of "
+                            f"{self.config.vocab_size}: prepare it again")
         if self.world.device.type == "cuda":  # pinned, the copy runs while the device computes
             rows = rows.pin_memory()
         rows = rows.to(self.world.device, non_blocking=True)  # one copy, cut in two there
