@@ -240,8 +240,9 @@ def export(checkpoint, out, license=None):
                 f.write(content if isinstance(content, str) else json.dumps(content, indent=2))
         if c.nexus_order > 1:
             shutil.copy(MODELING, partial)
-        save_file(neox_weights(model), os.path.join(partial, "model.safetensors"),
-                  metadata={"format": "pt"})
+        weights = os.path.join(partial, "model.safetensors")
+        save_file(neox_weights(model), weights, metadata={"format": "pt"})
+        shutil.copymode(os.path.join(partial, "config.json"), weights)  # it is the owner's alone
         for name in [*os.listdir(partial), "."]:
             flush(os.path.join(partial, name))
         os.replace(partial, out)  # onto nothing, or onto an empty folder

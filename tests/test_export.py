@@ -270,7 +270,8 @@ def test_written_whole_or_not_at_all(folders, tmp_path, monkeypatch, capsys):
     export.main()
     assert sorted(os.listdir(tmp_path)) == ["full", "new"]
     assert "parameters, step 0" in capsys.readouterr().out
-    assert (tmp_path / "new/model.safetensors").exists()
+    modes = {os.stat(file).st_mode for file in (tmp_path / "new").iterdir()}
+    assert len(modes) == 1 and (tmp_path / "new/model.safetensors").exists()
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
