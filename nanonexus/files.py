@@ -30,10 +30,15 @@ def replace(partial, path):
 
 def write_json(path, result):
     """Replace the file at path by result, in one step."""
+    write_text(path, json.dumps(result, indent=1))
+
+
+def write_text(path, text):
+    """Replace the file at path by text, in UTF-8, in one step."""
     partial = f"{path}.partial"
     try:
         with open(partial, "w", encoding="utf-8") as f:
-            json.dump(result, f, indent=1)
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
         replace(partial, path)

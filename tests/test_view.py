@@ -16,6 +16,7 @@ import torch
 from model import GPT, GPTConfig
 from nanonexus import view
 from nanonexus.cli import run_script
+from nanonexus.files import write_text
 from nanonexus.hf import open_model
 
 PROMPT = "The naïve </script><!-- &amp; “river”\n"
@@ -122,7 +123,6 @@ def test_the_page_holds_manual_attentions_weights(config, kinds, places, tmp_pat
     assert f"order {config.get('nexus_order', 1)}" in data["about"] and "step 7" in data["about"]
     assert "".join(data["tokens"]) == ("The␣na⟨C3⟩⟨AF⟩ve␣</script><!--␣&amp;␣"
                                        "⟨E2⟩⟨80⟩⟨9C⟩river⟨E2⟩⟨80⟩⟨9D⟩↵")
-    assert os.listdir(tmp_path).count("view.html.partial") == 0
 
 
 def test_chosen_layers_and_the_baseline(tmp_path, monkeypatch, capsys):
@@ -151,7 +151,7 @@ EVIL = ["</script><script>throw 1</script>", "<!--<script>", "{{data}}", "\u2028
 
 
 def test_a_token_cannot_end_the_data(tmp_path):
-    view.write(tmp_path / "view.html", view.page(dict(tokens=EVIL)))
+    write_text(tmp_path / "view.html", view.page(dict(tokens=EVIL)))
     assert read(tmp_path / "view.html") == dict(tokens=EVIL)
 
 
@@ -258,7 +258,7 @@ def test_the_browser_has_manual_attentions_weights(browser, pages):
 def test_a_token_is_text_and_nothing_else(browser, pages, tmp_path):
     data = read(pages[0][0])
     data["tokens"][:len(EVIL)] = EVIL
-    view.write(tmp_path / "view.html", view.page(data))
+    write_text(tmp_path / "view.html", view.page(data))
     page, errors = open_page(browser, str(tmp_path / "view.html"))
     page.locator("#tokens span").nth(6).hover()
     assert page.evaluate("tokens.map(token => token.textContent)") == data["tokens"]
