@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from nanonexus.cli import Parser, UserError, run_script
 from nanonexus.data import VERSION, load_hub
-from nanonexus.files import sha256
+from nanonexus.files import replace, sha256
 from nanonexus.tokenizer import EOT, bpe_size, get_tokenizer, padded_vocab, train_bpe
 
 # name -> (hub repository, its configuration, the field with the text, share for validation)
@@ -280,7 +280,7 @@ def prepare(args):
                     dataset=args.dataset, source=source, revision=revision)
         with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as f:
             json.dump(meta, f, indent=2)
-        os.replace(partial, out)  # onto nothing, or onto an empty folder
+        replace(partial, out)  # onto nothing, or onto an empty folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{args.out}: {counts['train']:,} tokens to train on and {counts['val']:,} to validate, "

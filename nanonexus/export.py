@@ -17,6 +17,7 @@ from dataclasses import fields
 from model import GPTConfig
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.files import flush, replace
 from nanonexus.hf import NAMES
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer
 
@@ -188,17 +189,6 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens={min(50, c.block_siz
 """
 
 
-def flush(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name != "posix":  # nothing else can do that for a folder
-        return
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
 def export(checkpoint, out, license=None):
     """Write the checkpoint's model as a Hugging Face folder, whole or not at all.
 
@@ -245,8 +235,7 @@ def export(checkpoint, out, license=None):
         shutil.copymode(os.path.join(partial, "config.json"), weights)  # it is the owner's alone
         for name in [*os.listdir(partial), "."]:
             flush(os.path.join(partial, name))
-        os.replace(partial, out)  # onto nothing, or onto an empty folder
-        flush(os.path.dirname(out))
+        replace(partial, out)  # onto nothing, or onto an empty folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return model, meta

@@ -16,16 +16,22 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def flush(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name != "posix":  # nothing else can do that for a folder
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def replace(partial, path):
     """os.replace(partial, path), for a file or a folder, kept even if the power fails: the folder
     that holds both names is flushed to the disk too."""
     os.replace(partial, path)
-    with contextlib.suppress(OSError):  # a system that cannot flush folders, Windows for one
-        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    flush(os.path.dirname(os.path.abspath(path)))
 
 
 def write_json(path, result):
