@@ -248,15 +248,12 @@ def plot_maps(plt, run, path):
     for panel, weights, title in zip(panels, (inner[head], outer[head]), (
             "inner attention: what a key gathers", "outer attention: what a token reads"),
             strict=True):
-        panel.pcolormesh(weights, cmap="magma_r", vmin=0, vmax=1, edgecolors="#e5e5e5", lw=0.2)
-        ticks = [i + 0.5 for i in range(len(names))]
-        panel.set(title=f"{title} (head {head + 1} of {run.heads})", xticks=ticks, yticks=ticks,
-                  aspect="equal")
-        panel.invert_yaxis()
-        panel.grid(False)
+        panel.imshow(weights, cmap="Purples", vmin=0, vmax=1)
+        panel.set(title=f"{title} (head {head + 1} of {run.heads})", xticks=range(len(names)),
+                  yticks=range(len(names)))
         panel.set_xticklabels(names, rotation=90, fontsize=7)
         panel.set_yticklabels(names, fontsize=7)
-        panel.axhline(first, color="k", lw=0.6)
+        panel.axhline(first - 0.5, color="k", lw=0.6)
     figure.tight_layout()
     write(figure, path)
 
