@@ -57,6 +57,7 @@ class Refinement(NamedTuple):
     cos: torch.Tensor
     mask: object  # as the model made it: None, a tensor (B, 1, T, S) or a BlockMask
     cache: object
+    cache_position: object  # of the new tokens; where versions from 5.0 on keep none in the cache
     extra: dict  # what else the model hands to its attention
 
 
@@ -89,7 +90,8 @@ class Nexus:
         cos, sin = given["position_embeddings"]
         extra = {k: v for k, v in given.items() if k not in self.nexus_names}
         cache = next((given[name] for name in CACHE_NAMES if name in given), None)
-        context = Refinement(self, cos, given.get("attention_mask"), cache, extra)
+        context = Refinement(self, cos, given.get("attention_mask"), cache,
+                             given.get("cache_position"), extra)
         return self.nexus_forward(**given | dict(position_embeddings=(context, sin)))
 
     def refine(self, q, k, rotary, context):
@@ -221,7 +223,8 @@ def keep(context, name, x):
         fresh.is_initialized = False
         places[layer, name] = len(cache.layers)
         cache.layers.append(fresh)
-    return cache.update(x, x[..., :0], places[layer, name])[0]  # keys alone, no values
+    return cache.update(x, x[..., :0], places[layer, name],  # as keys, without values
+                        dict(cache_position=context.cache_position))[0]
 
 
 def refined_rotary(rotary):
