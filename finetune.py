@@ -25,6 +25,7 @@ from nanonexus.cli import (
 )
 from nanonexus.device import check_device
 from nanonexus.files import write_json
+from nanonexus.lm_eval_adapter import check_tasks, run_tasks
 from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.schedule import warmup_cosine
 from nanonexus.stats import mcnemar, stderr
@@ -178,23 +179,18 @@ def sft(args):
 
 def score(path, args):
     """{(task, metric, filter): a list of one score a document}, and lm-eval's own results."""
-    import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
     tokenizer = pretrained(AutoTokenizer.from_pretrained, path)
-    manager = TaskManager(include_path=args.include_path,
-                          include_defaults=args.include_path is None)
-    if unknown := set(args.tasks) - set(manager.all_tasks):
-        raise UserError(f"lm-evaluation-harness has no such task: {', '.join(sorted(unknown))}")
+    check_tasks(args.tasks, args.include_path)  # before a model is loaded
     model = pretrained(load, path, dtype=args.dtype).to(args.device).eval()
     if args.order is not None:
         nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch)
-    results = lm_eval.simple_evaluate(
-        model=harness, tasks=args.tasks, limit=args.limit, num_fewshot=args.fewshot,
-        apply_chat_template=args.chat, log_samples=True, bootstrap_iters=0, task_manager=manager)
+    results = run_tasks(harness, args.tasks, args.include_path, args.limit,
+                        num_fewshot=args.fewshot, apply_chat_template=args.chat, log_samples=True,
+                        bootstrap_iters=0)
     documents = {}
     for task, samples in results["samples"].items():
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):

@@ -37,6 +37,15 @@ def run_tasks(model, tasks, folder=None, limit=None, **settings):
         raise UserError(f"lm-evaluation-harness has no such task: {error.args[0]}") from error
 
 
+def check_tasks(tasks, folder=None):
+    """Raises UserError if the harness (or the folder, see run_tasks) lacks one of the tasks."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=folder and str(folder), include_defaults=folder is None)
+    if unknown := set(tasks) - set(manager.all_tasks):
+        raise UserError(f"lm-evaluation-harness has no such task: {', '.join(sorted(unknown))}")
+
+
 def adapt(scorer):
     """A Scorer as a model of the harness."""
     from lm_eval.api.model import TemplateLM
