@@ -25,12 +25,12 @@ sys.path.insert(0, ROOT)
 
 import torch  # noqa: E402
 
-import eval_sciq  # noqa: E402
 import train  # noqa: E402
 from model import ModelError  # noqa: E402
 from nanonexus import data  # noqa: E402
 from nanonexus.checkpoint import read_checkpoint  # noqa: E402
 from nanonexus.cli import UserError  # noqa: E402
+from nanonexus.tasks import read_task  # noqa: E402
 
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 256 --micro_batch 8
           --eval_windows 8 --log_interval 1 --eval_interval 5 --warmup_steps 2 --device cpu
@@ -195,12 +195,12 @@ def damage(tokens, run, folder, count, seed=0):
         return found.train.tobytes(), found.val.tobytes(), found.tokenizer, found.vocab_size
 
     def evaluation(path):
-        docs, digest = eval_sciq.read_task("sciq", os.path.dirname(path), None)
+        docs, digest = read_task("sciq", os.path.dirname(path), None)
         return digest, [tuple(doc) for doc in docs]  # the digest is in the scores' JSON
 
     sciq = os.path.join(folder, "sciq")
     os.makedirs(sciq, exist_ok=True)
-    shutil.copy(os.path.join(ROOT, "demo_test.jsonl"), os.path.join(sciq, "sciq_test.jsonl"))
+    shutil.copy(os.path.join(ROOT, "nanonexus", "demo_test.jsonl"), os.path.join(sciq, "sciq_test.jsonl"))
     copy = os.path.join(folder, "set")
     shutil.copytree(tokens, copy, dirs_exist_ok=True)
     kinds = {"checkpoint": (os.path.join(run, "ckpt.pt"), checkpoint),
