@@ -200,7 +200,8 @@ def damage(tokens, run, folder, count, seed=0):
 
     sciq = os.path.join(folder, "sciq")
     os.makedirs(sciq, exist_ok=True)
-    shutil.copy(os.path.join(ROOT, "nanonexus", "demo_test.jsonl"), os.path.join(sciq, "sciq_test.jsonl"))
+    demo = os.path.join(ROOT, "nanonexus", "demo_test.jsonl")
+    shutil.copy(demo, os.path.join(sciq, "sciq_test.jsonl"))
     copy = os.path.join(folder, "set")
     shutil.copytree(tokens, copy, dirs_exist_ok=True)
     kinds = {"checkpoint": (os.path.join(run, "ckpt.pt"), checkpoint),
