@@ -25,6 +25,7 @@ from nanonexus.cli import (
 )
 from nanonexus.device import check_device
 from nanonexus.files import write_json
+from nanonexus.hf import commit_of, fetch
 from nanonexus.lm_eval_adapter import check_tasks, run_tasks
 from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.schedule import warmup_cosine
@@ -94,8 +95,7 @@ def pretrained(loader, path, **kwargs):
         if isinstance(error, ModelError):
             raise
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load {path}: give a folder, or a name on the hub and a network "
-                        f"({reason})") from error
+        raise UserError(f"cannot load {path}: it is no model of transformers ({reason})") from error
 
 
 def make_optimizer(model, args):
@@ -141,10 +141,13 @@ def sft(args):
     if args.report_to != "none":
         importlib.import_module(args.report_to)  # is it there?
     torch.manual_seed(args.seed)
-    tokenizer = pretrained(AutoTokenizer.from_pretrained, args.model)
+    folder = fetch(args.model)
+    tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)
     examples = read_examples(args.data, tokenizer, args.max_length)
     # trained weights are float32, products args.dtype; under adapters the weights stay as they are
-    model = pretrained(load, args.model, dtype=args.dtype if args.lora else "float32")
+    model = pretrained(load, folder, dtype=args.dtype if args.lora else "float32")
+    if commit := commit_of(folder):
+        model.config.base_model = f"{args.model.partition('@')[0]}@{commit}"
     nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
     if args.lora:
         from peft import LoraConfig, get_peft_model
@@ -182,15 +185,16 @@ def score(path, args):
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    tokenizer = pretrained(AutoTokenizer.from_pretrained, path)
+    folder = fetch(path)
+    tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)
     check_tasks(args.tasks, args.include_path)  # before a model is loaded
-    model = pretrained(load, path, dtype=args.dtype).to(args.device).eval()
+    model = pretrained(load, folder, dtype=args.dtype).to(args.device).eval()
     if args.order is not None:
         nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch)
     results = run_tasks(harness, args.tasks, args.include_path, args.limit,
                         num_fewshot=args.fewshot, apply_chat_template=args.chat, log_samples=True,
-                        bootstrap_iters=0)
+                        bootstrap_iters=0) | dict(revision=commit_of(folder))
     documents = {}
     for task, samples in results["samples"].items():
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
@@ -205,11 +209,12 @@ def evaluate(args):
 
     first, results = score(args.model, args)
     print(make_table(results))
-    report = {args.model: results["results"]}
+    report = {args.model: results["results"], "revisions": {args.model: results["revision"]}}
     if args.versus:
         second, results = score(args.versus, args)
         print(make_table(results))
         report |= {args.versus: results["results"], "paired": []}
+        report["revisions"][args.versus] = results["revision"]
         print(f"{args.versus} minus {args.model}, paired by document")
         for (task, metric, kind), a in first.items():
             b = second[task, metric, kind]
@@ -229,7 +234,7 @@ def main():
     train = commands.add_parser("sft", help="supervised fine-tuning", doc=sft.__doc__)
     test = commands.add_parser("eval", help="lm-evaluation-harness", doc=evaluate.__doc__)
     for add in (train.add_argument, test.add_argument):
-        add("--model", required=True, help="a folder, or a name on the hub")
+        add("--model", required=True, help="a folder, or NAME or NAME@REVISION on the hub")
         add("--streams", default="qk", choices=["qk", "q", "k"], help="refined (default: qk)")
         add("--inner", default="self", choices=INNERS, help="the map of an inner loop, see "
             "nanonexus/retrofit.py (default: self, the paper's)")

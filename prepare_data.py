@@ -20,23 +20,19 @@ import io
 import itertools
 import json
 import lzma
-import multiprocessing
 import os
 import platform
 import re
-import shutil
 import sys
 import time
-import uuid
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
-from nanonexus.cli import Parser, UserError, run_script
+from nanonexus.cli import Parser, UserError, number, run_script
 from nanonexus.data import VERSION, load_hub
-from nanonexus.files import replace, sha256
+from nanonexus.files import new_folder, sha256
 from nanonexus.tokenizer import EOT, bpe_size, get_tokenizer, padded_vocab, train_bpe
 
 # name -> (hub repository, its configuration, the field with the text, share for validation)
@@ -87,14 +83,14 @@ def read_text(lines):
 
 
 def read_jsonl(lines, path, field):
-    for number, line in enumerate(lines, 1):
+    for i, line in enumerate(lines, 1):
         try:
             text = json.loads(line)[field]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: no JSON object with a field {field!r} "
+            raise UserError(f"{path}, line {i}: no JSON object with a field {field!r} "
                             "(name it with --text_field)") from error
         if not isinstance(text, str):
-            raise UserError(f"{path}, line {number}: the field {field!r} is not a string")
+            raise UserError(f"{path}, line {i}: the field {field!r} is not a string")
         yield text
 
 
@@ -176,64 +172,42 @@ def training_text(texts, every):
             yield text
 
 
-def init_worker(name, source, dtype):
-    global tokenizer, out_dtype
-    tokenizer, out_dtype = get_tokenizer(name, source), dtype
-
-
-def encode(piece):
-    """The ids of (text, whether it ends a document), <|endoftext|> after a whole document."""
-    text, ends = piece
-    return np.array(tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * ends, out_dtype)
-
-
-def encode_all(chunk):
-    return [encode(piece) for piece in chunk]
-
-
-def tokenise(items, args, source, dtype):
-    """encode() each item, in order, on all cores, never more than some pieces ahead. source: the
-    text of tokenizer.json, or None."""
-    chunks = iter(lambda: list(itertools.islice(items, 32)), [])
-    if args.workers == 1:
-        init_worker(args.tokenizer, source, dtype)
-        yield from map(encode_all, chunks)
-        return
-    # spawn: a fork of a process with threads can hang, and so can multiprocessing.Pool as it ends
-    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), init_worker,
-                               (args.tokenizer, source, dtype))
+def printable(text):
+    """text, with U+FFFD for halves of characters, which JSON may hold and UTF-8 cannot."""
     try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def tokenise(items, tokenizer, workers, dtype):
+    """The ids of each (text, whether it ends a document), in order, <|endoftext|> after a whole
+    document. tiktoken lets go of Python's lock, so threads use all cores."""
+    def encode(chunk):
+        return [np.append(tokenizer.encode_to_numpy(printable(text), disallowed_special=())
+                          .astype(dtype), eot[:ends]) for text, ends in chunk]
+
+    eot = np.array([tokenizer.eot_token], dtype)
+    chunks = iter(lambda: list(itertools.islice(items, 32)), [])
+    with ThreadPoolExecutor(workers) as threads:
         waiting = collections.deque()
         for chunk in chunks:
-            waiting.append(pool.submit(encode_all, chunk))
-            if len(waiting) > 2 * args.workers:
-                yield waiting.popleft().result()
+            waiting.append(threads.submit(encode, chunk))
+            if len(waiting) > 2 * workers:  # never more than some pieces ahead
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError("a tokenising process was killed: if memory ran out, use fewer --workers") \
-            from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+            yield from waiting.popleft().result()
 
 
-def prepare(args):
-    """Write the token set into a folder beside --out, and rename it there when it is whole."""
-    out = os.path.abspath(os.path.expanduser(args.out))
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UserError(f"{args.out} exists and is not empty: remove it or choose another --out")
+def prepare(args, folder):
+    """Write the token set into a folder; what to say of it."""
     tokenizer, tokenizer_json, size = None, None, bpe_size(args.tokenizer)
     if not size:
         tokenizer = get_tokenizer(args.tokenizer)
     progress = [0.0]
     texts, source, revision, share = documents(args, progress)
     share = share if args.val_fraction is None else args.val_fraction
-    if not 0 < share <= 0.5:
-        raise UserError(f"--val_fraction must be more than 0 and at most 0.5, got {share}")
-    if args.max_tokens is not None and args.max_tokens < 1:
-        raise UserError(f"--max_tokens must be at least 1, got {args.max_tokens}")
-    if not 1 <= args.workers <= 256:
-        raise UserError(f"--workers must be from 1 to 256, got {args.workers}")
     every = round(1 / share)  # the last of every `every` pieces of text is for validation
     if size:  # the text is read twice: for the tokenizer, and then for the tokens
         tokenizer_json = train_bpe(tqdm(training_text(texts, every), desc=args.tokenizer,
@@ -244,54 +218,37 @@ def prepare(args):
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
     limit = args.max_tokens or sys.maxsize
 
-    partial = f"{out}.partial-{uuid.uuid4().hex[:8]}"
-    files = {split: os.path.join(partial, f"{split}.bin") for split in ("train", "val")}
+    files = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
     counts, seen, total, start = {"train": 0, "val": 0}, 0, 0, time.monotonic()
-    try:
-        os.makedirs(partial)
-        bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:.0f}%"
-                   " |{bar}| {elapsed} gone, {remaining} to go, {postfix}")
-        with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
-            for ids in itertools.chain.from_iterable(tokenise(
-                    pieces(texts), args, tokenizer_json, dtype)):
-                split, seen = "train" if (seen + 1) % every else "val", seen + 1
-                ids = ids[:limit - total]
-                (train if split == "train" else val).write(ids.tobytes())
-                counts[split] += len(ids)
-                total += len(ids)
-                rate = total / (time.monotonic() - start)
-                bar.set_postfix_str(f"{total:,} tokens, {rate:,.0f}/s", refresh=False)
-                bar.update(max(progress[0], total / limit) - bar.n)
-                if total >= limit:
-                    break
-            for f in (train, val):
-                f.flush()
-                os.fsync(f.fileno())
-        if not counts["train"] or not counts["val"]:
-            raise UserError(f"{source} has {total} tokens in {seen} pieces of text: too few for a "
-                            f"training and a validation part (one piece in {every})")
-        if size:
-            files["tokenizer"] = os.path.join(partial, "tokenizer.json")
-            with open(files["tokenizer"], "w", encoding="utf-8") as f:
-                f.write(tokenizer_json)
-        meta = dict(version=VERSION, dtype=np.dtype(dtype).name, tokens=counts,
-                    tokenizer=args.tokenizer, vocab_size=padded_vocab(tokenizer),
-                    sha256={part: sha256(path) for part, path in files.items()},
-                    dataset=args.dataset, source=source, revision=revision)
-        with open(os.path.join(partial, "meta.json"), "w", encoding="utf-8") as f:
-            json.dump(meta, f, indent=2)
-        replace(partial, out)  # onto nothing, or onto an empty folder
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"{args.out}: {counts['train']:,} tokens to train on and {counts['val']:,} to validate, "
-          f"from {source} ({args.tokenizer})")
-
-
-def count(text):
-    """1e9 as well as 1000000000; argparse makes one line of a ValueError."""
-    if not float(text) < 1e18:
-        raise ValueError(text)
-    return int(float(text))
+    bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:.0f}%"
+               " |{bar}| {elapsed} gone, {remaining} to go, {postfix}")
+    with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
+        for ids in tokenise(pieces(texts), tokenizer, args.workers, dtype):
+            split, seen = "train" if (seen + 1) % every else "val", seen + 1
+            ids = ids[:limit - total]
+            (train if split == "train" else val).write(ids.tobytes())
+            counts[split] += len(ids)
+            total += len(ids)
+            rate = total / (time.monotonic() - start)
+            bar.set_postfix_str(f"{total:,} tokens, {rate:,.0f}/s", refresh=False)
+            bar.update(max(progress[0], total / limit) - bar.n)
+            if total >= limit:
+                break
+    if not counts["train"] or not counts["val"]:
+        raise UserError(f"{source} has {total} tokens in {seen} pieces of text: too few for a "
+                        f"training and a validation part (one piece in {every})")
+    if size:
+        files["tokenizer"] = os.path.join(folder, "tokenizer.json")
+        with open(files["tokenizer"], "w", encoding="utf-8") as f:
+            f.write(tokenizer_json)
+    meta = dict(version=VERSION, dtype=np.dtype(dtype).name, tokens=counts,
+                tokenizer=args.tokenizer, vocab_size=padded_vocab(tokenizer),
+                sha256={part: sha256(path) for part, path in files.items()},
+                dataset=args.dataset, source=source, revision=revision)
+    with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as f:
+        json.dump(meta, f, indent=2)
+    return (f"{args.out}: {counts['train']:,} tokens to train on and {counts['val']:,} to validate,"
+            f" from {source} ({args.tokenizer})")
 
 
 def main():
@@ -305,13 +262,15 @@ def main():
     add("--out", required=True, help="folder for the token set; must not exist or be empty")
     add("--text_field", help="which field of a row holds the text (default: text)")
     add("--revision", help="commit or branch of a set on the hub (default: the newest)")
-    add("--max_tokens", type=count, help="stop after this many, e.g. 1e9")
-    add("--val_fraction", type=float, help="share of the pieces of text kept for validation "
-        "(default: 0.1 for small sets, less for large ones)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise "
-        "(default: one a core)")
+    add("--max_tokens", type=number(int, 1, 1 << 60), help="stop after this many, e.g. 1e9")
+    add("--val_fraction", type=number(float, 0, 0.5, above=True), help="share of the pieces of "
+        "text kept for validation (default: 0.1 for small sets, less for large ones)")
+    add("--workers", type=number(int, 1, 256), default=os.cpu_count() or 1, help="threads that "
+        "tokenise (default: one per core)")
     args = parser.parse_args()
-    prepare(args)
+    with new_folder(args.out) as folder:
+        said = prepare(args, folder)
+    print(said)
 
 
 if __name__ == "__main__":

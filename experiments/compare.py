@@ -29,7 +29,7 @@ from types import SimpleNamespace
 import figures
 import torch
 from controls import CONTROLS
-from runs import Run, Study, read_lines
+from runs import Run, Study
 
 from common import pydocs, pyplot, save, table
 
@@ -37,6 +37,7 @@ import train
 from model import GPT, PRESETS
 from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
 from nanonexus.data import TokenSet
+from nanonexus.files import read_lines
 from nanonexus.stats import mean_spread, paired, paired_text
 
 VARIANTS = {  # name -> the control of controls.py, if it is one, and the flags of train.py

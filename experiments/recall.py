@@ -34,7 +34,6 @@ import itertools
 import os
 import time
 from argparse import ArgumentTypeError
-from json import dumps
 from typing import NamedTuple
 
 import torch
@@ -42,13 +41,14 @@ import torch.nn.functional as F
 from controls import KeyShift
 from figures import WIDTH, seed_strips, write
 from puzzles import SYMBOLS, TASKS, chains
-from runs import commit, read_lines
+from runs import commit
 from tqdm import tqdm
 
 from common import pyplot, save, table
 
 from model import GPT, GPTConfig
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
+from nanonexus.files import append_line, read_lines
 
 VARIANTS = {  # what differs from the baseline
     "baseline": dict(), "self": dict(nexus_order=2), "self-3": dict(nexus_order=3),
@@ -150,8 +150,7 @@ class Results:
         curve, model = train(run)
         line = dict(run._asdict(), curve=curve, parameters=model.num_params(), commit=self.commit,
                     cpu_seconds=round(time.process_time() - start, 1), torch=str(torch.__version__))
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(dumps(line) + "\n")
+        append_line(self.path, line)
         self.lines[run] = line
 
     def best_rate(self, runs):

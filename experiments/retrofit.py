@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import figures
 import torch
-from runs import commit, read_lines
+from runs import commit
 from tqdm import tqdm
 
 from common import ROOT, pyplot, save, table
@@ -43,7 +43,7 @@ from nanonexus.cli import (
     run_script,
 )
 from nanonexus.device import keep_freed_memory
-from nanonexus.files import write_json
+from nanonexus.files import append_line, read_lines, write_json
 from nanonexus.retrofit import load, nexus
 from nanonexus.schedule import warmup_cosine
 from nanonexus.stats import mean_spread, paired, paired_text
@@ -210,8 +210,7 @@ class Results:
         line = dict(variant=variant, seed=seed, **measured, settings=self.settings,
                     commit=self.commit, torch=torch.__version__)
         self.found[variant, seed] = line
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+        append_line(self.path, line)
 
 
 def finetune(args, variant, seed):

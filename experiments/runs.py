@@ -2,7 +2,6 @@
 Runs of train.py: side by side, each resumable, each leaving one line in a file of results.
 """
 
-import json
 import os
 import platform
 import statistics
@@ -21,6 +20,7 @@ from common import ROOT
 from model import GPTConfig
 from nanonexus.checkpoint import newest_checkpoint
 from nanonexus.cli import UserError
+from nanonexus.files import append_line, read_lines
 
 
 class Run(NamedTuple):
@@ -30,17 +30,6 @@ class Run(NamedTuple):
     steps: int
     control: str | None  # of controls.py
     flags: list  # of train.py, all but the data and the folder: what makes the run this run
-
-
-def read_lines(path):
-    """The dicts of a file of JSON lines; [] if there is none. UserError if a line is damaged."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as f:
-        try:
-            return [json.loads(line) for line in f]
-        except ValueError as error:
-            raise UserError(f"{path} has a damaged line ({error}): remove it") from error
 
 
 def commit():
@@ -115,8 +104,7 @@ class Study:
                             newest_checkpoint(checkpoint))
         with self.lock:
             self.lines[self.key(run)] = line
-            with open(self.results, "a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
+            append_line(self.results, line)
         if self.jobs > 1:
             print(f"{time.strftime('%H:%M')} {number} {run.name}: {line['val_loss']:.4f} nats, "
                   f"{time.monotonic() - start:.0f} s", flush=True)

@@ -11,13 +11,12 @@ import json
 import os
 import shlex
 import shutil
-import uuid
 from dataclasses import fields
 
 from model import GPTConfig
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import Parser, UserError, run_script
-from nanonexus.files import flush, replace
+from nanonexus.files import new_folder
 from nanonexus.hf import NAMES
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer
 
@@ -201,9 +200,6 @@ def export(checkpoint, out, license=None):
         raise UserError(f"{error}: a folder of Hugging Face needs pip install -e '.[hf]'"
                         ) from error
 
-    out = os.path.abspath(os.path.expanduser(out))
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise UserError(f"{out} exists and is not empty: remove it or choose another --out")
     model, meta = load_checkpoint(checkpoint)
     encoding = get_tokenizer(meta["tokenizer"], meta.get("tokenizer_json"))
     c, eot = model.config, encoding.eot_token
@@ -222,9 +218,7 @@ def export(checkpoint, out, license=None):
         "tokenizer.json": meta.get("tokenizer_json") or tokenizer_json(encoding),
         "README.md": model_card(model, meta, last_validation(checkpoint, meta["step"]), license)}
 
-    partial = f"{out}.partial-{uuid.uuid4().hex[:8]}"
-    try:
-        os.makedirs(partial)
+    with new_folder(out) as partial:
         for name, content in files.items():
             with open(os.path.join(partial, name), "w", encoding="utf-8") as f:
                 f.write(content if isinstance(content, str) else json.dumps(content, indent=2))
@@ -233,11 +227,6 @@ def export(checkpoint, out, license=None):
         weights = os.path.join(partial, "model.safetensors")
         save_file(neox_weights(model), weights, metadata={"format": "pt"})
         shutil.copymode(os.path.join(partial, "config.json"), weights)  # it is the owner's alone
-        for name in [*os.listdir(partial), "."]:
-            flush(os.path.join(partial, name))
-        replace(partial, out)  # onto nothing, or onto an empty folder
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return model, meta
 
 

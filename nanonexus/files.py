@@ -3,9 +3,13 @@ Files that are whole or not there: written beside their place, flushed to the di
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
+
+from nanonexus.cli import UserError
 
 
 def sha256(path):
@@ -52,3 +56,84 @@ def write_text(path, text):
         with contextlib.suppress(OSError):
             os.remove(partial)
         raise
+
+
+def lock(folder):
+    """A file that this process keeps locked while it writes to folder; UserError if another does.
+    The system lets go of it when the process ends, however it ends."""
+    file = open(os.path.join(folder, ".lock"), "w")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl: there, nobody is stopped
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing to {folder}: choose another --out, or stop "
+                            "it first") from error
+    return file
+
+
+@contextlib.contextmanager
+def new_folder(out):
+    """A folder to write into, OUT.partial: OUT when the block ends, gone if the block raises.
+
+    What a killed process left of one is written over. Raises UserError if OUT is there and not
+    empty, or another process is making it.
+    """
+    out = os.path.abspath(os.path.expanduser(out))
+    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise UserError(f"{out} exists and is not empty: remove it or choose another --out")
+    partial = out + ".partial"
+    os.makedirs(partial, exist_ok=True)
+    with lock(partial) as held:
+        try:
+            for name in set(os.listdir(partial)) - {".lock"}:
+                os.remove(os.path.join(partial, name))
+            yield partial
+            os.remove(held.name)
+            for name in [*os.listdir(partial), "."]:
+                flush(os.path.join(partial, name))
+            replace(partial, out)  # onto nothing, or onto an empty folder
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def read_lines(path):
+    """The dicts of a file of JSON lines, [] if there is none; a last line that a kill has cut short
+    is none. UserError if another is damaged."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        try:
+            return [json.loads(line) for line in f if line.endswith("\n")]
+        except ValueError as error:
+            raise UserError(f"{path} has a damaged line ({error}): remove it") from error
+
+
+def append(file, line):
+    """Append bytes to an unbuffered file, all or none of them; OSError if the disk does not take
+    them. One write, so that nobody else's line comes between."""
+    size = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+        raise
+
+
+def append_line(path, result):
+    """Append one line to a file of JSON lines, whole or not at all, in place of a last one that a
+    kill has cut short. UserError if the disk does not take it."""
+    try:
+        with open(path, "a+b", buffering=0) as f:
+            f.seek(0)
+            content = f.read()
+            if not content.endswith(b"\n"):
+                f.truncate(content.rfind(b"\n") + 1)
+            append(f, json.dumps(result).encode() + b"\n")
+            os.fsync(f.fileno())
+    except OSError as error:
+        raise UserError(f"could not append to {path} ({error}): free some space; the same command "
+                        "continues") from error

@@ -20,11 +20,13 @@ GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_t
 
 
 def open_model(path, device="cpu", **overrides):
-    """(model in eval mode, tokenizer, meta) of a ckpt.pt, a GPT-NeoX folder or a name on the hub.
+    """(model in eval mode, tokenizer, meta) of a ckpt.pt, a GPT-NeoX folder, or a NAME or
+    NAME@REVISION on the hub.
 
     The tokenizer has encode_ordinary, decode, decode_bytes, eot_token and n_vocab, as a
-    tiktoken.Encoding. meta: as load_checkpoint's, or for Hugging Face's the config alone, as it was
-    trained. overrides: fields of the config, e.g. nexus_order=2, the start of a retrofit.
+    tiktoken.Encoding. meta: as load_checkpoint's, or for Hugging Face's the config, as it was
+    trained, and the revision: the hub's commit, or None. overrides: fields of the config, e.g.
+    nexus_order=2, the start of a retrofit.
     Raises ModelError or UserError if the model, or a tokenizer that fits it, cannot be had.
     """
     path = os.fspath(path)
@@ -39,7 +41,7 @@ def open_model(path, device="cpu", **overrides):
         except ImportError as error:
             raise UserError(f"{error}: a model of Hugging Face needs pip install -e '.[hf]'"
                             ) from error
-        meta = dict(config=read_config(folder))
+        meta = dict(config=read_config(folder), revision=commit_of(folder))
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f"the tokenizer of {path} has {tokenizer.n_vocab} tokens, its model only "
                         f"{model.config.vocab_size}: they do not belong together")
@@ -49,23 +51,32 @@ def open_model(path, device="cpu", **overrides):
 def fetch(path_or_name):
     """The local folder of a model: as given, or downloaded from the hub (once, then cached).
 
+    NAME@REVISION is a commit, branch or tag of one on the hub, as EleutherAI/pythia-70m@step1000.
     Raises ModelError if it is neither here nor there.
     """
     if os.path.isdir(path_or_name):
         return path_or_name
     from huggingface_hub import snapshot_download
 
+    name, _, revision = path_or_name.partition("@")
     try:
-        return snapshot_download(path_or_name, allow_patterns=["*.json", "*.safetensors"])
+        return snapshot_download(name, revision=revision or None, allow_patterns=[
+            "*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"])
     except (OSError, ValueError) as error:
         raise ModelError(f"no file or folder {path_or_name}, and the hub does not give it "
                          f"({type(error).__name__}): check the name, or the network") from error
 
 
+def commit_of(folder):
+    """The commit of a folder that fetch() has downloaded, None for another."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    return name if os.path.basename(parent) == "snapshots" else None
+
+
 def load_neox(path_or_name, **overrides):
     """A GPT with the weights of a GPT-NeoX model of Hugging Face, Pythia's for one, in float32.
 
-    path_or_name: a folder with config.json and safetensors, or a name on the hub.
+    path_or_name: as fetch takes it; with config.json and safetensors.
     overrides: fields of the config, e.g. nexus_order=2, the start of a retrofit.
     Raises ModelError, naming the setting, if it cannot be had or our GPT cannot be that model.
     """

@@ -2,7 +2,6 @@
 A run's log: log.jsonl, the terminal, and W&B or TensorBoard if asked.
 """
 
-import contextlib
 import json
 import os
 import statistics
@@ -10,23 +9,9 @@ import sys
 import time
 
 from nanonexus.cli import UserError
-from nanonexus.files import replace
+from nanonexus.files import append, lock, replace
 
 SPIKE = 1.0  # nats above the median of the last ten logged losses
-
-
-def lock(folder):
-    """A file that this process keeps locked while it writes to folder; UserError if another does.
-    The system lets go of it when the process ends, however it ends."""
-    file = open(os.path.join(folder, ".lock"), "w")
-    with contextlib.suppress(ImportError):  # Windows has no fcntl: there, nobody is stopped
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is writing to {folder}: choose another --out, or stop "
-                            "it first") from error
-    return file
 
 
 def read(path, resumed_at, args):
@@ -66,7 +51,7 @@ class Log:
             f.flush()
             os.fsync(f.fileno())
         replace(path + ".partial", path)
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "ab", buffering=0)
         self.losses = [event["train_loss"] for event in events if event.get("train_loss")]
         self.bar, self.wandb, self.board = None, None, None
         self.max_steps, self.start, self.step0 = args.max_steps, time.monotonic(), resumed_at or 0
@@ -92,8 +77,7 @@ class Log:
                 self.say(f"step {step}: the loss has jumped to {loss:.2f}")
             self.losses.append(loss)
         try:
-            self.file.write(json.dumps(event) + "\n")
-            self.file.flush()
+            append(self.file, json.dumps(event).encode() + b"\n")
         except OSError as error:
             raise UserError(f"could not write the log in {self.out} ({error}): the last checkpoint "
                             "is untouched; free some space and --resume") from error

@@ -325,21 +325,22 @@ def load(path, **kwargs):
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(path)
+    folder = fetch(path)
+    config = transformers.AutoConfig.from_pretrained(folder)
     if settings := getattr(config, "nexus", None):  # gates are read below, with nothing said here
         own = transformers.AutoModelForCausalLM._model_mapping[type(config)]
         own._keys_to_ignore_on_load_unexpected = ["nexus_gate"]
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
     if settings:
         try:
             nexus(model, **settings)
         except TypeError as error:
             raise ModelError(f"{path}: config.json has no settings of nexus() ({error})") from error
-        load_gates(model, path)
+        load_gates(model, folder)
     return model
 
 
-def load_gates(model, path):
+def load_gates(model, folder):
     """Give the gates their saved values: they are no weights of the model's own class, which has
     left them out."""
     from safetensors import safe_open
@@ -347,11 +348,10 @@ def load_gates(model, path):
     gates = {name: p for name, p in model.named_parameters() if "nexus_gate" in name}
     if not gates:
         return
-    folder = fetch(path)
     for name in sorted(os.listdir(folder)):
         if name.endswith(".safetensors"):
             with safe_open(os.path.join(folder, name), framework="pt") as file:
                 for key in gates.keys() & file.keys():
                     gates.pop(key).data.copy_(file.get_tensor(key))
     if gates:
-        raise ModelError(f"{path} says that it has gates, but not {min(gates)}")
+        raise ModelError(f"{folder} says that it has gates, but not {min(gates)}")

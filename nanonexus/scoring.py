@@ -32,6 +32,8 @@ class Scorer:
         self.identity = dict(path=path)
         if os.path.isfile(path):  # a checkpoint of ours
             self.identity |= dict(sha256=sha256(path), step=meta["step"])
+        elif meta["revision"]:
+            self.identity |= dict(revision=meta["revision"])
         order, trained = self.model.config.nexus_order, meta["config"]["nexus_order"]
         if order != trained:
             print(f"note: {path} was trained at order {trained} and is read at order {order}: the "

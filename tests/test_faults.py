@@ -25,10 +25,9 @@ from nanonexus.hf import load_neox
 from nanonexus.loss import TrainingLoss
 
 
-def test_killed_at_random_moments_it_loses_nothing(tokens, tmp_path):  # noqa: F811
-    outcomes = torture.kills(tokens, str(tmp_path), 6, steps_each=150)
-    assert outcomes["killed"] == 6 and outcomes["killed after new steps"] >= 2
-    assert outcomes["killed while a checkpoint was written"] >= 1
+def test_killed_at_random_steps_it_loses_nothing(tokens, tmp_path):  # noqa: F811
+    outcomes = torture.kills(tokens, str(tmp_path), 4)
+    assert outcomes["killed"] == outcomes["killed after new steps"] == 4
 
 
 def test_damage_is_named_or_harmless(tokens, tmp_path):  # noqa: F811

@@ -11,6 +11,7 @@ from model import GPT, GPTConfig, ModelError
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import UserError
 from nanonexus.hf import FolderTokenizer, load_neox, open_model
+from nanonexus.scoring import Scorer
 from nanonexus.tokenizer import get_tokenizer, train_bpe
 
 
@@ -33,6 +34,21 @@ def test_from_hf_gives_transformers_logits(tmp_path, rotary, parallel, act):
                                    rtol=0, atol=1e-4)
         with_nexus = load_neox(tmp_path, nexus_order=2).eval()(idx)[0]
     assert (with_nexus - theirs(idx).logits).abs().max() > 1e-3
+
+
+def test_a_revision_on_the_hub_is_asked_for_and_recorded(neox, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="extra hf: huggingface_hub")
+    folder = tmp_path / "models--a--b" / "snapshots" / "0123abcd"
+    os.makedirs(folder)
+    for name in os.listdir(neox):
+        os.symlink(neox / name, folder / name)
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download",
+                        lambda name, **kwargs: asked.append((name, kwargs["revision"])) or folder)
+    assert open_model("a/b@step1000")[2]["revision"] == "0123abcd"
+    assert Scorer("a/b").identity == dict(path="a/b", revision="0123abcd")
+    assert set(asked) == {("a/b", "step1000"), ("a/b", None)}
+    assert open_model(neox)[2]["revision"] is None
 
 
 def test_old_configs_name_rotary_otherwise(neox, tmp_path):

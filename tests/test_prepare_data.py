@@ -225,13 +225,13 @@ def test_hub_without_network_names_both_ways(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-def test_killed_preparation_leaves_no_token_set(tmp_path):
+def test_killed_preparation_leaves_no_token_set(tmp_path, monkeypatch):
     write(tmp_path / "a.txt", many(200_000))
     process = subprocess.Popen([sys.executable, prepare_data.__file__, "--dataset", "text",
                                 "--input", str(tmp_path / "a.txt"), "--out", str(tmp_path / "set"),
                                 "--workers", "1"])
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("set.partial-*/train.bin")):  # until it is well under way
+    while not list(tmp_path.glob("set.partial/train.bin")):  # until it is well under way
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
@@ -239,14 +239,5 @@ def test_killed_preparation_leaves_no_token_set(tmp_path):
     assert not (tmp_path / "set").exists()
     with pytest.raises(UserError, match="no token set"):
         TokenSet(tmp_path / "set")
-
-
-def die(*args):
-    os._exit(1)
-
-
-def test_a_killed_worker_is_said_and_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "init_worker", die)
-    with pytest.raises(UserError, match="was killed: if memory ran out, use fewer --workers"):
-        run("--workers", 2, "--out", tmp_path / "set", monkeypatch=monkeypatch)
-    assert os.listdir(tmp_path) == []
+    run("--out", tmp_path / "set", "--max_tokens", 50_000, monkeypatch=monkeypatch)
+    assert os.listdir(tmp_path / "set") and not (tmp_path / "set.partial").exists()

@@ -1,0 +1,52 @@
+"""Folders and lines that are whole or not there; every call that writes, struck once."""
+
+import os
+
+import faults
+import pytest
+
+from nanonexus.cli import UserError
+from nanonexus.files import append_line, new_folder, read_lines
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    out = tmp_path / "a" / "set"
+    with pytest.raises(KeyError), new_folder(out) as folder:
+        with open(os.path.join(folder, "x"), "w") as f:
+            f.write("half")
+        raise KeyError
+    assert os.listdir(tmp_path / "a") == []
+    os.makedirs(tmp_path / "a/set.partial")
+    (tmp_path / "a/set.partial/left").write_text("by a process that was killed")
+    with new_folder(out) as folder:
+        with pytest.raises(UserError, match="another run is writing"), new_folder(out):
+            pass
+        with open(os.path.join(folder, "x"), "w") as f:
+            f.write("whole")
+    assert os.listdir(tmp_path / "a") == ["set"] and os.listdir(out) == ["x"]
+    with pytest.raises(UserError, match="not empty"), new_folder(out):
+        pass
+    assert (out / "x").read_text() == "whole"
+
+
+def test_a_line_cut_short_is_replaced_by_the_next(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    append_line(path, dict(i=0))
+    with open(path, "a") as f:
+        f.write('{"i": 1, "te')
+    assert read_lines(path) == [dict(i=0)]
+    append_line(path, dict(i=2))
+    assert read_lines(path) == [dict(i=0), dict(i=2)]
+    path.write_text('{"i": 0}\n}\n{"i": 2}\n')
+    with pytest.raises(UserError, match="lines.jsonl has a damaged line"):
+        read_lines(path)
+
+
+def test_whatever_call_fails_or_is_killed_all_is_whole_and_continues(tmp_path):
+    """A part of the points; python tests/faults.py strikes them all."""
+    if not faults.build(tmp_path):
+        pytest.skip("needs Linux and a C compiler, cc")
+    found = faults.run(str(tmp_path), "--every", 31)
+    assert sum(outcomes["struck"] for outcomes in found.values()) >= 30
+    assert {ending for outcomes in found.values() for ending in outcomes} >= {
+        "full: said in one line", "broken: said in one line", "killed: whole"}
