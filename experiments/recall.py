@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from controls import KeyShift
+from controls import CONTROLS
 from figures import WIDTH, seed_strips, write
 from puzzles import SYMBOLS, TASKS, chains
 from runs import commit
@@ -59,7 +59,7 @@ VARIANTS = {  # what differs from the baseline
     "past-k": dict(nexus_order=2, nexus_inner="past", nexus_streams="k"),
     "cross": dict(nexus_order=2, nexus_inner="cross"),
     "cross-k": dict(nexus_order=2, nexus_inner="cross", nexus_streams="k"),
-    "key-shift": dict(),  # see build
+    "key-shift": dict(), "canon": dict(), "mean": dict(), "bias": dict(),  # controls.py
     "two-layers": dict(n_layer=2),  # a baseline with more parameters and more compute
 }
 LR_SEED = 1000  # of the runs that choose the learning rate
@@ -86,9 +86,9 @@ def build(run, **overrides):
         vocab_size=task.vocab, block_size=length, n_layer=task.layers, n_head=run.heads,
         n_embd=run.width, rotary_pct=1.0, parallel_residual=task.parallel, gelu="erf")
         | VARIANTS[run.variant] | overrides))
-    if run.variant == "key-shift":
+    if run.variant in CONTROLS:
         for block in model.blocks:  # with the weights that the baseline starts from
-            weights, block.attn = block.attn.state_dict(), KeyShift(model.config)
+            weights, block.attn = block.attn.state_dict(), CONTROLS[run.variant](model.config)
             block.attn.load_state_dict(weights, strict=False)
     return model
 

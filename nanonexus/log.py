@@ -25,14 +25,14 @@ def read(path, resumed_at, args):
                 break
             try:
                 event = json.loads(line)
-                if event["step"] <= resumed_at and 0 in (event["step"] % args.log_interval,
-                                                         event["step"] % args.eval_interval):
+                if event["step"] <= resumed_at and (event["step"] == args.max_steps or 0 in (
+                        event["step"] % args.log_interval, event["step"] % args.eval_interval)):
                     events.append(event)
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{path} is damaged in line {number}: remove that line, or the "
                                 "file, and resume") from error
     for event in events:
-        if event["step"] % args.eval_interval:
+        if event["step"] % args.eval_interval and event["step"] != args.max_steps:
             event["val_loss"] = None
     return events
 

@@ -80,6 +80,12 @@ def test_steps_after_the_checkpoint_are_taken_and_logged_again(tokens, tmp_path)
     assert numbers(torn) == numbers(whole)
 
 
+def test_resuming_a_finished_run_changes_nothing(tokens, tmp_path):
+    whole = run(tokens, tmp_path, "--max_steps", 4, "--eval_interval", 3, "--log_interval", 3)
+    assert numbers(run(tokens, tmp_path, "--resume", "--max_steps", 4)) == numbers(whole)
+    assert whole[-1]["val_loss"]  # though 4 is no multiple of the interval
+
+
 def test_same_seed_same_run_and_it_learns(tokens, tmp_path):
     logs = [run(tokens, tmp_path / str(i), "--max_steps", 60, "--seed", seed, "--lr", 1e-2)
             for i, seed in enumerate((0, 0, 1))]
