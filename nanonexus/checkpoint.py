@@ -44,8 +44,9 @@ def save_checkpoint(path, state, keep=1):
             os.replace(path + ".link", older(path, 1))
         replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(partial)
+        for name in (partial, path + ".link"):
+            with contextlib.suppress(OSError):
+                os.remove(name)
         kept = "the last one is untouched" if os.path.exists(path) else "there is none yet"
         raise UserError(f"could not write the checkpoint {path} ({error}): is the disk full? "
                         f"{kept}; free some space and --resume") from error
