@@ -1,0 +1,79 @@
+"""Each experiment draws its figure from a small result: every variant has its name, and its colour
+and dash, in the SVG."""
+
+import types
+
+import compare
+import figures
+import pytest
+import rank
+import recall
+import retrofit
+import spectrum
+import stability
+
+NAMES = ["baseline", "self", "past", "key-shift"]
+
+
+def of_compare(plt):
+    return compare.plot(plt, {name: dict(
+        seeds=[0, 1], flops_per_token=7e6, tokens=[0, 1000, 2000],
+        curves=[[5, 4 - i / 9, 3 - i / 9], [5, 4.1 - i / 9, 3.1 - i / 9]])
+        for i, name in enumerate(NAMES)}, "a title"), NAMES
+
+
+def of_recall(plt):
+    return recall.plot(plt, {task: {name: [
+        dict(steps=400, curve=[0.1] * 10 + [0.95] * 10), dict(steps=400, curve=[0.1] * 20)]
+        for name in NAMES} for task in ("one-hop", "gapped", "two-hops")}), NAMES
+
+
+def of_rank(plt):
+    names = ["baseline", "self", "past", "mlp"]
+    results = {d: {name: {d // 2: [0.3 + i, 0.2 + i], 2 * d: [0.6 + i, 0.5 + i]}
+                   for i, name in enumerate(names)} for d in (8, 16)}
+    return rank.plot(plt, {"causal": results}), names
+
+
+def of_spectrum(plt):
+    names = ["baseline", "self", "past"]
+    results = {name: [dict(spectra=[[1.0, 0.1 / i, 0.01]], rows={"effective rank": [9.0 - i, 8.0]},
+                           shares={8: (0.5, 0.1 * i), 16: (0.4, 0.2)} if i > 1 else {8: None})]
+               for i, name in enumerate(names, 1)}
+    start = {("self", 16): {8: [(0.5, 0.1)], 16: [(0.4, 0.1)]}}
+    return spectrum.plot(plt, results, start, [8, 16]), names
+
+
+def of_stability(plt):
+    args = types.SimpleNamespace(orders=[1, 2], depths=[2], lrs=[3e-3], steps=9)
+    starts = {f"{form} {m} depth 2": [[[1.0 / m, 0.5 / m, 0.9]] * 2] * 2
+              for form in stability.FORMS for m in args.orders}
+    runs = {f"{form} {m} depth 2 lr 0.003": [dict(loss=2.5 + m + i, largest_logit=3.0 + i)] * 2
+            for i, form in enumerate(stability.FORMS) for m in args.orders}
+    return stability.plot(plt, starts, runs, args), stability.FORMS
+
+
+def of_retrofit(plt):
+    changes = {name: dict(kl=0.1 * i) for i, name in enumerate(["original", "self", "past"])}
+    names = ["baseline", "past", "past-gated", "key-shift"]
+    runs = {name: {seed: dict(accuracy=0.2 * i + 0.1 * seed) for seed in (0, 1)}
+            for i, name in enumerate(names)}
+    return retrofit.plot(plt, changes, runs), names
+
+
+@pytest.mark.parametrize("draw", [of_compare, of_recall, of_rank, of_spectrum, of_stability,
+                                  of_retrofit])
+def test_names_and_colours_are_in_the_figure(draw, tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figure, names = draw(plt)
+    figures.write(figure, tmp_path / "figure.svg")
+    plt.close(figure)
+    svg = (tmp_path / "figure.svg").read_text()
+    assert "<image" not in svg  # lines and text alone
+    for name in names:
+        assert f">{name}<" in svg, f"no label says {name}"
+        assert figures.style(name.removesuffix("-gated"))["color"] in svg, f"{name} has no line"
+    for panel in figure.axes:
+        if panel.axison and panel.lines:
+            assert panel.get_title(), "a panel says what it shows"
+            assert panel.get_xlabel() or figure._supxlabel
