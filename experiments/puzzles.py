@@ -3,6 +3,7 @@ The problems of recall.py: pairs of a key and a value, then questions, drawn ane
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,15 +40,16 @@ def two_hops(B, n, generator):
     return chains(B, n, generator, hops=2)
 
 
-def gapped(B, n, generator):
+def gapped(B, n, generator, reach=3):
     """Pairs with fillers between key and value, and before the questions; fillers fill up the row
-    to the longest that there can be. idx, targets (B, 6 n + 12) as in chains."""
+    to the longest that there can be. idx, targets (B, (reach + 3) n + 12) as in chains; reach: the
+    most fillers between a key and its value."""
     keys, values = (draw(B, n, generator, kind) for kind in (0, 1))
-    between = torch.randint(4, (B, n), generator=generator)
+    between = torch.randint(reach + 1, (B, n), generator=generator)
     gap = torch.randint(13, (B, 1), generator=generator)
     after = (between + 2).cumsum(1)  # (B, n): where each pair has ended
     pairs = shuffle(torch.stack([keys, values], -1), generator)
-    idx = torch.randint(SYMBOLS, (B, 6 * n + 12), generator=generator) + 2 * SYMBOLS
+    idx = torch.randint(SYMBOLS, (B, (reach + 3) * n + 12), generator=generator) + 2 * SYMBOLS
     idx.scatter_(1, after - between - 2, keys).scatter_(1, after - 1, values)
     questions = after[:, -1:] + gap + torch.arange(n)
     idx.scatter_(1, questions, pairs[..., 0])
@@ -85,6 +87,7 @@ TASKS = {
     "one-hop": Task(chains, 6), "one-hop-parallel": Task(chains, 6, parallel=True),
     "gapped": Task(gapped, 5, 3 * SYMBOLS),
     "gapped-parallel": Task(gapped, 5, 3 * SYMBOLS, parallel=True),
+    "gapped-12": Task(partial(gapped, reach=12), 5, 3 * SYMBOLS),
     "two-hops": Task(two_hops, 6, 3 * SYMBOLS),
 } | {f"mqar-{T}{'-two-layers' * (layers - 1)}":
      Task(mqar, T // 16, 8192, 8192, layers=layers, steps=1000)

@@ -13,7 +13,7 @@ the key up; a refined key can carry its neighbour within one layer. The tasks:
 
   one-hop   the value comes right after its key, and the questions right after the pairs
   gapped    0 to 3 fillers between a key and its value, 0 to 12 before the questions: out of reach
-            of a shift by any fixed number of tokens
+            of a shift by any fixed number of tokens; gapped-12: 0 to 12 between key and value
   two-hops  pairs a b and pairs b c, mixed; asked a it must name c (it is trained on b, c too, the
             first half of the way; only a, c counts)
   mqar-T    multi-query associative recall (Arora et al. 2023, https://arxiv.org/abs/2312.04927) in

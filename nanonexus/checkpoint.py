@@ -42,6 +42,8 @@ def save_checkpoint(path, state, keep=1):
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, path + ".link")
             os.replace(path + ".link", older(path, 1))
+            with contextlib.suppress(FileNotFoundError):  # two names of one file stay as they are
+                os.remove(path + ".link")
         replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         for name in (partial, path + ".link"):

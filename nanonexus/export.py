@@ -195,6 +195,7 @@ def export(checkpoint, out, license=None):
     there and not empty, ModelError or UserError if the checkpoint or its tokenizer is not whole.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError as error:
         raise UserError(f"{error}: a folder of Hugging Face needs pip install -e '.[hf]'"
@@ -225,7 +226,10 @@ def export(checkpoint, out, license=None):
         if c.nexus_order > 1:
             shutil.copy(MODELING, partial)
         weights = os.path.join(partial, "model.safetensors")
-        save_file(neox_weights(model), weights, metadata={"format": "pt"})
+        try:
+            save_file(neox_weights(model), weights, metadata={"format": "pt"})
+        except SafetensorError as error:  # its name for what the disk says
+            raise UserError(f"could not write {weights}: {error}") from error
         shutil.copymode(os.path.join(partial, "config.json"), weights)  # it is the owner's alone
     return model, meta
 

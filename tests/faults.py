@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [TESTS, os.path.dirname(TESTS)]
@@ -148,6 +149,8 @@ def in_child(job, out, faults=None, at=0, action=0):
             status = 0
         except SystemExit as stop:
             status = stop.code
+        except BaseException:
+            traceback.print_exc()
         finally:
             if faults and action == 0:
                 with open(calls, "w") as f:

@@ -36,9 +36,10 @@ def test_problems_have_the_answers_they_say(hops):
     assert not torch.equal(idx[0], idx[1])
 
 
-def test_gapped_problems_can_be_read_off_and_have_every_gap():
+@pytest.mark.parametrize("task, reach", [("gapped", 3), ("gapped-12", 12)])
+def test_gapped_problems_can_be_read_off_and_have_every_gap(task, reach):
     n, kinds = 5, puzzles.SYMBOLS
-    idx, targets = puzzles.gapped(300, n, torch.Generator().manual_seed(0))
+    idx, targets = puzzles.TASKS[task].problems(300, n, torch.Generator().manual_seed(0))
     between, gaps = set(), set()
     for row, wanted in zip(idx.tolist(), targets.tolist(), strict=True):
         told = [(t, x) for t, x in enumerate(row) if x < 2 * kinds]  # all but fillers
@@ -53,7 +54,7 @@ def test_gapped_problems_can_be_read_off_and_have_every_gap():
         between |= {pairs[i + 1][0] - pairs[i][0] - 1 for i in range(0, 2 * n, 2)}
         gaps.add(asked[0][0] - pairs[-1][0] - 1)
         assert [t for t, _ in asked] == list(range(asked[0][0], asked[0][0] + n))
-    assert between == {0, 1, 2, 3} and gaps == set(range(13))
+    assert between == set(range(reach + 1)) and gaps == set(range(13))
 
 
 def test_mqar_is_zoologys():
