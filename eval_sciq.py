@@ -6,11 +6,11 @@ Zero-shot SciQ and its five related tasks, scored as lm-evaluation-harness score
     python eval_sciq.py --checkpoint out/base/ckpt.pt --versus out/nexus/ckpt.pt --tasks all
     python eval_sciq.py --checkpoint out/ckpt.pt --lm_eval --tasks lambada_openai,winogrande
 
-For each question the model gives every choice a log-likelihood after the prompt. acc counts the
-questions whose right choice has the highest; acc_norm divides by the choice's length in characters
-first. Never compare one with the other. Tasks come from the hub, or from --data DIR as
+For each question the model gives every choice a log-likelihood after the prompt. acc is the
+fraction of questions whose correct choice has the highest; acc_norm first divides by the choice's
+length in characters. The two are not comparable. Tasks come from the hub, or from --data DIR as
 DIR/<task>_<split>.jsonl with the hub's columns. `demo` is 60 questions in SciQ's format written for
-this project: it shows that scoring works, and is no benchmark.
+this project: it shows that scoring works and is not a benchmark.
 """
 
 import argparse
@@ -38,8 +38,8 @@ def batch_size(text):
 def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of ours, or a GPT-NeoX folder, or a "
-        "name on the hub such as EleutherAI/pythia-70m (default: out/ckpt.pt)")
+    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of train.py, a GPT-NeoX folder, or "
+        "a name on the hub such as EleutherAI/pythia-70m (default: out/ckpt.pt)")
     add("--versus", metavar="CHECKPOINT", help="a second model: paired differences on the same "
         "documents, with their p-values, and a bar chart")
     add("--tasks", default="sciq", help=f"a list of {', '.join(TASKS)}, or all for the first six "
@@ -47,15 +47,15 @@ def parse_args():
     add("--data", metavar="DIR", help="folder with <task>_<split>.jsonl files (default: the hub)")
     add("--limit", type=positive_int, help="only the first N documents of each task")
     add("--batch_size", type=batch_size, default="auto",
-        help="prompts at once, or auto: bounded memory (default)")
+        help="prompts per batch, or auto: bounded memory (default)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the products; "
-        "bfloat16 moves log-likelihoods by up to 0.2 and makes ties (default: float32)")
-    add("--nexus_order", type=positive_int, help="read the model at this order instead of its own")
+        "bfloat16 shifts log-likelihoods by up to 0.2 and causes ties (default: float32)")
+    add("--nexus_order", type=positive_int, help="run the model at this order instead of its own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", metavar="FILE", help="write the scores here")
-    add("--save_docs", action="store_true", help="with each document's log-likelihoods in the JSON")
+    add("--json", metavar="FILE", help="write the scores to this file")
+    add("--save_docs", action="store_true", help="add each document's log-likelihoods to the JSON")
     add("--plot", metavar="FILE", default="versus.png", help="the chart of --versus (versus.png)")
-    add("--lm_eval", action="store_true", help="run any task of lm-evaluation-harness through it")
+    add("--lm_eval", action="store_true", help="run any tasks of lm-evaluation-harness instead")
     return parser.parse_args()
 
 
@@ -69,7 +69,7 @@ def main():
         return other_tasks(names, args)
 
     check_names(names)
-    plt = pyplot() if args.versus else None  # it and the data may be missing: before any scoring
+    plt = pyplot() if args.versus else None  # fail before scoring if it or the data is missing
     data = {name: read_task(name, args.data, args.limit) for name in names}
     paths = [args.checkpoint, args.versus] if args.versus else [args.checkpoint]
     entries = [score(path, data, args) for path in paths]
@@ -93,7 +93,7 @@ def other_tasks(names, args):
 
 
 def check_names(names):
-    """Raises UserError for a name that is none of TASKS."""
+    """Raises UserError for a name that is not in TASKS."""
     for name in names:
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1)
@@ -170,7 +170,7 @@ def plot(plt, entries, path):
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=120)
-    except ValueError as error:  # an extension that it does not know
+    except ValueError as error:  # an unknown extension
         raise UserError(f"--plot {path}: {error}") from error
     print(f"wrote {path}")
 

@@ -1,5 +1,5 @@
 """
-Nexus inside pretrained models of transformers: fine-tuning by its Trainer, scores by lm-eval.
+Nexus inside pretrained transformers models: fine-tuning with its Trainer, scores with lm-eval.
 
     python finetune.py sft --model Qwen/Qwen2.5-1.5B --data train.jsonl --order 2 --out DIR
     python finetune.py eval --model DIR --tasks gsm8k --versus OTHER
@@ -33,10 +33,10 @@ from nanonexus.stats import mcnemar, stderr
 
 
 def read_examples(path, tokenizer, max_length):
-    """[{input_ids, labels}] of a .jsonl file; labels are -100 but on the answers.
+    """[{input_ids, labels}] of a .jsonl file; labels are -100 except on the answers.
 
     A line is {"messages": [{"role", "content"}, ...]}, for the tokenizer's chat template, or
-    {"prompt", "answer"}, joined as they are. Raises UserError, naming the line.
+    {"prompt", "answer"}, concatenated as they are. Raises UserError, naming the line.
     """
     from jinja2 import TemplateError
 
@@ -57,7 +57,7 @@ def read_examples(path, tokenizer, max_length):
                 labels = [i if answer else -100 for i, answer in zip(ids, answers, strict=True)]
                 examples.append(dict(input_ids=ids, labels=labels))
     if long:
-        print(f"{long} examples of more than {max_length} tokens are left out (--max_length)")
+        print(f"{long} examples of more than {max_length} tokens are skipped (--max_length)")
     if not examples:
         raise UserError(f"{path} has no example with an answer of up to {max_length} tokens")
     return examples
@@ -88,18 +88,18 @@ def chat(messages, tokenizer):
 
 
 def pretrained(loader, path, **kwargs):
-    """loader(path); UserError if it is neither a folder of transformers nor on the hub."""
+    """loader(path); UserError if it is neither a transformers folder nor on the hub."""
     try:
         return loader(path, **kwargs)
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
             raise
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load {path}: it is no model of transformers ({reason})") from error
+        raise UserError(f"cannot load {path}: it is not a transformers model ({reason})") from error
 
 
 def make_optimizer(model, args):
-    """AdamW with weight decay for the matrices, and a learning rate of their own for the gates."""
+    """AdamW with weight decay for the matrices and a separate learning rate for the gates."""
     gates, matrices, rest = [], [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -110,7 +110,7 @@ def make_optimizer(model, args):
 
 
 def count_steps(examples, settings):
-    """How many steps the Trainer of these TrainingArguments makes with so many examples."""
+    """How many steps a Trainer with these TrainingArguments takes on this many examples."""
     if settings.max_steps > 0:
         return settings.max_steps
     batches = math.ceil(examples / (settings.train_batch_size * settings.world_size))
@@ -119,15 +119,15 @@ def count_steps(examples, settings):
 
 
 def make_scheduler(optimizer, steps, warmup):
-    """train.py's schedule, down to 0 at the last step; warmup in steps or, below 1, a share."""
+    """train.py's schedule, down to 0 at the last step; warmup in steps or, if < 1, a fraction."""
     warmup = int(warmup) if warmup >= 1 else math.ceil(warmup * steps)
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, 1.0, warmup, steps, floor=0.0))
 
 
 def sft(args):
-    """Fine-tune on the answers of args.data; --order 1 is the control. The folder is then a model
-    for load(). Examples of a batch are packed into one row, and positions that begin anew keep each
+    """Fine-tune on the answers in --data; --order 1 is the control. load() reads the resulting
+    folder. A batch's examples are packed into one row; positions that start again at 0 keep each
     from seeing the others, in the inner loops too."""
     from transformers import AutoTokenizer, DataCollatorWithFlattening, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
@@ -137,14 +137,14 @@ def sft(args):
         raise UserError(f"no checkpoint in {args.out} to --resume: drop the flag to begin")
     if os.path.isdir(args.out) and os.listdir(args.out) and not args.resume:
         raise UserError(f"{args.out} is not empty: --resume continues its run, another --out "
-                        "starts anew")
+                        "starts a new one")
     if args.report_to != "none":
-        importlib.import_module(args.report_to)  # is it there?
+        importlib.import_module(args.report_to)  # fail now if it is missing
     torch.manual_seed(args.seed)
     folder = fetch(args.model)
     tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)
     examples = read_examples(args.data, tokenizer, args.max_length)
-    # trained weights are float32, products args.dtype; under adapters the weights stay as they are
+    # trained weights are float32, products args.dtype; under adapters all are args.dtype
     model = pretrained(load, folder, dtype=args.dtype if args.lora else "float32")
     if commit := commit_of(folder):
         model.config.base_model = f"{args.model.partition('@')[0]}@{commit}"
@@ -159,7 +159,7 @@ def sft(args):
         per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accumulate,
         seed=args.seed, bf16=args.dtype == "bfloat16", logging_steps=args.log_interval,
         report_to=args.report_to, save_steps=args.save_interval, save_total_limit=2,
-        use_cpu=args.device == "cpu", use_cache=False)  # a cache would join packed examples
+        use_cpu=args.device == "cpu", use_cache=False)  # a cache would mix packed examples
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = make_optimizer(model, args)
@@ -181,7 +181,7 @@ def sft(args):
 # --- scores ---------------------------------------------------------------------------------------
 
 def score(path, args):
-    """{(task, metric, filter): a list of one score a document}, and lm-eval's own results."""
+    """{(task, metric, filter): a list of one score per document}, and lm-eval's own results."""
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
@@ -204,7 +204,7 @@ def score(path, args):
 
 
 def evaluate(args):
-    """Print lm-eval's table for --model and, beside another, the differences paired by document."""
+    """Print lm-eval's table for --model and, with --versus, the differences paired by document."""
     from lm_eval.utils import make_table
 
     first, results = score(args.model, args)
@@ -235,12 +235,12 @@ def main():
     test = commands.add_parser("eval", help="lm-evaluation-harness", doc=evaluate.__doc__)
     for add in (train.add_argument, test.add_argument):
         add("--model", required=True, help="a folder, or NAME or NAME@REVISION on the hub")
-        add("--streams", default="qk", choices=["qk", "q", "k"], help="refined (default: qk)")
+        add("--streams", default="qk", choices=["qk", "q", "k"], help="to refine (default: qk)")
         add("--inner", default="self", choices=INNERS, help="the map of an inner loop, see "
             "nanonexus/retrofit.py (default: self, the paper's)")
-        add("--layers", type=whole, nargs="+", help="numbers of the layers (default: all)")
-        add("--gate", type=number(float, -100), help="start of a gate a head; 0 starts as the "
-            "original model (default: no gate)")
+        add("--layers", type=whole, nargs="+", help="indices of the layers (default: all)")
+        add("--gate", type=number(float, -100), help="initial value of a gate per head; 0 starts "
+            "as the original model (default: no gate)")
         add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32",
             choices=["float32", "bfloat16"])
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -252,33 +252,33 @@ def main():
     add("--max_steps", type=positive_int, help="instead of --epochs")
     add("--batch", type=positive_int, default=8,
         help="examples that a process packs into a row (8)")
-    add("--accumulate", type=positive_int, default=1, help="micro-steps a step (1)")
+    add("--accumulate", type=positive_int, default=1, help="micro-steps per step (1)")
     add("--lr", type=non_negative, default=1e-5)
     add("--gate_lr", type=non_negative, default=1e-2,
-        help="of the gates, which have a way to go (1e-2)")
-    add("--warmup", type=non_negative, default=0.03, help="steps, or a share of all (0.03)")
+        help="of the gates, which move further (1e-2)")
+    add("--warmup", type=non_negative, default=0.03, help="steps or, if < 1, a fraction (0.03)")
     add("--weight_decay", type=non_negative, default=0.0)
     add("--max_length", type=positive_int, default=4096,
-        help="longer examples are left out (4096)")
+        help="longer examples are skipped (4096)")
     add("--lora", type=positive_int,
         help="rank: train adapters alone, merged into the model at the end")
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--save_interval", type=positive_int, default=500, help="steps between checkpoints (500)")
     add("--log_interval", type=positive_int, default=10, help="steps between log lines (10)")
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"])
-    add("--seed", type=whole, default=0, help="of the data's order, dropout and adapters")
+    add("--seed", type=whole, default=0, help="for data order, dropout and adapters")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add = test.add_argument
     add("--tasks", type=listed(str), default=["sciq"], help="of the harness, e.g. "
         "hendrycks_math500,aime24,gpqa_diamond_cot_zeroshot,gsm8k (default: sciq)")
     add("--versus", metavar="MODEL", help="a second model: differences paired by document")
-    add("--order", type=positive_int, help="read the model at this order instead of its own")
+    add("--order", type=positive_int, help="run the model at this order instead of its own")
     add("--limit", type=positive_int, help="only the first N documents of each task")
     add("--fewshot", type=whole, help="examples before the question (default: the task's)")
-    add("--chat", action="store_true", help="put questions into the chat template")
-    add("--batch", type=positive_int, default=8, help="questions at once (8)")
+    add("--chat", action="store_true", help="apply the chat template to the questions")
+    add("--batch", type=positive_int, default=8, help="questions per batch (8)")
     add("--include_path", metavar="DIR", help="take the tasks from this folder of .yaml files")
-    add("--json", metavar="FILE", help="write the scores here")
+    add("--json", metavar="FILE", help="write the scores to this file")
     args = parser.parse_args()
     check_device(args.device)
     try:

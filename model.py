@@ -1,6 +1,6 @@
 """
 A GPT, and Nexus: attention whose queries and keys are themselves outputs of attention.
-Both are made of one primitive, causal attention with rotary positions in each head:
+Both use one primitive, causal attention with rotary position embedding in each head:
 
     Attn(a, b, c) = softmax(mask + rope(a) rope(b)^T / sqrt(D)) c
 
@@ -29,20 +29,20 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 
 class ModelError(ValueError):
-    """A configuration, an input or a checkpoint that the user can correct."""
+    """An error in a configuration, an input or a checkpoint, which the user can correct."""
 
 
 @dataclass
 class GPTConfig:
-    """What a model is; each field is a flag of train.py. Raises ModelError, naming a wrong one."""
+    """A model's configuration; each field is a flag of train.py. ModelError names a wrong one."""
 
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
     block_size: int = 2048  # the longest context, in tokens
     n_layer: int = 6
     n_head: int = 8
     n_embd: int = 512
-    rotary_pct: float = 0.25  # share of each head's dimensions that rotary rotates
-    parallel_residual: bool = True  # x + attn(ln1 x) + mlp(ln2 x); False: one after the other
+    rotary_pct: float = 0.25  # fraction of each head's dimensions that are rotated
+    parallel_residual: bool = True  # x + attn(ln1 x) + mlp(ln2 x); False: sequential
     dropout: float = 0.0  # on the embedding and on what each block adds
     gelu: Literal["tanh", "erf"] = "tanh"  # erf is exact, and twice as fast on a CPU
     attention: Literal["sdpa", "flex", "manual"] = "sdpa"  # flex trains on CUDA, manual shows maps
@@ -73,7 +73,7 @@ class GPTConfig:
 
 
 PRESETS = {
-    # learns most in a few minutes on a laptop; bytes. Then Pythia's, parameter for parameter
+    # bytes; learns most in a few minutes on a laptop. The others: Pythia's, parameter for parameter
     "tiny": dict(vocab_size=320, block_size=256, n_layer=4, n_head=4, n_embd=128,
                  rotary_pct=1.0, parallel_residual=False, gelu="erf"),
     "pythia-70m": dict(n_layer=6, n_head=8, n_embd=512),
@@ -84,19 +84,19 @@ PRESETS = {
 
 
 class AttnContext(NamedTuple):
-    """What one forward pass shares with every layer, and with every loop of the recursion."""
+    """What all layers, and all loops of the recursion, share in one forward pass."""
 
     backend: str  # GPTConfig.attention
     rope: tuple  # cos (T, D), sin (T, rotary_dim / 2)
-    mask: object  # None: causal; a bool tensor (..., T, S), True where one may look; or a BlockMask
-    strict_mask: object  # the same without a token's own position
+    mask: object  # None: causal; a bool tensor (..., T, S), True where allowed; or a BlockMask
+    strict_mask: object  # the same, without the token's own position
     cache: object  # None, or this layer's keys and values so far (nanonexus/generate.py)
     maps: list | None  # manual attention appends its weights to it, (B, H, T, S)
 
 
 class RotaryEmbedding(torch.autograd.Function):
-    """Rotate the first rotary_dim dimensions of each head by its token's position, i together with
-    i + rotary_dim/2. The gradient is the rotation back, in half the time that autograd takes."""
+    """Rotate the first rotary_dim dimensions of each head by the token's position, i paired with
+    i + rotary_dim/2. The gradient is the inverse rotation, twice as fast as autograd's."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -120,7 +120,7 @@ def attend(q, k, v, ctx, strict=False):
     """Attn(q, k, v) = softmax(mask + rope(q) rope(k)^T / sqrt(D)) v, the one primitive of the
     baseline and of every inner loop. q, k, v (B, H, T, D) -> (B, H, T, D).
 
-    strict: a token sees those before it and not itself; where there are none, the result is 0.
+    strict: a token sees those before it and not itself; if there are none, the result is 0.
     """
     query = apply_rotary_emb(q, *ctx.rope)
     key = query if k is q else apply_rotary_emb(k, *ctx.rope)
@@ -132,11 +132,11 @@ def attend(q, k, v, ctx, strict=False):
     if mask is None:  # plain causal: flash attention
         if not strict:
             return F.scaled_dot_product_attention(query, key, v, is_causal=T > 1)
-        i = int(T == S)  # without the last key, and the first query if that leaves it none
+        i = int(T == S)  # drop the last key, and the first query if it has no other
         y = F.scaled_dot_product_attention(query[:, :, i:], key[:, :, :-1], v[:, :, :-1],
                                            is_causal=T > 1)
         return F.pad(y, (0, 0, i, 0))
-    blind = ~mask.any(-1, keepdim=True)  # (..., T, 1): the softmax of a row of nothing is NaN
+    blind = ~mask.any(-1, keepdim=True)  # (..., T, 1): the softmax of an empty row is NaN
     if ctx.backend != "manual":
         y = F.scaled_dot_product_attention(query, key, v, attn_mask=mask | blind)
         return y.masked_fill(blind, 0)
@@ -148,7 +148,7 @@ def attend(q, k, v, ctx, strict=False):
 
 
 class CausalSelfAttention(nn.Module):
-    """Causal self-attention, of order 1 (the baseline's) or higher (Nexus)."""
+    """Causal self-attention, of order 1 (the baseline) or higher (Nexus)."""
 
     def __init__(self, config):
         super().__init__()
@@ -186,7 +186,7 @@ class CausalSelfAttention(nn.Module):
                 return attend(self.project(h[n], 0), self.project(h[n], 1), s, ctx)
 
     def project(self, x, part):
-        """x (B, H, T, D), heads joined, through W_q, W_k or W_v (part 0, 1, 2), the same shape."""
+        """x (B, H, T, D), heads merged, through W_q, W_k or W_v (part 0, 1, 2); same shape."""
         weight, bias = self.qkv.weight.chunk(3)[part], self.qkv.bias.chunk(3)[part]
         return self.heads(F.linear(x.transpose(1, 2).flatten(2), weight, bias))
 
@@ -232,14 +232,14 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # angles in float64: position * rate loses its fraction in float32 at long contexts
+        # angles in float64: position * rate loses precision in float32 at long contexts
         R, D = config.rotary_dim, config.n_embd // config.n_head
         rates = 10000.0 ** (-torch.arange(0, R, 2).double() / R)
         angles = torch.arange(config.block_size).double()[:, None] * rates  # (block_size, R / 2)
         cos = torch.cat([angles.cos(), angles.cos(), angles.new_ones(len(angles), D - R)], dim=-1)
         self.register_buffer("cos", cos.to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("sin", angles.sin().to(torch.get_default_dtype()), persistent=False)
-        # GPT-NeoX's: small_init everywhere, wang_init for what writes into the residual stream
+        # GPT-NeoX's: small_init, and wang_init for what writes into the residual stream
         small = math.sqrt(2 / (5 * config.n_embd))
         wang = 2 / (config.n_layer * math.sqrt(config.n_embd))
         for name, p in self.named_parameters():
@@ -268,13 +268,13 @@ class GPT(nn.Module):
         return mask(strict=False), mask(strict=True)
 
     def hidden_states(self, idx, cache=None, maps=None, docs=None, masks=None):
-        """What the output layer reads: (B, T, C) for token ids idx (B, T).
+        """The output layer's input: (B, T, C) for token ids idx (B, T).
 
         cache: a nanonexus.generate.KVCache, to continue after the tokens that it has seen. maps: a
-        list for manual's weights, (B, H, T, S): in each layer those of each inner loop (q's, then
-        k's), then the outer ones. docs: (B, T), each token's document, which attention shall not
-        leave; costs a (T, T) mask a row, except with flex. masks: attention_masks, if made already.
-        Raises ModelError if the context is too short, or the attention backend too limited."""
+        list to fill with manual attention's weights, (B, H, T, S): per layer, those of each inner
+        loop (q's, then k's), then the outer ones. docs: (B, T), each token's document, which
+        confines attention; a (T, T) mask per row, except with flex. masks: attention_masks' output.
+        Raises ModelError if the context is too short, or the backend does not support this."""
         c, T = self.config, idx.size(1)
         past = cache.begin(T) if cache else 0
         if past + T > c.block_size:
@@ -282,7 +282,7 @@ class GPT(nn.Module):
         if maps is not None and c.attention != "manual":
             raise ModelError(f"attention maps need attention='manual'; {c.attention} has none")
         if docs is not None and cache:
-            raise ModelError("a cache holds one document: give no docs with it")
+            raise ModelError("a cache holds one document: it cannot be combined with docs")
         if c.attention == "flex" and idx.device.type != "cuda" and torch.is_grad_enabled():
             raise ModelError("flex attention trains on CUDA only: use attention sdpa here")
         mask, strict_mask = masks or self.attention_masks(T, past, docs, idx.device)
@@ -296,7 +296,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, maps=None, docs=None):
         """Logits (B, T, V) and, given targets (B, T), the mean cross-entropy in nats, float32;
-        targets of -1 are ignored, and without targets it is None. The rest as in hidden_states."""
+        targets of -1 are ignored, and without targets it is None. Others as in hidden_states."""
         logits = self.head(self.hidden_states(idx, cache, maps, docs))
         loss = None if targets is None else F.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
@@ -313,17 +313,17 @@ class GPT(nn.Module):
         return idx
 
     def num_params(self, embeddings=True):
-        """How many parameters; embeddings=False leaves out both ends, as Pythia counts."""
+        """Number of parameters; embeddings=False excludes both ends, as Pythia counts."""
         ends = 0 if embeddings else self.embed.weight.numel() + self.head.weight.numel()
         return sum(p.numel() for p in self.parameters()) - ends
 
     def flops_per_token(self, T):
-        """Floating-point operations to train on a token in a context of T, forward and backward:
-        those of matrix products, 2 a weight forward and twice that backward. Causal attention is
-        counted at the half it needs, 4 C T / 2 forward."""
+        """Floating-point operations to train on one token in a context of T, forward and backward:
+        matrix products only, 2 per weight forward and twice that backward. Causal attention counts
+        as the half it needs, 4 C T / 2 forward."""
         c = self.config
         weights, loops = 12 * c.n_embd**2, len(c.nexus_streams) * (c.nexus_order - 1)
-        if loops and c.nexus_inner == "shared":  # W_q and W_k in each loop, W_v once a stream
+        if loops and c.nexus_inner == "shared":  # W_q and W_k in each loop, W_v once per stream
             weights += (2 * loops + len(c.nexus_streams)) * c.n_embd**2
         layer = 2 * weights + (1 + loops) * 2 * c.n_embd * T
         return 3 * (c.n_layer * layer + 2 * c.n_embd * c.vocab_size)
@@ -332,8 +332,8 @@ class GPT(nn.Module):
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw a token for each row, (B, 1), from logits (B, V); temperature 0 is greedy.
 
-    top_k, top_p: draw among the k likeliest, or the likeliest whose probabilities sum to p.
-    generator: a torch.Generator, for draws that repeat. Raises ModelError for bad numbers."""
+    top_k, top_p: sample from the k most likely, or the most likely whose probabilities sum to p.
+    generator: a torch.Generator, for reproducibility. Raises ModelError for invalid values."""
     if not (0 <= temperature < math.inf and (top_k is None or top_k >= 1)
             and (top_p is None or 0 < top_p <= 1)):
         raise ModelError("temperature must be at least 0, top_k at least 1, top_p in (0, 1]")
@@ -345,6 +345,6 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
-        drop = ordered.cumsum(-1) - ordered >= top_p  # the likelier ones have that mass already
+        drop = ordered.cumsum(-1) - ordered >= top_p  # the more likely have that mass already
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -7,9 +7,9 @@ Turn text into a token set: python prepare_data.py --dataset NAME --out DIR
     python prepare_data.py --dataset fineweb-edu --tokenizer gpt2 --max_tokens 1e9 --out tokens/fw
 
 A local text may be .txt, .txt.gz, .txt.xz or .jsonl; in a text file a line that holds only
-<|endoftext|> separates documents. Sets from the hub are streamed, never held in memory or on disk.
-bpe:N trains a tokenizer first, on what is to be the training part alone, at most its first 2^27
-characters; the token set keeps it as tokenizer.json.
+<|endoftext|> separates documents. Datasets from the hub are streamed, never held in memory or on
+disk. bpe:N first trains a tokenizer, on the training part alone, at most its first 2^27 characters;
+the token set keeps it as tokenizer.json.
 """
 
 import collections
@@ -35,7 +35,7 @@ from nanonexus.data import VERSION, load_hub
 from nanonexus.files import new_folder, sha256
 from nanonexus.tokenizer import EOT, bpe_size, get_tokenizer, padded_vocab, train_bpe
 
-# name -> (hub repository, its configuration, the field with the text, share for validation)
+# name -> (hub repository, its configuration, the text field, fraction for validation)
 HUB = {
     "shakespeare": ("karpathy/tiny_shakespeare", None, "text", 0.1),
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", "text", 0.01),
@@ -45,18 +45,18 @@ HUB = {
     "pile-uncopyrighted": ("monology/pile-uncopyrighted", None, "text", 0.0005),
 }
 PIECE = 8192  # characters: a longer document is tokenised, and split, in pieces about this long
-BPE_TEXT = 1 << 27  # characters at most from which a BPE is trained: some minutes, some GB
+BPE_TEXT = 1 << 27  # characters at most to train a BPE on: a few minutes, a few GB
 
 
 def pydocs():
-    """The language reference that every CPython carries for help(): 0.5 MB of English."""
+    """The language reference that CPython ships for help(): 0.5 MB of English."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
 
 
 def read_files(paths, field, progress):
-    """The documents in local files; progress[0] follows the share of their bytes read."""
+    """The documents in local files; progress[0] tracks the fraction of their bytes read."""
     total, before = sum(map(os.path.getsize, paths)) or 1, 0
     for path in paths:
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)
@@ -124,7 +124,7 @@ def articles(lines):
 
 
 def documents(args, progress):
-    """(an iterator of documents, what to call the source, its revision, share for validation)"""
+    """(an iterator of documents, the source's name, its revision, fraction for validation)"""
     name = args.dataset
     if args.input and name != "text":
         raise UserError(f"--input goes with --dataset text, not {name}")
@@ -151,7 +151,7 @@ def documents(args, progress):
 
 
 def pieces(texts):
-    """(text, whether a document ends here): documents, the long ones cut at line ends."""
+    """(text, whether a document ends here): documents, the long ones split at line ends."""
     for text in texts:
         while len(text) > 2 * PIECE:
             cut = text.find("\n", PIECE, 2 * PIECE) + 1 or 2 * PIECE
@@ -173,7 +173,7 @@ def training_text(texts, every):
 
 
 def printable(text):
-    """text, with U+FFFD for halves of characters, which JSON may hold and UTF-8 cannot."""
+    """text, with U+FFFD for unpaired surrogates, which JSON may hold and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -183,7 +183,7 @@ def printable(text):
 
 def tokenise(items, tokenizer, workers, dtype):
     """The ids of each (text, whether it ends a document), in order, <|endoftext|> after a whole
-    document. tiktoken lets go of Python's lock, so threads use all cores."""
+    document. tiktoken releases the GIL, so threads use all cores."""
     def encode(chunk):
         return [np.append(tokenizer.encode_to_numpy(printable(text), disallowed_special=())
                           .astype(dtype), eot[:ends]) for text, ends in chunk]
@@ -194,14 +194,14 @@ def tokenise(items, tokenizer, workers, dtype):
         waiting = collections.deque()
         for chunk in chunks:
             waiting.append(threads.submit(encode, chunk))
-            if len(waiting) > 2 * workers:  # never more than some pieces ahead
+            if len(waiting) > 2 * workers:  # never far ahead
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
 
 
 def prepare(args, folder):
-    """Write the token set into a folder; what to say of it."""
+    """Write the token set into a folder; returns a summary."""
     tokenizer, tokenizer_json, size = None, None, bpe_size(args.tokenizer)
     if not size:
         tokenizer = get_tokenizer(args.tokenizer)
@@ -221,7 +221,7 @@ def prepare(args, folder):
     files = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
     counts, seen, total, start = {"train": 0, "val": 0}, 0, 0, time.monotonic()
     bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:.0f}%"
-               " |{bar}| {elapsed} gone, {remaining} to go, {postfix}")
+               " |{bar}| {elapsed} elapsed, {remaining} left, {postfix}")
     with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
         for ids in tokenise(pieces(texts), tokenizer, args.workers, dtype):
             split, seen = "train" if (seen + 1) % every else "val", seen + 1
@@ -255,15 +255,15 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--dataset", default="pydocs", help=f"pydocs (the default, needs no network), text (your "
-        f"files), {', '.join(HUB)}, or hf:NAME for any other set on the hub")
+        f"files), {', '.join(HUB)}, or hf:NAME for any other dataset on the hub")
     add("--input", nargs="+", metavar="FILE", help="files or globs, for --dataset text")
     add("--tokenizer", default="bytes", help="bytes (default), gpt2, or bpe:N: trained "
-        "on the training part, N ids with the 256 bytes and <|endoftext|>")
-    add("--out", required=True, help="folder for the token set; must not exist or be empty")
-    add("--text_field", help="which field of a row holds the text (default: text)")
-    add("--revision", help="commit or branch of a set on the hub (default: the newest)")
+        "on the training part, N ids including the 256 bytes and <|endoftext|>")
+    add("--out", required=True, help="folder for the token set; must be new or empty")
+    add("--text_field", help="the field of a row that holds the text (default: text)")
+    add("--revision", help="commit or branch of a dataset on the hub (default: the latest)")
     add("--max_tokens", type=number(int, 1, 1 << 60), help="stop after this many, e.g. 1e9")
-    add("--val_fraction", type=number(float, 0, 0.5, above=True), help="share of the pieces of "
+    add("--val_fraction", type=number(float, 0, 0.5, above=True), help="fraction of the pieces of "
         "text kept for validation (default: 0.1 for small sets, less for large ones)")
     add("--workers", type=number(int, 1, 256), default=os.cpu_count() or 1, help="threads that "
         "tokenise (default: one per core)")

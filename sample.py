@@ -1,5 +1,5 @@
 """
-Text from a model, streamed as it is drawn.
+Sample text from a model, streamed as it is generated.
 
     python sample.py --checkpoint out/ckpt.pt --prompt "The class statement" --num_samples 3
     echo "Once upon a time" | python sample.py --checkpoint out/ckpt.pt --temperature 0
@@ -20,16 +20,16 @@ from nanonexus.hf import open_model
 def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of ours, or a GPT-NeoX folder, or a "
-        "name on the hub (default: out/ckpt.pt, where train.py puts it)")
+    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of train.py, a GPT-NeoX folder, or "
+        "a name on the hub (default: out/ckpt.pt)")
     add("--prompt", help="text to continue (default: read from standard input)")
     add("--max_new_tokens", type=positive_int, default=200)
-    add("--temperature", type=non_negative, default=0.8, help="0 takes the likeliest token each "
-        "time")
-    add("--top_k", type=positive_int, help="draw among the k likeliest tokens")
+    add("--temperature", type=non_negative, default=0.8, help="0 always takes the most likely "
+        "token")
+    add("--top_k", type=positive_int, help="sample from the k most likely tokens")
     add("--top_p", type=number(float, 0, 1, above=True),
-        help="draw among the likeliest tokens that make up this probability")
-    add("--seed", type=whole, default=0, help="sample number i is drawn with seed + i")
+        help="sample from the most likely tokens that make up this probability")
+    add("--seed", type=whole, default=0, help="sample i is drawn with seed + i")
     add("--num_samples", type=positive_int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
@@ -47,7 +47,7 @@ def main():
 
 
 def read_prompt(text, tokenizer, block_size):
-    """Token ids of text or, if it is None, of standard input; UserError if they are none or too
+    """Token ids of text or, if it is None, of standard input; UserError if there are none or too
     many."""
     if text is None and sys.stdin.isatty():
         raise UserError("no prompt: give --prompt TEXT, or text on standard input")
@@ -61,7 +61,7 @@ def read_prompt(text, tokenizer, block_size):
 
 
 def print_sample(model, tokenizer, ids, args, seed):
-    """The prompt and what the model makes of it, token by token."""
+    """Print the prompt and the model's continuation, token by token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end mid-character
 
     def show(tokens):

@@ -181,7 +181,7 @@ def test_a_resume_must_agree_with_its_checkpoint(tokens, tmp_path):
         with pytest.raises(UserError, match=message):
             run(tokens, tmp_path, "--resume", *argv)
     run(tokens, tmp_path, "--resume", "--max_steps", 3, "--rotary_pct", "1.0")  # as the preset
-    with pytest.raises(UserError, match="--resume goes on with it"):
+    with pytest.raises(UserError, match="--resume continues it"):
         run(tokens, tmp_path)
 
 
