@@ -1,1 +1,1 @@
-"""What the scripts share. Arrows point one way: scripts -> nanonexus -> model.py."""
+"""What the scripts share. Imports go one way: scripts -> nanonexus -> model.py."""

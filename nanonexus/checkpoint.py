@@ -1,5 +1,5 @@
 """
-Checkpoints: written so that a whole one is always there, read so that a file cannot run code.
+Checkpoints: written so that an intact one always exists, read so that a file cannot run code.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ def older(path, i):
 
 
 def save_checkpoint(path, state, keep=1):
-    """Write state so that `path` is at every moment a whole checkpoint, the old or the new one; of
-    the ones before, keep - 1 stay. Raises UserError if it cannot, with all of them untouched."""
+    """Write state so that `path` is at every moment an intact checkpoint, the old or the new one;
+    keep - 1 earlier ones stay. Raises UserError if it cannot, with all of them untouched."""
     partial = path + ".partial"
     try:
         with open(partial, "wb") as f:
@@ -34,7 +34,7 @@ def save_checkpoint(path, state, keep=1):
         for i in range(keep - 2, 0, -1):
             if os.path.exists(older(path, i)):
                 os.replace(older(path, i), older(path, i + 1))
-        if keep > 1 and os.path.exists(path):  # by a second name, so that path never lacks one
+        if keep > 1 and os.path.exists(path):  # via a second name, so that path always exists
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path + ".link")
             try:
@@ -42,7 +42,7 @@ def save_checkpoint(path, state, keep=1):
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, path + ".link")
             os.replace(path + ".link", older(path, 1))
-            with contextlib.suppress(FileNotFoundError):  # two names of one file stay as they are
+            with contextlib.suppress(FileNotFoundError):  # os.replace keeps two names of one file
                 os.remove(path + ".link")
         replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -55,7 +55,7 @@ def save_checkpoint(path, state, keep=1):
 
 
 def load_weights(model, state, path):
-    """load_state_dict; ModelError, naming the first weight, if they are not the model's."""
+    """load_state_dict; ModelError, naming the first weight, if they do not fit the model."""
     own = model.state_dict()
     for key in sorted(own.keys() | state.keys()):
         if key not in own or key not in state or own[key].shape != state[key].shape:
@@ -68,9 +68,9 @@ def load_weights(model, state, path):
 def load_checkpoint(path, device="cpu", **overrides):
     """Read what train.py saved; returns (model, meta), the model in eval mode.
 
-    meta holds all but the tensors: config, step, tokens, tokenizer, data, args.
+    meta holds everything but the tensors: config, step, tokens, tokenizer, data, args.
     overrides change fields of the config, e.g. nexus_order=2. attention is sdpa, however it was
-    trained (the result is the same), unless they say otherwise.
+    trained (the result is the same), unless overridden.
     Raises ModelError with the reason if the file is missing, damaged or not ours.
     """
     saved = read_checkpoint(path, device)
@@ -81,7 +81,8 @@ def load_checkpoint(path, device="cpu", **overrides):
 
 def make_config(values, path):
     """The GPTConfig of a checkpoint at path; ModelError if it is not ours, or absurdly large."""
-    values = {k: v for k, v in values.items() if k != "checkpoint_attention"}  # once a field
+    values = {"nexus_inner": "self"} | values  # formerly the only one
+    values.pop("checkpoint_attention", None)  # formerly a field
     try:
         config = GPTConfig(**values)
     except TypeError as error:  # a field of another version
@@ -96,11 +97,11 @@ def read_checkpoint(path, device="cpu"):
     if not os.path.isfile(path):
         raise ModelError(f"no checkpoint at {path}: train.py writes one as OUT/ckpt.pt")
     try:
-        with zipfile.ZipFile(path) as file:  # torch does not look at its own checksums
+        with zipfile.ZipFile(path) as file:  # torch does not verify checksums
             if (part := file.testzip()) is not None:
                 raise zipfile.BadZipFile(f"checksum of {part}")
         saved = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged file can end its parsers in any way
+    except Exception as error:  # a damaged file can crash its parsers in any way
         raise ModelError(f"{path} is damaged, or not a checkpoint: it cannot be read as tensors "
                          f"and plain values ({type(error).__name__})") from error
     if not isinstance(saved, dict) or not {"model", "config", "step", "tokenizer"} <= saved.keys():
@@ -109,8 +110,8 @@ def read_checkpoint(path, device="cpu"):
 
 
 def newest_checkpoint(path):
-    """read_checkpoint of the newest whole one of path, ckpt.1.pt, ...; says so if it is not the
-    first. Raises ModelError, about the first, if there is none."""
+    """read_checkpoint of the newest intact one of path, ckpt.1.pt, ...; prints a note if it is not
+    the first. Raises ModelError, about the first, if there is none."""
     i, errors = 0, []
     while i == 0 or os.path.exists(older(path, i)):
         try:
@@ -120,7 +121,7 @@ def newest_checkpoint(path):
             i += 1
             continue
         if errors:
-            print(f"{errors[0]}; going on from {older(path, i)}, step {saved['step']}",
+            print(f"{errors[0]}; continuing from {older(path, i)}, step {saved['step']}",
                   file=sys.stderr)
         return saved
     raise errors[0]

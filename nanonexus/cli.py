@@ -51,7 +51,7 @@ def listed(kind):
 
 
 def run_script(main):
-    """Call main(); turn a user's mistake, an OSError and a lack of memory into one line, status
+    """Call main(); report a user's mistake, an OSError or a lack of memory in one line, with status
     2."""
     try:
         main()
@@ -63,8 +63,8 @@ def run_script(main):
         elif isinstance(error, RuntimeError):  # gloo's are plain, NCCL's a subclass
             if not any(word in message for word in ("gloo", "NCCL")):
                 raise
-            message = ("another process of this run has ended, or the network to it: the last "
-                       "checkpoint is whole, the same command with --resume goes on")
+            message = ("another process of this run has ended, or the connection to it: the last "
+                       "checkpoint is intact, the same command with --resume continues")
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,8 +1,8 @@
 """
-The token-file format, and which window is which batch.
+The token-set format, and which windows make up which batch.
 
-A token set is a folder: train.bin and val.bin hold nothing but token ids, meta.json says what they
-are, and tokenizer.json is there if the set has a tokenizer of its own (bpe:N). Training reads
+A token set is a folder: train.bin and val.bin hold nothing but token ids, meta.json describes them,
+and tokenizer.json is there if the set has its own tokenizer (bpe:N). Training reads
 windows of block_size + 1 tokens; their order is a pure function of the seed and the step, so a run
 resumes exactly and sees the same batches on one process or on many.
 """
@@ -19,12 +19,12 @@ from nanonexus.files import sha256
 from nanonexus.tokenizer import eot_id
 
 VERSION = 1  # of the token-set format
-SCAN = 1 << 25  # ids looked at on opening a file (all of them, in such pieces, to verify it)
+SCAN = 1 << 25  # ids checked on opening a file (all of them, in such pieces, to verify it)
 
 
 def load_hub(name, config, split, revision=None, streaming=False):
-    """The rows of a set on the hub. If it is made by a script, which `datasets` no longer runs, the
-    copy that the hub keeps as parquet. Raises UserError if it cannot be had."""
+    """The rows of a dataset on the hub; if a script makes it, which `datasets` no longer runs, the
+    copy that the hub keeps as parquet. Raises UserError if it is not available."""
     import datasets
 
     try:
@@ -44,8 +44,8 @@ class TokenSet:
 
     .train and .val are read-only arrays of ids mapped from disk, .meta is meta.json as a dict,
     .tokenizer_json the text of tokenizer.json, or None for a tokenizer that every machine has.
-    tokenizer: require this one. verify: read all of both files, for their sha256 and their ids.
-    Raises UserError, with what is wrong and where, if the folder is not a whole token set.
+    tokenizer: require this one. verify: read both files in full, to check their sha256 and ids.
+    Raises UserError, saying what is wrong and where, if the folder is not a complete token set.
     """
 
     def __init__(self, folder, tokenizer=None, verify=False):
@@ -82,9 +82,9 @@ class TokenSet:
         expect = self.meta["tokens"][split] * np.dtype(dtype).itemsize
         if os.path.getsize(path) != expect:
             raise UserError(f"{path} has {os.path.getsize(path)} bytes, meta.json says {expect}: "
-                            "it is truncated or of another set; prepare it again")
+                            "it is truncated or from another set; prepare it again")
         if verify and sha256(path) != self.meta["sha256"][split]:
-            raise UserError(f"{path} does not have the sha256 of meta.json: it was changed")
+            raise UserError(f"{path} does not have the sha256 in meta.json: it was changed")
         if expect == 0:
             raise UserError(f"{path} has no tokens")
         tokens = np.memmap(path, dtype=dtype, mode="r")
@@ -105,12 +105,12 @@ class TokenSet:
 
     @property
     def fingerprint(self):
-        """What makes this set this set, for a checkpoint to compare on resume."""
+        """Identifies this set, for a checkpoint to compare on resume."""
         return self.meta["sha256"]["train"][:16] + self.meta["sha256"]["val"][:16]
 
     @property
     def eot(self):
-        """The id after each document: known here, so that training needs no tokenizer's files."""
+        """The id after each document: known here, so that training needs no tokenizer files."""
         if self.tokenizer_json:
             return eot_id(self.tokenizer_json)
         known = {"bytes": 256, "gpt2": 50256}
@@ -120,7 +120,7 @@ class TokenSet:
         return known[self.tokenizer]
 
 
-@functools.lru_cache(maxsize=2)  # an epoch and its successor
+@functools.lru_cache(maxsize=2)  # an epoch and the next
 def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
@@ -148,7 +148,7 @@ def batch(tokens, block_size, indices):
 
 
 def ahead(make, items):
-    """make(item) for each item, in order; a thread makes the next while the caller uses this."""
+    """make(item) for each item, in order; a thread makes the next while the caller works."""
     with ThreadPoolExecutor(1) as thread:
         waiting = None
         for item in items:

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanonexus.cli import UserError
 
-# Dense bfloat16 peaks from the makers' data sheets, FLOP/s, by the name that CUDA gives a device. A
-# device not here has no MFU.
+# Peak dense bfloat16 FLOP/s from the vendors' data sheets, by CUDA device name. A device not listed
+# has no MFU.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12, "NVIDIA B200": 2250e12, "NVIDIA A100-SXM4-40GB": 312e12,
@@ -22,13 +22,13 @@ PEAK_FLOPS = {
 
 
 def peak_flops():
-    """Of the current CUDA device, or None if it is not known."""
+    """The current CUDA device's, or None if unknown."""
     return PEAK_FLOPS.get(torch.cuda.get_device_name())
 
 
 def fast_attention(device):
-    """A context in which scaled_dot_product_attention takes cuDNN's kernel where it can: faster
-    than the flash attention 2 that torch takes first."""
+    """A context in which scaled_dot_product_attention prefers cuDNN's kernel: faster than
+    FlashAttention-2, which torch prefers."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
@@ -50,7 +50,7 @@ def pick_device(kind, local_rank=0):
             else "cpu"
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(f"no CUDA device number {local_rank} here: use --device cpu, or fewer "
-                        "processes a node")
+                        "processes per node")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("no MPS device here: use --device cpu")
     if kind == "cpu":
@@ -59,8 +59,8 @@ def pick_device(kind, local_rank=0):
 
 
 def keep_freed_memory():
-    """Let glibc keep freed memory: else every step on a CPU returns its activations to the kernel
-    and takes them back page by page, which cost a third of the time (measured, 70M shape)."""
+    """Let glibc keep freed memory: otherwise every step on a CPU returns its activations to the
+    kernel and gets them back page by page, which cost a third of the time (measured, 70M shape)."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim

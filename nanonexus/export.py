@@ -1,10 +1,10 @@
 """
-A checkpoint as a Hugging Face folder, for transformers, lm-eval and what else reads those.
+A checkpoint as a Hugging Face folder, for transformers, lm-eval and other tools that read them.
 
     python -m nanonexus.export --checkpoint out/ckpt.pt --out exported
 
-Order 1 is a plain GPT-NeoX: nothing of ours is needed to read it. Higher orders bring their model
-along, modeling_nexus.py, which transformers runs if it is told to trust the folder.
+Order 1 is a plain GPT-NeoX: none of our code is needed to read it. Higher orders include their
+model code, modeling_nexus.py, which transformers runs with trust_remote_code=True.
 """
 
 import json
@@ -21,7 +21,7 @@ from nanonexus.hf import NAMES
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer
 
 MODELING = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling_nexus.py")
-# flags of train.py that do not change what comes out
+# flags of train.py that do not change the result
 ASIDE = {"out", "resume", "verify", "device", "sample", "wandb", "tensorboard", "log_interval",
          "save_interval", "keep", "max_minutes"}
 
@@ -41,7 +41,7 @@ def neox_weights(model):
 
 def neox_config(config, eot):
     """config.json of a GPTConfig: GPT-NeoX's, with rotary as transformers 4 and 5 name it, and for
-    a higher order the settings of Nexus and where its model is. eot: the id that ends a text."""
+    a higher order Nexus's settings and where its code is. eot: the id that ends a text."""
     result = dict(
         architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", vocab_size=config.vocab_size,
         hidden_size=config.n_embd, num_hidden_layers=config.n_layer,
@@ -66,8 +66,8 @@ def neox_config(config, eot):
 def tokenizer_json(encoding):
     """tokenizer.json, as a str, of "bytes" or "gpt2", a tiktoken.Encoding: the same ids.
 
-    tiktoken merges what makes the token of the lowest rank; so the merge that makes a token is of
-    the two parts that are left when only earlier tokens may be made."""
+    tiktoken merges the pair that makes the token of lowest rank; so a token's merge joins the two
+    parts that remain when only earlier tokens may be made."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     ranks, char = encoding._mergeable_ranks, dict(byte_chars())
@@ -84,8 +84,8 @@ def tokenizer_json(encoding):
 
 
 def split(token, ranks, below):
-    """The two parts of token (bytes) that are merged last, by merges to ranks lower than `below`.
-    Raises UserError if they are not two."""
+    """The two parts of token (bytes) that are merged last, after merges to ranks below `below`.
+    Raises UserError if there are not two."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while True:
         found = [ranks.get(a + b, below) for a, b in zip(parts, parts[1:], strict=False)]
@@ -94,13 +94,13 @@ def split(token, ranks, below):
         i = found.index(least)
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     if len(parts) != 2:
-        raise UserError(f"this tokenizer makes {token!r} of {len(parts)} parts, not of two")
+        raise UserError(f"this tokenizer makes {token!r} from {len(parts)} parts, not two")
     return parts
 
 
 def last_validation(checkpoint, step):
-    """(loss in nats per token, step) of the last validation up to `step`, by the log.jsonl beside
-    the checkpoint; None if there is none. Raises UserError if the log is damaged."""
+    """(loss in nats per token, step) of the last validation up to `step`, from the log.jsonl next
+    to the checkpoint; None if there is none. Raises UserError if the log is damaged."""
     path, last = os.path.join(os.path.dirname(checkpoint), "log.jsonl"), None
     if not os.path.exists(path):
         return None
@@ -119,7 +119,7 @@ def last_validation(checkpoint, step):
 
 
 def training_command(args):
-    """The command line of train.py that gives a checkpoint's args again."""
+    """The command line of train.py that reproduces a checkpoint's args."""
     flags = {f.name for f in fields(GPTConfig) if f.type is bool}
     words = ["python", "train.py"]
     for name, value in args.items():
@@ -133,7 +133,7 @@ def training_command(args):
 
 
 def model_card(model, meta, validation, license):
-    """README.md: what the model is, how it was trained and how it is loaded."""
+    """README.md: what the model is, how it was trained and how to load it."""
     c, nexus = model.config, model.config.nexus_order > 1
     loss = validation and f"{validation[0]:.4f} nats per token at step {validation[1]}"
     rows = {
@@ -189,16 +189,16 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens={min(50, c.block_siz
 
 
 def export(checkpoint, out, license=None):
-    """Write the checkpoint's model as a Hugging Face folder, whole or not at all.
+    """Write the checkpoint's model as a Hugging Face folder, completely or not at all.
 
-    license: of the text that it was trained on, for the model card. Raises UserError if `out` is
-    there and not empty, ModelError or UserError if the checkpoint or its tokenizer is not whole.
+    license: of the text that it was trained on, for the model card. Raises UserError if `out`
+    exists and is not empty, ModelError or UserError if the checkpoint or tokenizer is damaged.
     """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError as error:
-        raise UserError(f"{error}: a folder of Hugging Face needs pip install -e '.[hf]'"
+        raise UserError(f"{error}: a Hugging Face folder needs pip install -e '.[hf]'"
                         ) from error
 
     model, meta = load_checkpoint(checkpoint)
@@ -206,7 +206,7 @@ def export(checkpoint, out, license=None):
     c, eot = model.config, encoding.eot_token
     if encoding.n_vocab > c.vocab_size:
         raise UserError(f"the tokenizer of {checkpoint} has {encoding.n_vocab} tokens, its model "
-                        f"only {c.vocab_size}: they do not belong together")
+                        f"only {c.vocab_size}: they do not match")
     ids = dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
     unused = list(range(encoding.n_vocab, c.vocab_size))  # the padding of the vocabulary
     files = {
@@ -230,7 +230,7 @@ def export(checkpoint, out, license=None):
             save_file(neox_weights(model), weights, metadata={"format": "pt"})
         except SafetensorError as error:  # its name for what the disk says
             raise UserError(f"could not write {weights}: {error}") from error
-        shutil.copymode(os.path.join(partial, "config.json"), weights)  # it is the owner's alone
+        shutil.copymode(os.path.join(partial, "config.json"), weights)  # else its owner's only
     return model, meta
 
 

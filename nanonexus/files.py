@@ -1,5 +1,5 @@
 """
-Files that are whole or not there: written beside their place, flushed to the disk, then renamed.
+Files that are complete or absent: written under another name, flushed to disk, then renamed.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ def sha256(path):
 
 
 def flush(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name != "posix":  # nothing else can do that for a folder
+    """Wait until a file, or the names in a folder, are on disk."""
+    if os.name != "posix":  # other systems cannot do that for a folder
         return
     number = os.open(path, os.O_RDONLY)
     try:
@@ -32,8 +32,8 @@ def flush(path):
 
 
 def replace(partial, path):
-    """os.replace(partial, path), for a file or a folder, kept even if the power fails: the folder
-    that holds both names is flushed to the disk too."""
+    """os.replace(partial, path), for a file or a folder, durable even if the power fails: the
+    folder that holds both names is flushed to disk too."""
     os.replace(partial, path)
     flush(os.path.dirname(os.path.abspath(path)))
 
@@ -60,9 +60,9 @@ def write_text(path, text):
 
 def lock(folder):
     """A file that this process keeps locked while it writes to folder; UserError if another does.
-    The system lets go of it when the process ends, however it ends."""
+    The system releases it when the process ends, however it ends."""
     file = open(os.path.join(folder, ".lock"), "w")
-    with contextlib.suppress(ImportError):  # Windows has no fcntl: there, nobody is stopped
+    with contextlib.suppress(ImportError):  # Windows has no fcntl: no lock there
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,9 +74,9 @@ def lock(folder):
 
 @contextlib.contextmanager
 def new_folder(out):
-    """A folder to write into, OUT.partial: OUT when the block ends, gone if the block raises.
+    """A folder to write into, OUT.partial: renamed to OUT when the block ends, removed if it fails.
 
-    What a killed process left of one is written over. Raises UserError if OUT is there and not
+    What a killed process left in one is overwritten. Raises UserError if OUT exists and is not
     empty, or another process is making it.
     """
     out = os.path.abspath(os.path.expanduser(out))
@@ -99,8 +99,8 @@ def new_folder(out):
 
 
 def read_lines(path):
-    """The dicts of a file of JSON lines, [] if there is none; a last line that a kill has cut short
-    is none. UserError if another is damaged."""
+    """The dicts of a file of JSON lines, [] if there is none; a last line cut short by a kill is
+    ignored. UserError if another is damaged."""
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as f:
@@ -111,8 +111,8 @@ def read_lines(path):
 
 
 def append(file, line):
-    """Append bytes to an unbuffered file, all or none of them; OSError if the disk does not take
-    them. One write, so that nobody else's line comes between."""
+    """Append bytes to an unbuffered file, all or none of them; OSError if they cannot be
+    written. One write, so that no other process's line comes between."""
     size = file.seek(0, os.SEEK_END)
     try:
         if file.write(line) < len(line):
@@ -124,8 +124,8 @@ def append(file, line):
 
 
 def append_line(path, result):
-    """Append one line to a file of JSON lines, whole or not at all, in place of a last one that a
-    kill has cut short. UserError if the disk does not take it."""
+    """Append one line to a file of JSON lines, completely or not at all, replacing a last one cut
+    short by a kill. UserError if it cannot be written."""
     try:
         with open(path, "a+b", buffering=0) as f:
             f.seek(0)

@@ -1,5 +1,5 @@
 """
-Generation with a KV cache: what attention remembers, and text drawn token by token.
+Generation with a KV cache: what attention remembers, and sampling token by token.
 """
 
 import torch
@@ -8,9 +8,9 @@ from model import ModelError, sample
 
 
 class LayerCache:
-    """What the attentions of one layer have seen: a tensor (B, H, S, D) for each update of a pass.
+    """What one layer's attentions have seen: a tensor (B, H, S, D) for each update of a pass.
 
-    Every pass makes the same updates in the same order, so the order is all that tells them apart.
+    Every pass makes the same updates in the same order, so their order is enough to identify them.
     """
 
     def __init__(self, capacity):
@@ -22,9 +22,9 @@ class LayerCache:
         return self
 
     def update(self, x):
-        """Append x (B, H, T, D) to the buffer whose turn it is; return all of it, (B, H, S, D).
+        """Append x (B, H, T, D) to the next buffer; return all of that, (B, H, S, D).
 
-        The same tensor given again in a pass, as the values of a second loop, is kept once.
+        The same tensor given again in a pass, as the values of a second loop, is stored once.
         """
         B, H, T, D = x.shape
         turn = next((i for i, y in enumerate(self.updated) if y is x), len(self.updated))
@@ -37,11 +37,11 @@ class LayerCache:
 
 
 class KVCache:
-    """What a model remembers of the tokens before, so that nothing is computed twice.
+    """What a model remembers of earlier tokens, so that nothing is computed twice.
 
-    Standard attention keeps its keys and values: 2 tensors of (B, H, S, D) a layer. Each stream
+    Standard attention keeps its keys and values: 2 tensors of (B, H, S, D) per layer. Each stream
     that Nexus refines also keeps the values of its inner loops (the unrefined stream, once) and
-    the keys of every loop: m tensors more. At order m with n streams that is 2 + n m: order 2 on q
+    the keys of every loop: m more tensors. At order m with n streams that is 2 + n m: order 2 on q
     and k keeps 3 times the baseline's bytes, order 3 keeps 4 times.
     """
 
@@ -64,7 +64,7 @@ class KVCache:
         return self.layers[i].begin(self.past)
 
     def select(self, rows):
-        """A copy that continues from these rows of the batch; a row may come several times."""
+        """A copy that continues from these rows of the batch; a row may be repeated."""
         copy = KVCache(self.capacity)
         copy.len, copy.layers = self.len, [LayerCache(self.capacity) for _ in self.layers]
         for new, old in zip(copy.layers, self.layers, strict=True):
@@ -82,7 +82,7 @@ def generate_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top
     cache = KVCache(size) if use_cache else None
     new, done = idx[:, -size:], torch.zeros_like(idx[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
-        if idx.size(1) > size:  # past the context every position has moved: slide, recompute
+        if idx.size(1) > size:  # beyond the context all positions shift: slide, recompute
             cache, new = None, idx[:, -size:]
         logits = model(new if cache else idx[:, -size:], cache=cache)[0][:, -1, :vocab]
         new = sample(logits, temperature, top_k, top_p, generator)
@@ -99,10 +99,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     """GPT.generate with a cache: idx (B, T) continued by up to max_new_tokens tokens, (B, T + new).
 
     temperature, top_k, top_p, generator: as in model.sample. stop: a token that ends a row (a row
-    that ended repeats it until all have). vocab: draw among the first `vocab` ids only (a
+    that ended repeats it until all have). vocab: sample from the first `vocab` ids only (the
     vocabulary is padded). use_cache=False recomputes everything for every token, with the same
-    result. Beyond block_size each token sees the last block_size before it, recomputed: right, but
-    slow. Raises ModelError for an empty idx or sampling parameters out of range.
+    result. Beyond block_size each token sees the last block_size before it, recomputed: correct,
+    but slow. Raises ModelError for an empty idx or sampling parameters out of range.
     """
     return torch.cat([idx, *generate_stream(model, idx, max_new_tokens, temperature, top_k, top_p,
                                             **kwargs)], dim=1)

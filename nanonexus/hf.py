@@ -1,6 +1,6 @@
 """
-Models by one door, open_model: a ckpt.pt of ours, or a GPT-NeoX folder or name of Hugging Face,
-whose weights, config and tokenizer are read here into ours.
+One way to load models, open_model: a ckpt.pt of train.py, or a GPT-NeoX folder or hub name of
+Hugging Face, whose weights, config and tokenizer are converted to ours here.
 """
 
 import json
@@ -24,10 +24,10 @@ def open_model(path, device="cpu", **overrides):
     NAME@REVISION on the hub.
 
     The tokenizer has encode_ordinary, decode, decode_bytes, eot_token and n_vocab, as a
-    tiktoken.Encoding. meta: as load_checkpoint's, or for Hugging Face's the config, as it was
+    tiktoken.Encoding. meta: load_checkpoint's; of a Hugging Face model the config, as it was
     trained, and the revision: the hub's commit, or None. overrides: fields of the config, e.g.
     nexus_order=2, the start of a retrofit.
-    Raises ModelError or UserError if the model, or a tokenizer that fits it, cannot be had.
+    Raises ModelError or UserError if the model, or a tokenizer that fits it, is not available.
     """
     path = os.fspath(path)
     if os.path.isfile(path) or path.endswith(".pt"):
@@ -39,20 +39,20 @@ def open_model(path, device="cpu", **overrides):
             model = load_neox(folder, **overrides).to(device).eval()
             tokenizer = FolderTokenizer(folder)
         except ImportError as error:
-            raise UserError(f"{error}: a model of Hugging Face needs pip install -e '.[hf]'"
+            raise UserError(f"{error}: a Hugging Face model needs pip install -e '.[hf]'"
                             ) from error
         meta = dict(config=read_config(folder), revision=commit_of(folder))
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f"the tokenizer of {path} has {tokenizer.n_vocab} tokens, its model only "
-                        f"{model.config.vocab_size}: they do not belong together")
+                        f"{model.config.vocab_size}: they do not match")
     return model, tokenizer, meta
 
 
 def fetch(path_or_name):
     """The local folder of a model: as given, or downloaded from the hub (once, then cached).
 
-    NAME@REVISION is a commit, branch or tag of one on the hub, as EleutherAI/pythia-70m@step1000.
-    Raises ModelError if it is neither here nor there.
+    NAME@REVISION is a commit, branch or tag on the hub, such as EleutherAI/pythia-70m@step1000.
+    Raises ModelError if it is found neither here nor there.
     """
     if os.path.isdir(path_or_name):
         return path_or_name
@@ -63,22 +63,22 @@ def fetch(path_or_name):
         return snapshot_download(name, revision=revision or None, allow_patterns=[
             "*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"])
     except (OSError, ValueError) as error:
-        raise ModelError(f"no file or folder {path_or_name}, and the hub does not give it "
+        raise ModelError(f"no file or folder {path_or_name}, nor can the hub provide it "
                          f"({type(error).__name__}): check the name, or the network") from error
 
 
 def commit_of(folder):
-    """The commit of a folder that fetch() has downloaded, None for another."""
+    """The commit of a folder that fetch() has downloaded, None for any other."""
     parent, name = os.path.split(os.path.abspath(folder))
     return name if os.path.basename(parent) == "snapshots" else None
 
 
 def load_neox(path_or_name, **overrides):
-    """A GPT with the weights of a GPT-NeoX model of Hugging Face, Pythia's for one, in float32.
+    """A GPT with the weights of a Hugging Face GPT-NeoX model, such as Pythia, in float32.
 
-    path_or_name: as fetch takes it; with config.json and safetensors.
+    path_or_name: as in fetch; with config.json and safetensors.
     overrides: fields of the config, e.g. nexus_order=2, the start of a retrofit.
-    Raises ModelError, naming the setting, if it cannot be had or our GPT cannot be that model.
+    Raises ModelError, naming the setting, if it is not available or our GPT cannot represent it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -91,12 +91,12 @@ def load_neox(path_or_name, **overrides):
             if name.endswith(".safetensors"):
                 state |= load_file(os.path.join(folder, name))
         weights = dict(rename(name, w, config) for name, w in state.items() if not name.endswith(
-            (".inv_freq", "attention.bias", "attention.masked_bias")))  # tables of old versions
+            (".inv_freq", "attention.bias", "attention.masked_bias")))  # tables in old versions
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError,
             SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"{path_or_name} is not a whole GPT-NeoX model with safetensors "
+        raise ModelError(f"{path_or_name} is not a complete GPT-NeoX model with safetensors "
                          f"({error!r})") from error
     return load_weights(GPT(config), weights, path_or_name)
 
@@ -129,7 +129,7 @@ def read_config(folder):
 
 
 def check(hf, path):
-    """Refuse what would load and then compute something else."""
+    """Refuse what would load but compute something else."""
     rope = {"rope_theta": hf.get("rotary_emb_base", 10000), "rope_type": "default",
             **(hf.get("rope_parameters") or hf.get("rope_scaling") or {})}
     own = "gpt_neox"
@@ -145,13 +145,13 @@ def check(hf, path):
               for name in ("gate", "layers")),
             ("rope_type", "default", rope["rope_type"]), ("rope_theta", 10000, rope["rope_theta"])):
         if ours != theirs:
-            raise ModelError(f"{path} has {name} {theirs!r}; this model has {ours!r} and no other")
+            raise ModelError(f"{path} has {name} {theirs!r}; only {ours!r} is supported")
     if hf["hidden_act"] not in GELUS:
         raise ModelError(f"{path} has hidden_act {hf['hidden_act']!r}; known: {', '.join(GELUS)}")
 
 
 class FolderTokenizer:
-    """The tokenizer.json of a Hugging Face folder, with those methods of tiktoken.Encoding that
+    """The tokenizer.json of a Hugging Face folder, with the methods of tiktoken.Encoding that
     the scripts need. Raises UserError if there is none, or it cannot be read."""
 
     def __init__(self, folder):
@@ -170,7 +170,7 @@ class FolderTokenizer:
         self.bytes = {char: value for value, char in byte_chars()}
 
     def encode_ordinary(self, text):
-        """Ids of text; where added tokens stand in it, theirs, as transformers has it."""
+        """Ids of text; added tokens in it get their own ids, as in transformers."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -179,13 +179,13 @@ class FolderTokenizer:
 
     def decode_bytes(self, ids):
         """The UTF-8 bytes of ids, which may end within a character; added tokens as they are
-        written. Raises UserError if the tokens are no bytes."""
+        written. Raises UserError if the tokens are not bytes."""
         return b"".join(self.added[i].content.encode() if i in self.added
                         else self.token_bytes(self.tokenizer.id_to_token(i)) for i in ids)
 
     def token_bytes(self, token):
         try:
-            return bytes(self.bytes[char] for char in token or "")  # None: an id that is unused
+            return bytes(self.bytes[char] for char in token or "")  # None: an unused id
         except KeyError as error:
-            raise UserError(f"{self.path} is no byte-level tokenizer: {token!r} is not made of "
-                            "bytes") from error
+            raise UserError(f"{self.path} is not a byte-level tokenizer: {token!r} is not made "
+                            "of bytes") from error

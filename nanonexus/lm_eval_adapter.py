@@ -13,10 +13,10 @@ from nanonexus.tokenizer import EOT
 
 
 def run_tasks(model, tasks, folder=None, limit=None, **settings):
-    """The harness's results of a model (one of its own, or a Scorer) on its tasks.
+    """The harness's results for a model (one of its own, or a Scorer) on its tasks.
 
-    tasks: names, patterns or .yaml files. folder: take the names from the .yaml files there alone.
-    limit: only the first documents of each. settings: further ones of lm_eval.simple_evaluate.
+    tasks: names, patterns or .yaml files. folder: look names up in its .yaml files only.
+    limit: only the first documents of each. settings: other arguments of lm_eval.simple_evaluate.
     Raises UserError if the harness is not installed, or does not know a task.
     """
     try:
@@ -80,9 +80,9 @@ def adapt(scorer):
 
 
 def complete(scorer, context, settings):
-    """The text that continues context, up to what settings["until"] says; greedy unless do_sample.
+    """The continuation of context, up to one of settings["until"]; greedy unless do_sample.
 
-    settings: a request's, of the harness."""
+    settings: those of a harness request."""
     tokenizer = scorer.tokenizer
     stops, new = settings.get("until") or [], settings.get("max_gen_toks", 256)
     stops = [stops] if isinstance(stops, str) else stops
@@ -102,7 +102,7 @@ def complete(scorer, context, settings):
 
 
 def write_tasks(tasks, data, out):
-    """Write the harness's own files of some of TASKS into the folder out, under the names
+    """Write the harness's own files for some of TASKS into the folder out, under the names
     ours_<task>, pointed at <task>_<split>.jsonl in the folder data."""
     import lm_eval
 

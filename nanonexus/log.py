@@ -1,5 +1,5 @@
 """
-A run's log: log.jsonl, the terminal, and W&B or TensorBoard if asked.
+A run's log: log.jsonl, the terminal, and W&B or TensorBoard if requested.
 """
 
 import json
@@ -17,7 +17,7 @@ SPIKE = 1.0  # nats above the median of the last ten logged losses
 def read(path, resumed_at, args):
     """The events of log.jsonl that a run never stopped would have at this step: steps after the
     checkpoint will be taken and logged again, and what was logged only because the run ended there
-    goes. A last line cut short by a kill goes too; any other damage is a UserError."""
+    is dropped. So is a last line cut short by a kill; any other damage is a UserError."""
     events = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for number, line in enumerate(f, 1):

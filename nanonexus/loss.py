@@ -2,8 +2,8 @@
 The training loss: cross-entropy of the output layer, without all of its logits in memory.
 
 At a vocabulary of 50,304 the logits of 32,768 tokens are 6.6 GB in float32, their gradient as much
-again: more than all else in a 70M model. Here they exist for some rows at a time. The gradients are
-computed on the spot, in the forward pass, so nothing is computed twice.
+again: more than everything else in a 70M model. Here they exist for some rows at a time. The
+gradients are computed right in the forward pass, so nothing is computed twice.
 """
 
 from functools import partial
@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-# Logits at once. On a CPU 256 MiB in float32, which its caches like; on CUDA 2 GiB, as every part
-# adds its share of the head's gradient to the whole in float32.
+# Logits at once. On a CPU 256 MiB in float32, which suits its caches; on CUDA 2 GiB, as every part
+# adds to the head's whole gradient in float32.
 CHUNK = {"cpu": 2**26, "cuda": 2**29}
 
 
@@ -62,7 +62,7 @@ class TrainingLoss(nn.Module):
     """What a training step runs, compiles and wraps for DDP: tokens in, the mean loss out.
 
     eot: the id that opens a document; if given, no token attends beyond its own document.
-    recompute: inner loops are computed again in backward, which takes less memory and more time.
+    recompute: inner loops are recomputed in the backward pass, for less memory and more time.
     """
 
     def __init__(self, gpt, eot=None, recompute=False):
@@ -73,12 +73,12 @@ class TrainingLoss(nn.Module):
                                         preserve_rng_state=False)  # no dropout inside
 
     def documents(self, idx):
-        """(B, T), the number of each token's document in idx; None if all of a row is one."""
+        """(B, T), the index of each token's document in idx; None if a row is all one."""
         return None if self.eot is None else (idx == self.eot).cumsum(1)
 
     def forward(self, idx, targets, masks=None):
         """The loss of GPT.forward, in nats. idx, targets (B, T); targets of -1 are ignored.
-        masks: what gpt.attention_masks gives for documents(idx), to have them made elsewhere."""
+        masks: what gpt.attention_masks gives for documents(idx), if made elsewhere."""
         docs = self.documents(idx) if masks is None else None
         h = self.gpt.hidden_states(idx, docs=docs, masks=masks).flatten(0, 1)
         weight = self.gpt.head.weight

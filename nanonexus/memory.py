@@ -11,7 +11,7 @@ from nanonexus.cli import UserError
 
 
 def check_size(config):
-    """Raises ModelError for a slip of the keyboard that would take all memory, and the machine."""
+    """Raises ModelError for a typo that would exhaust the machine's memory."""
     size = config.n_embd * (12 * config.n_layer * config.n_embd + 2 * config.vocab_size
                             + config.block_size)
     if size > 1e12:
@@ -22,7 +22,7 @@ def check_size(config):
 def training_bytes(config, micro_batch, bf16=False, recompute=False):
     """(bytes of weights, gradients and AdamW's moments; bytes of activations) of a training step.
 
-    The second is what backward needs of each token, layer and channel: 20 numbers, and 2 for each
+    The second is what backward needs per token, layer and channel: 20 numbers, and 2 for each
     inner attention, 4 if its inputs are projected first (by torch's tracker, experiments/cost.py).
     """
     c = config
@@ -34,7 +34,7 @@ def training_bytes(config, micro_batch, bf16=False, recompute=False):
 
 
 def available_bytes(device):
-    """Free memory of a device: the GPU's, or what the machine and its control group leave."""
+    """Free memory of a device: the GPU's, or what the machine and its cgroup leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = []
@@ -46,11 +46,11 @@ def available_bytes(device):
         with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as f, \
                 open(f"/sys/fs/cgroup/{used}") as g:
             found.append(int(f.read()) - int(g.read()))
-    return min(found, default=None)  # None: another system, nobody knows
+    return min(found, default=None)  # None: unknown on this system
 
 
 def check_fits(config, micro_batch, device, bf16=False, recompute=False):
-    """Raises UserError, with the flag to lower, if training would not fit by a fifth or more."""
+    """Raises UserError, with the flag to lower, if not even 80% of the estimate fits."""
     free = available_bytes(device)
     state, activations = training_bytes(config, micro_batch, bf16, recompute)
     if free is None or 0.8 * (state + activations) <= free:

@@ -1,7 +1,7 @@
 """
 Nexus, attention whose queries and keys are themselves outputs of attention, for transformers.
 
-This file is all that a folder exported by nanoNexus needs beside torch and transformers (4.50 or
+This file is all that a folder exported by nanoNexus needs besides torch and transformers (4.50 or
 later). The model is a GPT-NeoX, weight for weight; what differs is NexusAttention.refine, by
 config.nexus: order (1 is GPT-NeoX, m > 1 adds m-1 inner loops), streams and inner (how).
 
@@ -21,7 +21,7 @@ from transformers import DynamicCache, GenerationMixin, GPTNeoXConfig, PreTraine
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # Shapes in comments: B batch, T new tokens, S all tokens seen (cached and new), C hidden_size,
-# H heads, D = C / H head width, R dimensions of a head that rotary rotates, V vocab_size.
+# H heads, D = C / H head width, R rotated dimensions of a head, V vocab_size.
 
 # transformers 5.24 has renamed past_key_values
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -35,24 +35,24 @@ class NexusConfig(GPTNeoXConfig):
 
 
 class Context(NamedTuple):
-    """What one forward pass shares with every layer, and with every loop of the recursion."""
+    """What all layers, and all loops of the recursion, share in one forward pass."""
 
     rope: tuple  # cos, sin (B or 1, 1, T, R / 2)
-    mask: Any  # None: causal; or a bool tensor (B or 1, 1, T, S), True where one may look
-    strict_mask: Any  # the same without a token's own position
+    mask: Any  # None: causal; or a bool tensor (B or 1, 1, T, S), True where allowed
+    strict_mask: Any  # the same, without the token's own position
     memory: Any  # None, or Memory
 
 
 class Memory:
-    """A cache of transformers, a layer of it for each tensor that a pass wants remembered: every
-    pass asks for the same in the same order. At order m with n streams, 2 + n m in each layer."""
+    """A transformers cache, with one of its layers for each tensor that a pass stores: every pass
+    stores the same in the same order. At order m with n streams, 2 + n m in each layer."""
 
     def __init__(self, cache):
         self.cache, self.pairs = cache, []
 
     def update(self, x):
-        """x (B, H, T, D) after what earlier passes gave at its place, (B, H, S, D). The same tensor
-        given again in a pass, as the values of a second loop, is kept once."""
+        """x (B, H, T, D) after what earlier passes stored there, (B, H, S, D). The same tensor
+        given again in a pass, as the values of a second loop, is stored once."""
         for given, kept in self.pairs:
             if given is x:
                 return kept
@@ -66,7 +66,7 @@ class Memory:
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding: x (B, H, T, D), its first R dimensions rotated, i with i + R/2."""
+    """Rotary position embedding: x (B, H, T, D), R dimensions rotated, i paired with i + R/2."""
     half = sin.size(-1)
     a, b, rest = x.split([half, half, x.size(-1) - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
@@ -75,8 +75,8 @@ def rotate(x, cos, sin):
 def attend(q, k, v, ctx, strict=False):
     """Attn(q, k, v), the one primitive: q, k, v (B, H, T, D) -> (B, H, T, D).
 
-    strict: a token sees those before it and not itself. Where one sees nothing, as padding, and the
-    first token if strict, the result is 0.
+    strict: a token sees those before it and not itself. Where it sees nothing (padding, or the
+    first token if strict), the result is 0.
     """
     query = rotate(q, *ctx.rope)
     key = query if k is q else rotate(k, *ctx.rope)
@@ -84,12 +84,12 @@ def attend(q, k, v, ctx, strict=False):
         key, v = ctx.memory.update(key), ctx.memory.update(v)
     T, S, mask = query.size(2), key.size(2), ctx.strict_mask if strict else ctx.mask
     if mask is not None:
-        blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1): the softmax of a row of nothing is NaN
+        blind = ~mask.any(-1, keepdim=True)  # (B, 1, T, 1): the softmax of an empty row is NaN
         y = F.scaled_dot_product_attention(query, key, v, attn_mask=mask | blind)
         return y.masked_fill(blind, 0)
     if not strict:
         return F.scaled_dot_product_attention(query, key, v, is_causal=T > 1)
-    i = int(T == S)  # without the last key, and the first query if that leaves it none
+    i = int(T == S)  # drop the last key, and the first query if it has no other
     y = F.scaled_dot_product_attention(query[:, :, i:], key[:, :, :-1], v[:, :, :-1],
                                        is_causal=T > 1)
     return F.pad(y, (0, 0, i, 0))
@@ -134,7 +134,7 @@ class NexusAttention(nn.Module):
                          "cross, shared")
 
     def project(self, x, part):
-        """x (B, H, T, D), heads joined, through W_q, W_k or W_v (part 0, 1, 2), the same shape."""
+        """x (B, H, T, D), heads merged, through W_q, W_k or W_v (part 0, 1, 2); same shape."""
         weight, bias = (p.unflatten(0, (self.n_head, 3, -1))[:, part].flatten(0, 1)
                         for p in (self.query_key_value.weight, self.query_key_value.bias))
         return self.heads(F.linear(x.transpose(1, 2).flatten(2), weight, bias))
@@ -253,12 +253,12 @@ class NexusForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"attention_mask must be (batch, tokens seen), {S} of them, 0 for "
                                  f"padding; it is {tuple(attention_mask.shape)}")
             attention_mask = attention_mask.to(device, torch.bool)
-            if position_ids is None:  # padding has no place
+            if position_ids is None:  # padding has no position
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -T:]
         if position_ids is None:
             position_ids = torch.arange(past, S, device=device)[None]
 
-        # angles in float64, which MPS lacks: position * rate loses its fraction in float32
+        # angles in float64, which MPS lacks: position * rate loses precision in float32
         R = int(self.config.hidden_size // self.config.num_attention_heads
                 * self.config.rope_parameters["partial_rotary_factor"])
         rates = 10000.0 ** (-torch.arange(0, R, 2, dtype=torch.float64) / R)

@@ -21,7 +21,7 @@ class Processes(NamedTuple):
     device: torch.device
 
     def mean(self, total, count):
-        """Over all processes: the sum of their totals by the sum of their counts, a float."""
+        """Over all processes: the sum of their totals over the sum of their counts, a float."""
         pair = torch.stack([total.float(), torch.tensor(float(count), device=self.device)])
         if self.size > 1:
             dist.all_reduce(pair)
@@ -31,12 +31,12 @@ class Processes(NamedTuple):
         return self.mean(torch.tensor(float(flag), device=self.device), 1) > 0
 
     def synchronize(self):
-        """Until this process's device has done what it was given."""
+        """Wait until this process's device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def wait(self):
-        """Until all have come here."""
+        """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
 
@@ -46,7 +46,7 @@ class Processes(NamedTuple):
 
 
 def join_processes(kind):
-    """The Processes that torchrun has started (or this one alone), on devices of a kind."""
+    """The Processes that torchrun has started (or this one alone), on devices of that kind."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = pick_device(kind, int(os.environ.get("LOCAL_RANK", 0)))
     if size > 1:

@@ -1,12 +1,12 @@
 """
-Nexus inside pretrained models of transformers: Qwen2.5, Llama, Mistral, Pythia and their like.
+Nexus inside pretrained transformers models: Qwen2.5, Llama, Mistral, Pythia and similar ones.
 
     model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-1.5B")
     nexus(model, order=2)                 # in place; no weight is added or changed
     nexus(model, order=1)                 # the original again
 
 Every decoder here rotates its queries and keys by one function, apply_rotary_pos_emb, just before
-it attends. That is where Nexus comes in: what is to be rotated is first refined, by loops of the
+it attends. That is where Nexus hooks in: what is to be rotated is first refined, by loops of the
 model's own attention (same mask, scaling and backend). All else is the model's own code.
 
 A loop refines the queries and keys s into h_s, which begins as s, by one of four maps:
@@ -15,12 +15,12 @@ A loop refines the queries and keys s into h_s, which begins as s, by one of fou
     past     h_s <- s + Attn_<(h_s, h_s, s)    Attn_< sees only earlier tokens; the first of a
     cross    h_s <- s + Attn_<(h_q, h_k, s)    document keeps s
     shift    h_s <- h_s of the token before    no attention: with a gate from 0 on the keys alone,
-                                               k_t <- (1 - g) k_t + g k_(t-1), g learnt by head
+                                               k_t <- (1 - g) k_t + g k_(t-1), g learnt per head
 
 Where H query heads share K keys in groups, each head of a stream has its own map in self, past and
 shift: H for the queries, K for the keys. In cross a query head takes its group's key. A key takes
-its group's mean query: the logits are the mean of those of the group, no head is preferred, and a
-group of one query gives the definition.
+its group's mean query: its logits are the group's mean logits, no head is preferred, and a group of
+one query gives the definition.
 """
 
 import copy
@@ -45,24 +45,24 @@ from nanonexus.hf import fetch
 FAMILIES = ("gemma", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "qwen2",
             "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
 INNERS = ("self", "past", "cross", "shift")
-BACKENDS = ("sdpa", "eager", "flex_attention")  # from whose masks a token's own place can go
+BACKENDS = ("sdpa", "eager", "flex_attention")  # whose masks can hide a token's own position
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # from 5.24, before, in GPT-NeoX
 
 
 class Refinement(NamedTuple):
-    """What the inner loops of one attention need, carried to the rotary function in the place of
-    its cosines."""
+    """What the inner loops of one attention need, passed to the rotary function in place of its
+    cosines."""
 
     attention: nn.Module
     cos: torch.Tensor
     mask: object  # as the model made it: None, a tensor (B, 1, T, S) or a BlockMask
     cache: object
-    cache_position: object  # of the new tokens; where versions from 5.0 on keep none in the cache
-    extra: dict  # what else the model hands to its attention
+    cache_position: object  # of the new tokens, or None: newer versions count them in the cache
+    extra: dict  # what else the model passes to its attention
 
 
 class Heads:
-    """What transformers' attention functions ask a module for, where each head has its own key."""
+    """What transformers' attention functions read from a module; each head has its own key."""
 
     num_key_value_groups, is_causal = 1, True
 
@@ -72,7 +72,7 @@ class Heads:
 
 
 class Gate(nn.Module):
-    """One number a head, h <- s + g (h - s): 0 is the original model, 1 is Nexus."""
+    """One number per head, h <- s + g (h - s): 0 is the original model, 1 is Nexus."""
 
     def __init__(self, heads, start):
         super().__init__()
@@ -83,7 +83,7 @@ class Gate(nn.Module):
 
 
 class Nexus:
-    """Comes before a model's own attention class: both together are that attention, refined."""
+    """Mixed in before a model's own attention class: together they are that attention, refined."""
 
     def forward(self, *args, **kwargs):
         given = dict(zip(self.nexus_names, args, strict=False)) | kwargs
@@ -96,12 +96,12 @@ class Nexus:
 
     def refine(self, q, k, rotary, context):
         """Queries (B, H, T, D) and keys (B, K, T, D) after order - 1 inner loops, before rotary: as
-        CausalSelfAttention.refine in model.py. Both streams lie side by side, as H + K heads."""
+        CausalSelfAttention.refine in model.py. The streams are concatenated, as H + K heads."""
         H, K, names = q.size(1), k.size(1), self.nexus_streams
         backend = self.config._attn_implementation
         if self.nexus_inner != "self" and backend not in BACKENDS:
             raise ModelError(f"the inner map {self.nexus_inner!r} needs the attention "
-                             f"{', '.join(BACKENDS)}, not {backend!r}, whose masks it can't read")
+                             f"{', '.join(BACKENDS)}, not {backend!r}, whose masks it cannot read")
 
         def apart(h):
             return h[:, :H] if "q" in names else q, h[:, -K:] if "k" in names else k
@@ -132,7 +132,7 @@ class Nexus:
 
 def attend(query, key, value, context):
     """Attention by the backend that the model's config names, with its scaling and mask, a key for
-    each query head: (B, heads, T, D) to keys and values (B, heads, S, D) gives (B, heads, T, D)."""
+    each query head: query (B, heads, T, D), key and value (B, heads, S, D) -> (B, heads, T, D)."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attention = context.attention
@@ -144,9 +144,9 @@ def attend(query, key, value, context):
 
 
 def attend_earlier(query, key, value, context):
-    """attend, to strictly earlier tokens alone; where a document has none, the result is 0."""
+    """attend, to strictly earlier tokens only; where a document has none, the result is 0."""
     T, S, mask = query.size(2), key.size(2), context.mask
-    if mask is None:  # plain causal: without the newest key, and the query that saw no other
+    if mask is None:  # plain causal: drop the newest key, and the query that sees no other
         if S == 1:
             return torch.zeros_like(query)
         seen = S if T == 1 else T  # a static cache has room for more
@@ -154,11 +154,11 @@ def attend_earlier(query, key, value, context):
         y = attend(query[:, :, first:], key[:, :, :seen - 1], value[:, :, :seen - 1], context)
         return F.pad(y, (0, 0, first, 0))
     strict = earlier(context, T, S)
-    if isinstance(strict, BlockMask):  # it gives 0 for a row of nothing
+    if isinstance(strict, BlockMask):  # it gives 0 for an empty row
         return attend(query, key, value, context._replace(mask=strict))
     nothing = ~strict.any(-1, keepdim=True)  # (B, 1, T, 1): the softmax of such a row would be NaN
     allowed = strict | nothing
-    if mask.dtype != torch.bool:  # one to add
+    if mask.dtype != torch.bool:  # additive
         allowed = mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
     return attend(query, key, value, context._replace(mask=allowed)).masked_fill(nothing, 0)
 
@@ -167,7 +167,7 @@ def previous(h, seen, context):
     """h (B, heads, T, D) of the token before each, out of all seen (B, heads, S, D); the first of
     a document keeps its own."""
     T, S = h.size(2), seen.size(2)
-    if context.mask is None:  # the first of all keeps its own
+    if context.mask is None:  # the very first keeps its own
         before = seen[:, :, S - 2:S - 1] if T == 1 else h[:, :, :-1]
         return torch.cat([h[:, :, :T - before.size(2)], before], dim=2)
     mask = earlier(context, T, S)
@@ -179,46 +179,46 @@ def previous(h, seen, context):
 
 
 def earlier(context, T, S):
-    """The model's mask without each token's own place: a bool tensor (B, 1, T, S) or a BlockMask.
+    """The model's mask less each token's own position: a bool tensor (B, 1, T, S) or a BlockMask.
 
-    The own place is the last that a token may see, as in every causal mask; in a BlockMask, place
-    S - T + i of query i. Raises ModelError where that is not so.
+    The own position is the last that a token may see, as in every causal mask; in a BlockMask,
+    S - T + i for query i. Raises ModelError where that does not hold.
     """
     mask, cache = context.mask, context.cache
     if isinstance(mask, BlockMask):
         if getattr(cache, "is_compileable", False):
-            raise ModelError("past, cross and shift do not know a token's place in a static cache "
-                             "under flex_attention: use sdpa, or a dynamic cache")
+            raise ModelError("past, cross and shift do not know a token's position in a static "
+                             "cache under flex_attention: use sdpa, or a dynamic cache")
         if not hasattr(mask, "nexus_earlier"):  # made once, for all layers
             may_look = mask.mask_mod
             mask.nexus_earlier = create_block_mask(
                 lambda b, h, i, j: may_look(b, h, i, j) & (j < S - T + i), mask.shape[0], None, T,
                 S, mask.kv_indices.device)
         return mask.nexus_earlier
-    allowed = mask if mask.dtype == torch.bool else mask > -1e4  # as a weight that is 0
+    allowed = mask if mask.dtype == torch.bool else mask > -1e4  # below that, the weight is 0
     return allowed & (torch.arange(S, device=mask.device) < last(allowed))
 
 
 def last(allowed):
-    """The last place that each row of a bool tensor (..., T, S) allows, (..., T, 1), or -1."""
+    """The last position that each row of a bool tensor (..., T, S) allows, (..., T, 1), or -1."""
     place = allowed.size(-1) - 1 - allowed.flip(-1).byte().argmax(-1, keepdim=True)
     return place.where(allowed.any(-1, keepdim=True), -1)
 
 
 def keep(context, name, x):
-    """Append x (B, heads, T, D) to what this layer has seen under a name, (B, heads, S, D); without
-    a cache it is all. It is a layer more of the model's own cache, of the kind its own layer has:
-    beams, windows and cropping follow."""
+    """Append x (B, heads, T, D) to what this layer has stored under a name, and return that, (B,
+    heads, S, D); without a cache, x. It is an extra layer of the model's own cache, of this layer's
+    kind: beams, windows and cropping apply to it too."""
     cache, layer = context.cache, context.attention.layer_idx
     if cache is None:
-        return x.view_as(x)  # compiled flex_attention takes no tensor twice (torch 2.13)
+        return x.view_as(x)  # compiled flex_attention rejects a tensor given twice (torch 2.13)
     while len(cache.layers) <= layer:  # a cache that grows as layers come
         cache.layers.append(cache.layer_class_to_replicate())
     places = cache.__dict__.setdefault("nexus", {})  # (layer, name) -> index in cache.layers
     if (layer, name) not in places:
         own = cache.layers[layer]
         if own.is_initialized and own.get_seq_length():
-            raise ModelError("this cache was filled before nexus(): begin with a new one")
+            raise ModelError("this cache was filled before nexus(): start with a new one")
         fresh = copy.deepcopy(own)
         fresh.is_initialized = False
         places[layer, name] = len(cache.layers)
@@ -228,7 +228,7 @@ def keep(context, name, x):
 
 
 def refined_rotary(rotary):
-    """apply_rotary_pos_emb of a model's file, with Nexus before it."""
+    """apply_rotary_pos_emb of a model's file, preceded by Nexus."""
     def apply(q, k, context, sin, *args, **kwargs):
         def rotated(h):
             return rotary(h, h[:, :0], context.cos, sin, *args, **kwargs)[0]
@@ -241,7 +241,7 @@ def refined_rotary(rotary):
 
 @functools.cache
 def nexus_class(attention_class):
-    """attention_class with Nexus before it: its own forward, but with refined_rotary in scope."""
+    """attention_class, preceded by Nexus: its own forward, but with refined_rotary in scope."""
     forward = inspect.unwrap(attention_class.forward)
     scope = dict(forward.__globals__)
     scope["apply_rotary_pos_emb"] = refined_rotary(scope["apply_rotary_pos_emb"])
@@ -265,16 +265,16 @@ def attentions(model):
 
 
 def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
-    """Turn a causal language model of transformers into its Nexus version, in place; returns it.
+    """Turn a transformers causal language model into its Nexus version, in place; returns it.
 
-    order: 1 gives the original back, m > 1 adds m - 1 inner loops to each attention.
-    streams: what is refined, "qk", "q" or "k". layers: numbers of the layers (None: all).
+    order: 1 restores the original, m > 1 adds m - 1 inner loops to each attention.
+    streams: what is refined, "qk", "q" or "k". layers: indices of the layers (None: all).
     inner: the map of a loop, "self", "past", "cross" or "shift", see above.
-    gate: None, or what a new parameter a head and stream starts at; 0 starts as the original model,
-    since at order 2 without a gate a pretrained model changes at once.
-    Asked again with the same settings, it keeps what the gates have learnt.
-    The settings stand in model.config.nexus: save_pretrained writes them, load() obeys them.
-    Raises ModelError if they are out of range, or the model is of no family in FAMILIES.
+    gate: None, or the initial value of a new parameter per head and stream; 0 starts as the
+    original model, whereas order 2 without a gate changes a pretrained model at once.
+    Called again with the same settings, it keeps what the gates have learnt.
+    The settings are in model.config.nexus: save_pretrained writes them, load() applies them.
+    Raises ModelError if they are out of range, or the model's family is not in FAMILIES.
     """
     if type(order) is not int or order < 1:
         raise ModelError(f"order must be a whole number from 1 up, got {order!r}")
@@ -290,7 +290,7 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
         if type(i) is not int or not 0 <= i < len(modules):
             raise ModelError(f"layers must be from 0 to {len(modules) - 1}, got {i!r}")
     if gate is not None and order == 1:
-        raise ModelError("a gate needs order 2 or more: order 1 has nothing to let through")
+        raise ModelError("a gate needs order 2 or more: order 1 has nothing to gate")
 
     settings = dict(order=order, streams=streams, gate=gate, inner=inner,
                     layers=None if layers is None else list(layers))
@@ -321,13 +321,13 @@ def load(path, **kwargs):
     """A model as save_pretrained left it, Nexus or not; kwargs go to from_pretrained.
 
     (from_pretrained alone would give the original attention with those weights.) Raises ModelError
-    if its config.json has settings that nexus() does not take, or gates are missing.
+    if its config.json has settings that nexus() does not accept, or gates are missing.
     """
     import transformers
 
     folder = fetch(path)
     config = transformers.AutoConfig.from_pretrained(folder)
-    if settings := getattr(config, "nexus", None):  # gates are read below, with nothing said here
+    if settings := getattr(config, "nexus", None):  # gates are read below: no warning here
         own = transformers.AutoModelForCausalLM._model_mapping[type(config)]
         own._keys_to_ignore_on_load_unexpected = ["nexus_gate"]
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
@@ -341,8 +341,8 @@ def load(path, **kwargs):
 
 
 def load_gates(model, folder):
-    """Give the gates their saved values: they are no weights of the model's own class, which has
-    left them out."""
+    """Give the gates their saved values, which the model's own class does not know and has
+    skipped."""
     from safetensors import safe_open
 
     gates = {name: p for name, p in model.named_parameters() if "nexus_gate" in name}
@@ -354,4 +354,4 @@ def load_gates(model, folder):
                 for key in gates.keys() & file.keys():
                     gates.pop(key).data.copy_(file.get_tensor(key))
     if gates:
-        raise ModelError(f"{folder} says that it has gates, but not {min(gates)}")
+        raise ModelError(f"{folder} lacks the gate {min(gates)}")

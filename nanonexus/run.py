@@ -70,7 +70,7 @@ class Run:
         self.peak = peak_flops() if cuda and self.bf16 else None
 
     def mfu(self, speed):
-        """The share of the devices' peak that a speed in tokens/s makes use of, if it is known."""
+        """Model FLOPs utilisation at a speed in tokens/s; None if the peak is unknown."""
         flops = self.gpt.flops_per_token(self.config.block_size)
         return speed * flops / (self.peak * self.world.size) if speed and self.peak else None
 
@@ -92,12 +92,12 @@ class Run:
     def load(self, tokens, windows):
         """idx and targets (len(windows), T) on the device, from tokens.train or tokens.val."""
         rows = torch.from_numpy(data.read_windows(tokens, self.config.block_size, windows))
-        if (top := int(rows.max())) >= self.config.vocab_size:  # opening a set reads its beginning
+        if (top := int(rows.max())) >= self.config.vocab_size:  # opening a set checks its beginning
             raise UserError(f"{self.tokens.folder} holds the id {top}, beyond the vocabulary of "
                             f"{self.config.vocab_size}: prepare it again")
         if self.world.device.type == "cuda":  # pinned, the copy runs while the device computes
             rows = rows.pin_memory()
-        rows = rows.to(self.world.device, non_blocking=True)  # one copy, cut in two there
+        rows = rows.to(self.world.device, non_blocking=True)  # one copy, split there
         return rows[:, :-1], rows[:, 1:]
 
     def windows(self, step):
@@ -106,13 +106,13 @@ class Run:
                                   self.world.rank, self.world.size)
 
     def inputs(self, idx, targets):
-        """What self.loss takes: with flex the masks too, made once per batch beside its graph."""
+        """What self.loss takes: with flex the masks too, made once per batch outside its graph."""
         if self.config.attention != "flex":
             return idx, targets
         return idx, targets, self.masks(idx.size(1), 0, self.documents(idx), idx.device)
 
     def micro_batches(self):
-        """idx and targets of every micro-step from here on, made one ahead."""
+        """idx and targets of every micro-step from here on, prepared one ahead."""
         size, steps = self.args.micro_batch, itertools.count(self.step)
         parts = (windows[i:i + size] for windows in map(self.windows, steps)
                  for i in range(0, len(windows), size))
@@ -127,7 +127,7 @@ class Run:
         total = torch.zeros((), device=self.world.device)
         for i in range(0, len(windows), size):
             x, y = self.load(self.tokens.val, windows[i:i + size])
-            short = (0, 0, 0, size - len(x))  # to one shape: one compilation
+            short = (0, 0, 0, size - len(x))  # one shape, one compilation
             inputs = self.inputs(F.pad(x, short), F.pad(y, short, value=-1))
             with self.precision():
                 total += self.loss(*inputs) * len(x)
@@ -136,7 +136,7 @@ class Run:
 
     @contextlib.contextmanager
     def precision(self):
-        """Where the model computes: bfloat16 products if asked, the fastest attention there is."""
+        """How to compute: bfloat16 products if requested, the fastest attention available."""
         with torch.autocast(self.world.device.type, torch.bfloat16, self.bf16), \
                 fast_attention(self.world.device):
             yield
@@ -152,7 +152,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def check(self, step, norm, log):
-        """Say if the gradient of a step was not finite; a UserError unless it is to be left out."""
+        """Report a step whose gradient was not finite; a UserError unless it is to be skipped."""
         if math.isfinite(norm):
             return
         windows = self.windows(step)
@@ -162,4 +162,4 @@ class Run:
             raise UserError(f"{wrong}: the last checkpoint is kept; try a smaller --lr, or "
                             "--on_nan skip")
         if log:
-            log.say(f"{wrong}: left out")
+            log.say(f"{wrong}: skipped")

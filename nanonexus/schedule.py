@@ -7,7 +7,7 @@ import math
 
 def warmup_cosine(step, peak, warmup, decay, floor=0.1):
     """The learning rate of a step: a linear rise to `peak` over `warmup` steps, a cosine down to
-    `floor` times the peak at step `decay`, and that from there on."""
+    `floor` times the peak at step `decay`, constant from there on."""
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, decay - warmup)

@@ -22,7 +22,7 @@ class Scorer:
 
     path, device, overrides: as in open_model, with its errors. dtype: "float32", or "bfloat16" for
     the products. batch_size: contexts at once, or "auto" for bounded memory.
-    identity tells in a result which model it was.
+    identity: which model it is, for the results.
     """
 
     def __init__(self, path, device="cpu", dtype="float32", batch_size="auto", **overrides):
@@ -36,11 +36,11 @@ class Scorer:
             self.identity |= dict(revision=meta["revision"])
         order, trained = self.model.config.nexus_order, meta["config"]["nexus_order"]
         if order != trained:
-            print(f"note: {path} was trained at order {trained} and is read at order {order}: the "
+            print(f"note: {path} was trained at order {trained} and is run at order {order}: the "
                   "start of a retrofit, not a trained Nexus", file=sys.stderr)
 
     def encode_pair(self, context, continuation):
-        """Token ids of both, encoded together and split by the context's count; white space that
+        """Token ids of both, encoded together and split at the context's length; white space that
         ends the context goes to the continuation."""
         encode, eot = self.tokenizer.encode_ordinary, self.tokenizer.eot_token
         if context == "":
@@ -55,10 +55,10 @@ class Scorer:
     def loglikelihoods(self, pairs, say="scoring"):
         """For each (context ids, continuation ids): (sum of log-probabilities, whether greedy).
 
-        Requests with the same context share its pass: it is computed once, into a cache, and the
-        cache is copied to all its continuations. Equal requests are one, so that they tie exactly.
-        Contexts of equal length make a batch; too long a request loses its beginning.
-        say: what the progress bar is called. Raises UserError for a continuation that does not fit.
+        Requests with the same context share a pass: it is computed once, into a cache, which is
+        copied to all its continuations. Equal requests are computed once, so that they tie exactly.
+        Contexts of equal length form a batch; a request that is too long loses its beginning.
+        say: the progress bar's label. Raises UserError for a continuation that does not fit.
         """
         size, budget = self.model.config.block_size, 1 << (16 if self.device.type == "cuda" else 12)
         groups, requests = {}, []  # context -> {continuation: result}
@@ -69,7 +69,7 @@ class Scorer:
             context = tuple(context[-(size + 1 - len(continuation)):])
             requests.append((context, tuple(continuation)))
             groups.setdefault(context, {})[tuple(continuation)] = None
-        by_length = sorted(groups, key=len, reverse=True)  # largest first, as memory goes
+        by_length = sorted(groups, key=len, reverse=True)  # longest first: the peak of memory
         bar = tqdm(total=len(by_length), desc=say, unit="prompt", disable=None, leave=False)
         with bar:
             while by_length:
@@ -89,7 +89,7 @@ class Scorer:
         x = torch.tensor(contexts, device=self.device)  # (B, length)
         with self.autocast:  # the output layer on the last token alone: it predicts the next
             last = self.model.head(self.model.hidden_states(x, cache=cache)[:, -1:])  # (B, 1, V)
-        rows.sort(key=lambda row: len(row[1]))  # little padding in a part
+        rows.sort(key=lambda row: len(row[1]))  # little padding per part
         step = max(1, budget // 2 // longest)
         for part in (rows[i:i + step] for i in range(0, len(rows), step)):
             width = len(part[-1][1])

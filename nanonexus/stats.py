@@ -2,8 +2,8 @@
 Statistics of comparisons, all of them paired.
 
 One rule holds in all experiments. Differences are paired where seeds (or documents) are shared,
-given with their 99% t interval, and claimed only where that interval excludes 0, that is at
-p < 0.01. No seed is dropped and no best one chosen.
+given with their 99% t interval, and claimed only where that interval excludes 0, i.e. at p < 0.01.
+No seed is dropped, and no best one is chosen.
 """
 
 import math
@@ -11,12 +11,12 @@ import statistics
 
 
 def stderr(values):
-    """Standard error of the mean, from the sample's deviation; nan for a single value."""
+    """Standard error of the mean, from the sample standard deviation; nan for a single value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def mcnemar(a, b):
-    """Two-sided exact p-value that two lists of hits differ by luck: the documents that one model
+    """Two-sided exact p-value that two lists of hits differ by chance: the documents that one model
     alone got right are, if the models are equal, coin tosses (McNemar 1947)."""
     only_a = sum(x > y for x, y in zip(a, b, strict=True))
     only_b = sum(x < y for x, y in zip(a, b, strict=True))

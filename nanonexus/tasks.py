@@ -2,7 +2,7 @@
 The zero-shot tasks: where their rows are, and how a row becomes a prompt and its choices.
 
 Prompts are lm-evaluation-harness's to the letter. Rows come from the hub, or from a folder with
-<task>_<split>.jsonl files of the same columns. `demo` is demo_test.jsonl beside this file: 60
+<task>_<split>.jsonl files of the same columns. `demo` is demo_test.jsonl next to this file: 60
 questions in SciQ's format, written for this project.
 """
 
@@ -24,7 +24,7 @@ class Doc(NamedTuple):
 
     context: str
     choices: list  # of str
-    gold: int  # index of the right one
+    gold: int  # index of the correct one
 
 
 def sciq(row):
@@ -74,7 +74,7 @@ BENCHMARKS = [name for name in TASKS if name != "demo"]
 def read_task(name, folder=None, limit=None):
     """(documents, sha256 of the data) of a task, from folder if given, else from the hub.
 
-    limit: only the first so many. Raises UserError, naming the row, if one cannot be read.
+    limit: only the first N documents. Raises UserError, naming the row, if one cannot be read.
     """
     read = TASKS[name][3]
     rows, source, unit, digest = (read_file if folder or name == "demo" else read_hub)(name, folder)
@@ -85,7 +85,7 @@ def read_task(name, folder=None, limit=None):
             doc = read(json.loads(row) if isinstance(row, str) else row)
             if not all(isinstance(text, str) and text for text in doc.choices) \
                     or not 0 <= doc.gold < len(doc.choices):
-                raise ValueError("a choice is empty or no text, or the right one is out of range")
+                raise ValueError("a choice is empty or not text, or the gold index is out of range")
         except KeyError as error:
             raise UserError(f"{where}: no column {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
@@ -97,7 +97,7 @@ def read_task(name, folder=None, limit=None):
 
 
 def read_file(name, folder):
-    """(rows as JSON, their path, "line", sha256 of the file) from folder; demo's from here."""
+    """(rows as JSON, their path, "line", sha256 of the file) from folder; demo's is in this one."""
     repo, _, split, _ = TASKS[name]
     path = os.path.join(HERE if name == "demo" else folder, f"{name}_{split}.jsonl")
     if not os.path.isfile(path):

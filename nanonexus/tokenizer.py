@@ -1,6 +1,6 @@
 """
 Tokenizers, all of them as tiktoken.Encoding: bytes, GPT-2's, or bpe:N, a BPE of N ids trained on
-the token set's own text, which the set keeps as tokenizer.json and a checkpoint carries along.
+the token set's own text, stored as tokenizer.json in the set and in every checkpoint.
 """
 
 import json
@@ -8,7 +8,7 @@ import json
 from nanonexus.cli import UserError
 
 EOT = "<|endoftext|>"
-# GPT-2's: a word with the space before it, a number, other signs, or white space
+# GPT-2's: a word with the space before it, a number, other symbols, or white space
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
@@ -27,7 +27,7 @@ def get_tokenizer(name, source=None):
     if bpe_size(name):
         if source is None:
             raise UserError(f"the tokenizer {name} belongs to a token set, and its tokenizer.json "
-                            "is not here")
+                            "is missing")
         return tiktoken.Encoding(name, pat_str=PATTERN, special_tokens={EOT: eot_id(source)},
                                  mergeable_ranks=read_ranks(source))
     if name != "gpt2":
@@ -37,7 +37,7 @@ def get_tokenizer(name, source=None):
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
         raise UserError(
             "GPT-2's vocabulary could not be downloaded. Set TIKTOKEN_CACHE_DIR to a folder in "
-            "which tiktoken has cached it once, or use --tokenizer bytes") from error
+            "which tiktoken has cached it, or use --tokenizer bytes") from error
 
 
 def bpe_size(name):
@@ -53,9 +53,9 @@ def bpe_size(name):
 
 def train_bpe(texts, size):
     """tokenizer.json, as a str, of a byte-level BPE of `size` ids, <|endoftext|> the last of them,
-    trained on an iterator of str (fewer ids, if the text is too short for as many merges).
+    trained on an iterator of str (fewer ids, if the text is too short for that many merges).
 
-    The pre-tokenizer is GPT-2's, without a space put before the text.
+    The pre-tokenizer is GPT-2's, without a leading space added.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -89,7 +89,7 @@ def read_ranks(source):
 
 def byte_chars():
     """GPT-2's map of the 256 bytes to visible characters: those that are visible in Latin-1 stand
-    for themselves, the others for U+0100 and what follows, in order."""
+    for themselves, the others for U+0100 onwards, in order."""
     visible = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
     others = [value for value in range(256) if value not in visible]
     return [(value, chr(value)) for value in visible] + [

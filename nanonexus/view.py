@@ -6,7 +6,7 @@ loop. It needs no network and no server; any browser opens it.
     python -m nanonexus.view --checkpoint out/ckpt.pt --baseline base/ckpt.pt --prompt "The class"
     python -m nanonexus.view --checkpoint EleutherAI/pythia-160m --layers 1,6 --prompt "The class"
 
-The weights are those of manual attention in float32, kept to 0.00025: two characters each.
+The weights are those of manual attention in float32, to within 0.00025: two characters each.
 """
 
 import json
@@ -30,19 +30,19 @@ INNER = {  # what an inner loop does, in a beginner's words
     "past": "A token keeps what it is and gathers from those before it, never from itself.",
     "cross": "One map, from queries to keys, says from which; a token keeps what it is and gathers "
              "from those before it, never from itself.",
-    "shared": "The layer's own weights are applied once more to do so; a token gathers from those "
+    "shared": "The layer's own weights are applied again to do so; a token gathers from those "
               "before it and from itself."}
 
 
 def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of ours, or a GPT-NeoX folder, or a "
-        "name on the hub (default: out/ckpt.pt, where train.py puts it)")
+    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of train.py, a GPT-NeoX folder, or "
+        "a name on the hub (default: out/ckpt.pt)")
     add("--prompt", required=True, help=f"the text, of at most {MOST_TOKENS} tokens")
     add("--out", default="view.html", help="the file to write (default: view.html)")
-    add("--baseline", metavar="CHECKPOINT", help="show the difference to this model's outer "
-        "attention too: one with the same tokenizer and as many layers and heads")
+    add("--baseline", metavar="CHECKPOINT", help="also show the difference from this model's "
+        "outer attention; same tokenizer and numbers of layers and heads")
     add("--layers", type=listed(positive_int), help="only these, 1 is the first; for models whose "
         "page would be too large (default: all)")
     return parser.parse_args()
@@ -57,7 +57,7 @@ def main():
         maps.append(baseline_map(args.baseline, model.config, args.prompt, ids))
     layers = args.layers or range(1, model.config.n_layer + 1)
     if max(layers) > model.config.n_layer:
-        raise UserError(f"--layers: the model has {model.config.n_layer} layers, none of number "
+        raise UserError(f"--layers: the model has {model.config.n_layer} layers, there is no "
                         f"{max(layers)}")
     html = page(dict(
         tokens=[spell(tokenizer.decode_bytes([i])) for i in ids], heads=model.config.n_head,
@@ -70,7 +70,7 @@ def main():
 
 
 def read_prompt(text, tokenizer, block_size):
-    """Token ids of text; UserError if they are none or too many for the model or for a page."""
+    """Token ids of text; UserError if there are none, or too many for the model or for a page."""
     ids = tokenizer.encode_ordinary(text)
     if not ids:
         raise UserError("the prompt is empty: give --prompt TEXT")
@@ -109,9 +109,9 @@ def baseline_map(path, config, prompt, ids):
         ours, theirs = getattr(config, name), getattr(model.config, name)
         if ours != theirs:
             raise UserError(f"--baseline: {path} has {name} {theirs}, the checkpoint {ours}: only "
-                            "models with as many layers and heads can be compared")
+                            "models with equally many layers and heads can be compared")
     if other.encode_ordinary(prompt) != ids:
-        raise UserError(f"--baseline: {path} has another tokenizer than the checkpoint: only "
+        raise UserError(f"--baseline: {path} has a different tokenizer from the checkpoint: only "
                         "models that read the same tokens can be compared")
     if len(ids) > model.config.block_size:
         raise UserError(f"--baseline: the prompt has {len(ids)} tokens, the context of {path} is "
@@ -142,7 +142,7 @@ def explain(config):
 
 
 def spell(token):
-    """The str by which a token's bytes are shown: what cannot be seen gets a sign or its number."""
+    """A token's bytes as shown: invisible characters become a symbol or their code point."""
     try:
         text = token.decode()
     except UnicodeDecodeError:  # a part of a character
@@ -165,7 +165,7 @@ def pack(weights):
 
 
 def page(data):
-    """The HTML file that shows data. In a script, only a < could end what is data."""
+    """The HTML file that shows data. In a script element, only a < could end the data."""
     with open(TEMPLATE, encoding="utf-8") as f:
         return f.read().replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
 

@@ -73,7 +73,7 @@ def test_a_killed_process_ends_the_run_and_leaves_a_whole_checkpoint(tokens, tmp
     finally:
         for pid in [*workers(tmp_path).values(), job.pid] if job.poll() is None else []:
             os.kill(pid, signal.SIGKILL)
-    assert job.returncode != 0 and "the same command with --resume goes on" in said
+    assert job.returncode != 0 and "the same command with --resume continues" in said
     saved = weights(tmp_path)
     assert saved["step"] >= 6 and saved["step"] % 3 == 0
     steps = saved["step"] + 2
@@ -114,7 +114,7 @@ def test_gradients_travel_while_backward_goes_on(backend):
 
 
 def test_accumulation_synchronises_once_a_step(tokens, tmp_path):  # noqa: F811
-    """no_sync on every micro-step but the last: two processes, gradients exchanged once a step."""
+    """no_sync on every micro-step but the last: two processes exchange gradients once per step."""
     script = tmp_path / "count.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {ROOT!r})
@@ -136,4 +136,4 @@ print("buckets", len(calls))
     argv = command(tokens, tmp_path / "run", "--max_steps", 3, "--micro_batch", 1, processes=2)
     argv[argv.index(os.path.join(ROOT, "train.py"))] = str(script)
     out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-    assert out.count("buckets 3") == 2  # both: 3 steps of 4 micro-steps, one small bucket a step
+    assert out.count("buckets 3") == 2  # both: 3 steps of 4 micro-steps, one small bucket per step

@@ -48,7 +48,8 @@ def test_the_newest_whole_checkpoint_is_used_and_that_is_said(tokens, tmp_path, 
             f.truncate(5000)
     parts = run(tokens, out, "--resume", "--max_steps", 8)
     said = capsys.readouterr().err
-    assert "ckpt.pt is damaged" in said and "going on from" in said and "ckpt.2.pt, step 2" in said
+    assert "ckpt.pt is damaged" in said and "continuing from" in said
+    assert "ckpt.2.pt, step 2" in said
     assert numbers(parts) == numbers(whole)
 
 

@@ -262,7 +262,7 @@ def test_saved_and_loaded_and_copied(gate, tmp_path):
         weights = load_file(tmp_path / "model.safetensors")
         save_file({k: w for k, w in weights.items() if "gate.weight" not in k},
                   tmp_path / "model.safetensors", metadata=dict(format="pt"))
-        with pytest.raises(ModelError, match="has gates, but not"):
+        with pytest.raises(ModelError, match="lacks the gate"):
             load(tmp_path)
 
 

@@ -164,13 +164,13 @@ def test_spell(token, text):
     (["--prompt", "x" * 65], "the prompt has 65 tokens, the model's context is 64"),
     (["--prompt", "x" * 257, "--checkpoint", "long.pt"], "257 tokens, a page shows at most 256"),
     (["--prompt", "a", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
-    (["--prompt", "a", "--layers", "3"], "the model has 2 layers, none of number 3"),
+    (["--prompt", "a", "--layers", "3"], "the model has 2 layers, there is no 3"),
     (["--prompt", "a", "--layers", "0"], "--layers"),
     (["--prompt", "a", "--out", "none/view.html"], "none/view.html"),
     (["--prompt", "a", "--baseline", "none.pt"], "no checkpoint at none.pt"),
     (["--prompt", "a", "--baseline", "layers.pt"], "layers.pt has n_layer 3, the checkpoint 2"),
     (["--prompt", "a", "--baseline", "heads.pt"], "heads.pt has n_head 4, the checkpoint 2"),
-    (["--prompt", "a", "--baseline", "words.pt"], "words.pt has another tokenizer"),
+    (["--prompt", "a", "--baseline", "words.pt"], "words.pt has a different tokenizer"),
     (["--prompt", "x" * 9, "--baseline", "short.pt"], "9 tokens, the context of short.pt is 8")])
 def test_mistakes(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -168,7 +168,7 @@ def torchrun_kills(tokens, folder, count, seed=0, steps_each=100):
         errors = job.communicate()[1]
         assert job.returncode != 0
         outcomes[f"rank {rank} killed"] += 1
-        outcomes["the other one says what to do"] += "with --resume goes on" in errors
+        outcomes["the other one says what to do"] += "with --resume continues" in errors
         step = check_killed(torn, step, outcomes)
     job = torchrun(tokens, torn, steps)
     assert job.communicate() and job.returncode == 0
