@@ -1,5 +1,5 @@
 """
-What the experiments share: the way to the project's modules, tables and saved results.
+What the experiments share: the import path, tables and saved results.
 """
 
 import json
@@ -27,7 +27,7 @@ def table(rows):
 
 
 def pydocs(folder):
-    """The token set of the embedded text, bytes, in folder; prepared if it is not there yet."""
+    """The token set of the embedded text, bytes, in folder; prepared if missing."""
     if not os.path.exists(os.path.join(folder, "meta.json")):
         subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--dataset",
                         "pydocs", "--out", folder], check=True)
@@ -35,7 +35,7 @@ def pydocs(folder):
 
 
 def pyplot():
-    """matplotlib's pyplot, drawing to files. Ask for it before the work: it may be missing."""
+    """matplotlib's pyplot, drawing to files. Call this before the work: it may be missing."""
     try:
         import matplotlib
         import scipy  # noqa: F401

@@ -1,5 +1,5 @@
 """
-Does Nexus learn more than its baseline, and than cheaper means, from the same tokens?
+Does Nexus learn more than its baseline, and than cheaper changes, from the same tokens?
 
     python experiments/compare.py                                  # baseline and self, 3 seeds
     python experiments/compare.py --quick                          # a small model, half a minute
@@ -8,15 +8,15 @@ Does Nexus learn more than its baseline, and than cheaper means, from the same t
         --variants baseline,key-shift,past,cross --results docs/results/text.jsonl
     python experiments/compare.py --preset pythia-70m --dataset tokens/fw -- --micro_batch 32
 
-Each run is train.py (a control's is controls.py) in a folder of its own under --out; all variants
-of a seed read the same tokens in the same order. Two controls spend order 2's FLOPs on a baseline
+Each run is train.py (a control's is controls.py) in its own folder under --out; all variants of a
+seed read the same tokens in the same order. Two controls spend order 2's FLOPs on a baseline
 instead: `longer` takes more steps, its learning rate decayed over all of them, and `deeper` has
-more layers, hence parameters. With --lrs, each variant first chooses its learning rate by runs of a
-quarter of the length on seed 1000, which then counts for nothing else.
+more layers, hence more parameters. With --lrs, each variant's learning rate is first chosen by runs
+of a quarter of the length on seed 1000, which is used for nothing else.
 
 Each finished run appends one line to --results, and is never run again while that line is there; an
 interrupted one continues. Prints a table, writes compare.json and compare.svg; --show does that
-from the lines that exist. What follows -- goes to train.py as it is.
+from the existing lines alone. Arguments after -- are passed to train.py.
 """
 
 import json
@@ -63,26 +63,26 @@ VARIANTS = {  # name -> the control of controls.py, if it is one, and the flags 
     "bias": "bias --nexus_order 1",
     "mix": "mix --nexus_order 1",
     "twice": "twice --nexus_order 1",
-    # two baselines with the FLOPs of order 2: see equal_compute
-    "longer": "--nexus_order 1",  # and more steps
+    # two baselines with order 2's FLOPs: see equal_compute
+    "longer": "--nexus_order 1",  # with more steps
     "deeper": "--nexus_order 1 --n_layer {deeper}",
 }
-SCALES = {  # what the flags that are not given are
+SCALES = {  # defaults of flags not given
     "tiny": dict(dataset="pydocs", max_steps=250, eval_interval=50, seeds=3,
                  flags="--eval_windows 1024 --save_interval 100"),
-    # 4.1M tokens a run; to be given: --dataset, of prepare_data.py --tokenizer bpe:2048
+    # 4.1M tokens per run; needs --dataset, made by prepare_data.py --tokenizer bpe:2048
     "text": dict(max_steps=2000, eval_interval=500, seeds=5, lrs=[2e-3, 4e-3, 8e-3],
                  flags="--dtype bfloat16 --warmup_steps 100 --eval_windows 512 "
                        "--save_interval 500 --keep 1"),
 }
 QUICK = ("--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch_tokens 1024 --micro_batch 16 "
          "--warmup_steps 10").split()
-LR_SEED = 1000  # of the runs that choose the learning rate
+LR_SEED = 1000  # for the runs that choose the learning rate
 
 
 def equal_compute(config, max_steps):
     """How long, or how deep, a baseline (a GPTConfig) must be to spend what order 2 spends:
-    dict(longer=steps, deeper=layers), the whole numbers that come nearest."""
+    dict(longer=steps, deeper=layers), the nearest whole numbers."""
     T, base = config.block_size, replace(config, nexus_order=1)
     price = [GPT(c).flops_per_token(T)
              for c in (base, replace(base, nexus_order=2, nexus_inner="self", nexus_streams="qk"),
@@ -157,16 +157,16 @@ def parse_args(argv):
         "(default: train.py's, no choice; at scale text 2e-3,4e-3,8e-3)")
     add("--preset", choices=PRESETS, default="tiny")
     add("--dataset", help="a token set's folder (default: pydocs)")
-    add("--max_steps", type=positive_int, help="of every run (default: 250; at scale text 2000)")
+    add("--max_steps", type=positive_int, help="steps per run (default: 250; at scale text 2000)")
     add("--eval_interval", type=positive_int, help="steps between validations (default: 50; at "
         "scale text 500)")
-    add("--jobs", type=positive_int, default=1, help="runs side by side, each with one thread if "
+    add("--jobs", type=positive_int, default=1, help="runs in parallel, each with one thread if "
         "more than 1 (default: 1)")
     add("--quick", action="store_true", help="a small model, 40 steps, to see that it works")
     add("--out", default="out/compare", help="folder (default: out/compare)")
     add("--results", help="file to which each finished run appends a line (default: "
         "OUT/results.jsonl)")
-    add("--show", action="store_true", help="train nothing: the table of the lines that exist")
+    add("--show", action="store_true", help="train nothing: the table of the existing lines")
     given = argv[:argv.index("--")] if "--" in argv else argv
     parser.set_defaults(**SCALES[parser.parse_args(given).scale])
     args = parser.parse_args(given)
@@ -184,7 +184,7 @@ def parse_args(argv):
 
 
 class Plan:
-    """Which runs a comparison consists of: names and numbers only, nothing is run here.
+    """The runs of a comparison: names and numbers only, nothing is run here.
 
     extra: flags of train.py for all of them. vocab_size: the token set's.
     """
@@ -239,7 +239,7 @@ def check_settings(out, settings):
 
 
 def data_of(path):
-    """(fingerprint, vocab_size) of the token set of all lines in a file of results."""
+    """(fingerprint, vocab_size) of the one token set in a file of results."""
     found = {(line["data"], line["vocab_size"]) for line in read_lines(path)}
     if len(found) != 1:
         raise UserError(f"{path} has lines of {len(found)} token sets: one is needed")
@@ -282,7 +282,7 @@ def main():
     title = f"{args.preset}, {max(len(r['seeds']) for r in results.values())} seeds"
     save(args, "compare", results, plot(plt, results, title))
     plain = [name for name in results if plan.run(name, 0).control is None]
-    if plain and not args.show:  # sample.py knows no controls
+    if plain and not args.show:  # sample.py cannot load controls
         print(f"Some text: python sample.py --checkpoint {args.out}/{plain[-1]}-seed0/ckpt.pt "
               "--prompt 'The '")
 

@@ -1,12 +1,12 @@
 """
-Controls for Nexus: other ways to let a query or a key know of the tokens before it.
+Controls for Nexus: other ways to let a query or a key know about earlier tokens.
 
     python experiments/controls.py key-shift --nexus_order 1 --dataset tokens/books
     python experiments/controls.py key-shift --nexus_order 2 --nexus_inner past --nexus_streams k
 
-The first word names the control, what follows are train.py's flags: the run, its log and its
+The first argument names the control, the others are train.py's flags: the run, its log and its
 checkpoints are train.py's. Those that change q, k and v do so before rotary and before any inner
-loop, so that each can be had with Nexus or, with --nexus_order 1, without.
+loop, so that each works with Nexus or, at --nexus_order 1, without.
 
 Cheap local mixing:
   key-shift  k_t <- (1 - a) k_t + a k_(t-1), one a in (0, 1) per head: smeared keys (Olsson et al.
@@ -15,17 +15,17 @@ Cheap local mixing:
              (https://arxiv.org/abs/2411.19574)
   canon      q, k, v each plus a causal depthwise convolution of width 4 (Canon layer B without
              activation, Allen-Zhu, https://arxiv.org/abs/2512.17351)
-Inner maps that do not look at the content:
+Inner maps that ignore the content:
   mean       s_t <- s_t + the mean of all s before t, for q and k
-  bias       s_t <- s_t + a weighted mean of all s before t, weights learnt by distance
+  bias       s_t <- s_t + a weighted mean of all s before t, weights learnt per distance
 More computation, or more weights, for the same purpose:
   mix        q, k = W x', x' = x + Attn_W(x): projected from a representation refined once
   twice      the attention sublayer of each block applied twice, with the same weights
-  separate   inner loops with projections of their own, 3 C^2 per stream; needs --nexus_order 2
+  separate   inner loops with separate projections, 3 C^2 per stream; needs --nexus_order 2
 
-Each class says how many operations it adds forward, per token and layer, in flops(config, T); as in
-GPT.flops_per_token, those of products count and elementwise ones do not. No control knows of
-document borders: with --doc_mask a shift still reaches the last token of the document before.
+Each class gives the forward FLOPs that it adds, per token and layer, in flops(config, T); as in
+GPT.flops_per_token, matrix products count and elementwise operations do not. No control respects
+document boundaries: with --doc_mask a shift still reaches the last token of the previous document.
 """
 
 import sys
@@ -34,7 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import ROOT  # noqa: F401  makes the modules below findable
+from common import ROOT  # noqa: F401  makes the modules below importable
 
 import model
 import train
@@ -43,12 +43,12 @@ from nanonexus.cli import UserError, run_script
 
 
 def with_past(x, ctx):
-    """x (B, H, T, D) with all tokens before, (B, H, S, D): from the KV cache if there is one."""
+    """x (B, H, T, D) with all earlier tokens, (B, H, S, D): from the KV cache if there is one."""
     return x if ctx.cache is None else ctx.cache.update(x)
 
 
 def previous(x, ctx, first_stays=False):
-    """x (B, H, T, D) one token earlier, same shape; before the first token is 0, or itself."""
+    """x (B, H, T, D) one token earlier, same shape; the first token gets 0, or itself."""
     past, T = with_past(x, ctx), x.size(2)
     before = past[:, :, :1] if first_stays else torch.zeros_like(past[:, :, :1])
     return torch.cat([before, past[:, :, :-1]], dim=2)[:, :, -T:]
@@ -74,9 +74,9 @@ class Change(CausalSelfAttention):
 
 
 class KeyShift(Change):
-    """k_t <- (1 - a) k_t + a k_(t-1) with a = sigmoid(shift), which starts at 1/2: half a key is
-    the token's, half the one's before (Olsson et al. give the form and not the start). At a -> 0
-    it is the baseline. The first token keeps its key."""
+    """k_t <- (1 - a) k_t + a k_(t-1) with a = sigmoid(shift), which starts at 1/2: half of the
+    token's own key, half of the previous one (Olsson et al. give the form and not the start). At
+    a -> 0 it is the baseline. The first token keeps its key."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -90,7 +90,7 @@ class KeyShift(Change):
 class KVShift(Change):
     """k_t <- a1 k_t + a2 k_(t-1), v_t <- b1 v_t + b2 v_(t-1). As published, a1 and b1 start
     uniform in (0, 1) and a2 = 1 - a1, b2 = 1 - b1. At a1 = b1 = 1, a2 = b2 = 0 it is the baseline.
-    Before the first token there is 0."""
+    Before the first token there are zeros."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -106,8 +106,8 @@ class KVShift(Change):
 
 class Canon(Change):
     """x_t <- x_t + w0 x_(t-3) + w1 x_(t-2) + w2 x_(t-1) + w3 x_t for every channel x of q, k and v,
-    with weights of its own. They start as those of any torch convolution, uniform in (-1/2, 1/2),
-    as in the published code; at 0 it is the baseline. They decay as matrices do."""
+    each with its own weights. They start as in any torch convolution, uniform in (-1/2, 1/2), as in
+    the published code; at 0 it is the baseline. They have weight decay, like matrices."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -128,8 +128,8 @@ class Canon(Change):
 
 
 class Mean(Change):
-    """s_t <- s_t + the mean of s over all tokens before t, for q and for k: an inner map that does
-    not look at the content and has nothing to learn. The first token keeps s."""
+    """s_t <- s_t + the mean of s over all tokens before t, for q and for k: an inner map that
+    ignores the content and has nothing to learn. The first token keeps s."""
 
     def change(self, q, k, v, ctx):
         return self.gather(q, ctx), self.gather(k, ctx), v
@@ -164,7 +164,7 @@ class Bias(Change):
 
     @staticmethod
     def flops(config, T):
-        return 2 * config.n_embd * T  # two streams, one product each, half of it hidden
+        return 2 * config.n_embd * T  # two streams, one product each, half of it masked
 
 
 class Mix(CausalSelfAttention):
@@ -197,7 +197,7 @@ class Twice(Block):
 
 
 class Separate(CausalSelfAttention):
-    """h_s <- Attn(h_s A, h_s B, s C) with A, B, C of each stream's own, the same in all loops, that
+    """h_s <- Attn(h_s A, h_s B, s C) with separate A, B, C per stream, the same in all loops, that
     start like every other matrix."""
 
     def __init__(self, config):

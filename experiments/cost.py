@@ -1,17 +1,17 @@
 """
-What does Nexus cost in parameters, arithmetic, memory and time, beside the baseline?
+What does Nexus cost in parameters, arithmetic, memory and time, relative to the baseline?
 
     python experiments/cost.py                                     # tiny, contexts 256 to 4096
     python experiments/cost.py --presets pythia-70m --contexts 1024 --tokens 1024 --rounds 12
     python experiments/cost.py --nanogpt ~/nanoGPT/model.py --neox # and other code of that shape
     python experiments/cost.py --quick
 
-A machine's speed drifts, so models take turns, a step each (A B C A B C ...), and what counts is
-the ratio to the baseline within each round: the median over rounds, and its quartiles. Beside it
-stands what FLOPs alone predict. The model's own FLOPs are checked against torch's counter, which
-counts causal attention in full: that half is added back first. Peak memory is that of a training
-step, weights, gradients, optimizer and activations: on CUDA the allocator's, elsewhere what torch's
-tracker adds up without computing anything. On CUDA, models are compiled and multiply in bfloat16,
+A machine's speed drifts, so models take turns, one step each (A B C A B C ...), and what counts is
+the ratio to the baseline within each round: the median over rounds, and its quartiles, next to what
+FLOPs alone predict. The model's own FLOPs are checked against torch's counter, which counts causal
+attention in full: the masked half is added back first. Peak memory is that of a training step,
+weights, gradients, optimizer and activations: on CUDA the allocator's, elsewhere the sum of torch's
+tracker, which computes nothing. On CUDA, models are compiled and multiply in bfloat16,
 FlexAttention and document masks are measured too, and MFU is printed where the peak is known.
 "plain loss" has all logits in memory at once; "recompute" is --checkpoint_attention.
 """
@@ -71,8 +71,8 @@ def neox(c):
 
 
 def counted_flops(config):
-    """torch's count of a training step's FLOPs a token, causal attention in full. On the "meta"
-    device, where tensors have shapes and no numbers."""
+    """torch's count of a training step's FLOPs per token, causal attention in full. On the "meta"
+    device, where tensors have shapes but no data."""
     with torch.device("meta"):
         model = GPT(replace(config, attention="manual"))
         idx = torch.zeros(2, config.block_size, dtype=torch.long)
@@ -112,14 +112,14 @@ def peak_memory(name, config, batch, args):
 
 
 def largest_batch(name, config, batch, peak, args):
-    """How many windows at once fit into args.gib: memory is a line in the batch, so the peak of
-    `batch` windows and that of twice as many tell."""
+    """How many windows at once fit into args.gib: memory is linear in the batch, so the
+    peaks of `batch` windows and of twice as many determine it."""
     window = (peak_memory(name, config, 2 * batch, args) - peak) / batch
     return max(0, int(batch + (args.gib * 2**30 - peak) / window))
 
 
 def cache_bytes(model):
-    """Bytes that a KVCache keeps for a token, float32."""
+    """Bytes that a KVCache keeps per token, in float32."""
     cache = KVCache(8)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.cos.device), cache=cache)
@@ -127,7 +127,7 @@ def cache_bytes(model):
 
 
 def interleave(jobs, rounds, say):
-    """Run every job once a round; {name: seconds of each round}, the first round left out."""
+    """Run every job once per round; {name: seconds of each round}, the first round left out."""
     seconds = {name: [] for name in jobs}
     for _ in tqdm(range(rounds + 1), desc=say, disable=None, leave=False):
         for name, job in jobs.items():
@@ -172,7 +172,7 @@ def speeds(seconds, base, count):
 
 
 def variants(config, args):
-    """{name: config} of our own models, the baseline first; a name says how it is run, too."""
+    """{name: config} of our own models, the baseline first; a name also says how it is run."""
     def order(m):
         return "baseline" if m == 1 else f"order {m}"
 
@@ -189,7 +189,7 @@ def variants(config, args):
 
 
 def at_context(preset, T, args):
-    """Every figure of one preset and context: {model's name: {figure: value}}"""
+    """All measurements of one preset and context: {model's name: {measure: value}}"""
     torch.manual_seed(0)
     config = replace(GPTConfig(**PRESETS[preset]), block_size=T)
     configs = variants(config, args)
@@ -283,12 +283,12 @@ def main():
     add("--orders", type=listed(positive_int), default="1,2,3,4", help="1 first (default: 1,2,3,4)")
     add("--tokens", type=positive_int, default=4096, help="per step, or one window if that is more "
         "(default: 4096)")
-    add("--rounds", type=number(int, 2, 10**6), default=10, help="how often each model takes its "
-        "turn (default: 10)")
-    add("--gib", type=number(float, 0, 1e6, above=True), help="also say how many windows at once "
-        "fit into a memory of this many GiB (default: not said)")
+    add("--rounds", type=number(int, 2, 10**6), default=10, help="measured steps per model "
+        "(default: 10)")
+    add("--gib", type=number(float, 0, 1e6, above=True), help="also print how many windows fit at "
+        "once into this many GiB of memory (default: not printed)")
     add("--new_tokens", type=positive_int, default=200, help="tokens to generate (default: 200)")
-    add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure beside ours")
+    add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure with ours")
     add("--neox", action="store_true", help="transformers' GPT-NeoX too")
     add("--device", default="cuda" if cuda else "cpu")
     add("--quick", action="store_true", help="short contexts, few rounds: under a minute")
@@ -305,7 +305,7 @@ def main():
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
     plt, args.compile = pyplot(), args.device == "cuda"
-    torch._dynamo.config.recompile_limit = 64  # one for each model here; beyond it, eager, silently
+    torch._dynamo.config.recompile_limit = 64  # one per model here; beyond it, silently eager
     if args.device == "cpu":
         keep_freed_memory()
 
@@ -314,7 +314,7 @@ def main():
     for preset in args.presets:
         for T in args.contexts:
             training[preset, T] = at_context(preset, T, args)
-            print(f"\ntraining {preset}, context {T}, {max(args.tokens, T)} tokens a step, "
+            print(f"\ntraining {preset}, context {T}, {max(args.tokens, T)} tokens per step, "
                   f"{args.device}\n{table(rows(training[preset, T]))}", flush=True)
         generated[preset] = generation(preset, args)
         print(f"\n{preset}: generation of {args.new_tokens} tokens after 16\n"

@@ -1,11 +1,11 @@
 """
-How all figures look: a colour for each variant, names at the lines, and SVG that is reproducible.
+How all figures look: a colour for each variant, labels on the lines, and reproducible SVG.
 
 A variant has one colour and one dash in every figure of this project. The colour says what the
-inner map is, the dash where it works: solid for queries and keys, dashed for keys alone, dotted for
-queries alone, dash-dotted for a third order. The colours are mostly those of Okabe and Ito (2008)
-and stay apart without red or green cones, see tests/test_figures.py. Names stand at the lines:
-whoever reads a legend must match colours.
+inner map is, the dash which streams it refines: solid for queries and keys, dashed for keys alone,
+dotted for queries alone, dash-dotted for a third order. The colours are mostly those of Okabe and
+Ito (2008) and stay distinct under red-green colour blindness, see tests/test_figures.py. Lines are
+labelled directly: a legend would have to be matched by colour.
 """
 
 SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5))
@@ -35,7 +35,7 @@ STYLE = {  # matplotlib's settings
     "font.size": 9, "font.family": "sans-serif", "axes.titlesize": 9, "axes.labelsize": 9,
     "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "lines.linewidth": 1.4,
-    "svg.fonttype": "none",  # text stays text: small files, and one can search them
+    "svg.fonttype": "none",  # text stays text: small, searchable files
     "svg.hashsalt": "nanonexus",  # ids that do not change from run to run
 }
 
@@ -47,13 +47,13 @@ def style(variant):
 
 
 def name_lines(panel, ends, gap=0.065):
-    """Write each variant's name to the right of its line's end, and a hair from one to the other.
+    """Write each variant's name to the right of its line's end, joined by a thin line.
 
-    ends: {variant: (x, y)}, in the panel's data; a comma and more may follow a variant's name. gap:
-    the least distance of two names, as a share of the panel's height. To be called when all is
+    ends: {variant: (x, y)}, in data coordinates; a comma and more may follow a variant's name. gap:
+    the least distance between two names, as a fraction of the panel's height. Call it when all is
     drawn: limits and scales must be final.
     """
-    panel.get_xlim(), panel.get_ylim()  # settles the limits, which wait for whoever asks
+    panel.get_xlim(), panel.get_ylim()  # finalises the limits, which are computed lazily
     to_share = panel.transData + panel.transAxes.inverted()
     at = sorted((to_share.transform(end)[1], name) for name, end in ends.items())
     heights = [y for y, _ in at]
@@ -78,7 +78,7 @@ def seed_strips(panel, rows, limit, never="never"):
     """A row for each variant, a dot for each seed: where something happened, or that it never did.
 
     rows: {variant: a list with a number, or None for never, per seed}; limit: the largest number.
-    Dots of a row are set a little apart from one another, so that equal ones do not hide.
+    The dots of a row are set slightly apart, so that equal ones stay visible.
     """
     names = list(rows)
     for i, (name, values) in enumerate(rows.items()):

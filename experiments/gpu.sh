@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The first hours on a GPU, in order: is it right, is it fast, what does it learn. A part that is done
-# is not done again and one that was cut short continues, so on a machine that is lent for minutes at
-# a time the same command is simply given again.
+# The first hours on a GPU, in order: is it correct, is it fast, what does it learn. A finished part is
+# not repeated and an interrupted one continues, so on a machine that is available for minutes at a
+# time, simply repeat the command.
 #
 #   TOKENS=tokens/openstax OUT=out/gpu experiments/gpu.sh                 # all parts
 #   TOKENS=tokens/openstax OUT=out/gpu BUDGET=540 experiments/gpu.sh      # at most nine minutes
 #   PARTS="tests speed" TOKENS=... OUT=... experiments/gpu.sh
 #
-# TOKENS: a token set (GPT-2's tokenizer for the shapes of Pythia), or TOKENS.tar.xz beside it, which
-# travels well: tar -cJf tokens/openstax.tar.xz -C tokens openstax
+# TOKENS: a token set (GPT-2's tokenizer for the shapes of Pythia), or TOKENS.tar.xz next to it, which
+# is quick to copy: tar -cJf tokens/openstax.tar.xz -C tokens openstax
 # PARTS: tests (backends and loss on CUDA), curve (200 steps, bfloat16 against float32), speed
 # (cost.py), profile (the ten longest kernels), train (VARIANTS x SEEDS at PRESET, STEPS of 524,288
 # tokens), scores (DATA: a folder with the tasks' files). NANOGPT: a copy of nanoGPT's model.py.
@@ -25,21 +25,21 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$OUT/inductor} PYTHONU
 [ -e "$TOKENS/meta.json" ] || tar -xJf "$TOKENS.tar.xz" -C "$(dirname "$TOKENS")"
 
 left() { echo $((end - SECONDS)); }
-# part NAME COMMAND...: run it once, its output in OUT/NAME.log; what is left of the budget is its limit
+# part NAME COMMAND...: run it once, output in OUT/NAME.log; its limit is what is left of the budget
 part() {
     local name=$1; shift
     [ -e "$OUT/$name.done" ] && return
-    if [ "$(left)" -lt 30 ]; then echo "$name: no time left, give the same command again"; exit 0; fi
+    if [ "$(left)" -lt 30 ]; then echo "$name: no time left, repeat the command"; exit 0; fi
     echo "== $name: $*"
     if timeout --signal=TERM --kill-after=60 "$(left)" "$@" 2>&1 | tee -a "$OUT/$name.log"; then
         touch "$OUT/$name.done"
     else
-        echo "$name: failed, or cut short; see $OUT/$name.log"
+        echo "$name: failed, or was cut short; see $OUT/$name.log"
     fi
 }
 # reached FOLDER: the last step that a training run has logged
 reached() { tail -qn 1 "$1/log.jsonl" 2>/dev/null | grep -o '"step": [0-9]*' | grep -o '[0-9]*' || echo 0; }
-# training NAME VARIANT STEPS FLAGS...: train.py, or a control, until STEPS; saved when time is over
+# training NAME VARIANT STEPS FLAGS...: train.py, or a control, until STEPS; saved when time runs out
 training() {
     local name=$1 variant=$2 steps=$3; shift 3
     local program=("$root/train.py") flags=(--nexus_order 1) resume=()
@@ -72,7 +72,7 @@ for name in $PARTS; do case $name in
                 --save_interval 100
         done; done ;;
     scores) for seed in $SEEDS; do for variant in self past cross shared; do
-            # controls are no models of model.py, and are compared by their losses alone
+            # controls are not models of model.py, and are compared by their losses alone
             [ "$(reached "$OUT/$variant-$seed")" -ge "$STEPS" ] || continue
             part "scores-$variant-$seed" python "$root/eval_sciq.py" --tasks all ${DATA:+--data "$DATA"} \
                 --checkpoint "$OUT/baseline-$seed/ckpt.pt" --versus "$OUT/$variant-$seed/ckpt.pt" \

@@ -5,7 +5,7 @@ Does eval_sciq.py give lm-evaluation-harness's numbers, choice by choice, and ho
     python experiments/harness.py --checkpoint untrained.pythia-70m:DIR --data DIR
     python experiments/harness.py --quick
 
-Scores the same documents with both, in one run and in turn (ours, theirs, ours, theirs), and prints
+Scores the same documents with both in one run, alternating (ours, theirs, ours, theirs), and prints
 the largest difference of a log-likelihood, the accuracies, and the ratio of the times. --data is a
 folder with <task>_<split>.jsonl files. untrained.PRESET:DIR is a random model of that size with the
 tokenizer.json of DIR. Needs the extras hf and test.
@@ -40,7 +40,7 @@ def parse_args():
     add("--batch_size", type=positive_int, default=16,
         help="of the harness (default: 16); ours is auto")
     add("--rounds", type=positive_int, default=2,
-        help="how often both take their turn (default: 2)")
+        help="how often each is run (default: 2)")
     add("--quick", action="store_true", help="an untrained model of a few layers, on the demo's "
         "questions: under a minute, nothing to download")
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def untrained(name, out):
         raise UserError(f"{name}: no preset {preset!r}, choose from {', '.join(PRESETS)}")
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.isfile(path):
-        raise UserError(f"no {path}: an untrained model needs somebody's tokenizer")
+        raise UserError(f"no {path}: an untrained model needs an existing tokenizer")
     with open(path, encoding="utf-8") as f:
         save_untrained(preset, f.read(), out)
     return out
@@ -133,7 +133,7 @@ def print_task(task, ours, theirs, samples):
                 for a, b in zip(doc["lls"], lls, strict=True))
     differ = sum((doc["acc"], doc["acc_norm"]) != tuple(hits) for doc, (_, *hits) in pairs)
     print(f"{task}: {len(pairs)} documents, log-likelihoods differ by {worst:.1e} at most, "
-          f"{differ} documents scored otherwise\n"
+          f"{differ} documents scored differently\n"
           f"  ours        acc {ours['acc']:.4f}  acc_norm {ours['acc_norm']:.4f}\n"
           f"  the harness acc {theirs['acc,none']:.4f}  acc_norm {theirs['acc_norm,none']:.4f}")
 

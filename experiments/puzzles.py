@@ -1,5 +1,5 @@
 """
-The problems of recall.py: pairs of a key and a value, then questions, drawn anew each time.
+The problems of recall.py: pairs of a key and a value, then questions, drawn afresh each time.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ def draw(B, n, generator, kind=0):
 
 
 def shuffle(x, generator):
-    """x (B, n, ...) with the n entries of each row in an order of its own."""
+    """x (B, n, ...) with the n entries of each row shuffled independently."""
     order = torch.rand(x.shape[:2], generator=generator).argsort(1)
     return x[torch.arange(len(x))[:, None], order]
 
 
 def chains(B, n, generator, hops=1):
-    """B problems of n chains: idx (B, T) int64 and targets (B, T), -1 but where a key is asked."""
+    """B problems of n chains: idx (B, T) int64 and targets (B, T), -1 unless a key is asked."""
     chain = [draw(B, n, generator, kind) for kind in range(hops + 1)]  # a, b (and c), each (B, n)
     pairs = torch.cat([torch.stack(link, -1) for link in zip(chain, chain[1:], strict=False)], 1)
     facts = shuffle(pairs, generator).flatten(1)  # (B, 2 n hops)
@@ -41,8 +41,8 @@ def two_hops(B, n, generator):
 
 
 def gapped(B, n, generator, reach=3):
-    """Pairs with fillers between key and value, and before the questions; fillers fill up the row
-    to the longest that there can be. idx, targets (B, (reach + 3) n + 12) as in chains; reach: the
+    """Pairs with fillers between key and value, and before the questions; fillers pad the row
+    to the greatest possible length. idx, targets (B, (reach + 3) n + 12) as in chains; reach: the
     most fillers between a key and its value."""
     keys, values = (draw(B, n, generator, kind) for kind in (0, 1))
     between = torch.randint(reach + 1, (B, n), generator=generator)
@@ -57,8 +57,8 @@ def gapped(B, n, generator, reach=3):
 
 
 def mqar(B, n, generator, vocab=8192, power=0.01):
-    """Zoology's: keys from the first half of the vocabulary but 0, values from the second, then
-    the keys once more at even distances that follow a power law, 0 everywhere else, 16 n tokens in
+    """Zoology's: keys from the first half of the vocabulary except 0, values from the second, then
+    the keys again at even distances that follow a power law, 0 everywhere else, 16 n tokens in
     all. idx, targets as in chains."""
     half, T = vocab // 2, 16 * n
     keys = torch.rand(B, half - 1, generator=generator).topk(n).indices + 1

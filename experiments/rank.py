@@ -6,7 +6,7 @@ Can one attention head produce a given attention matrix, and what does Nexus cha
 
 T tokens of width d are fixed at random, d < T. The target is softmax(mask + U Vᵀ) with U, V of rank
 r. Weights are fitted by gradient descent; what is left is the divergence KL(target, attention) in
-nats a row. Standard attention's scores are X W_q W_kᵀ Xᵀ: only what lies in the span of X, so it
+nats per row. Standard attention's scores are X W_q W_kᵀ Xᵀ: only what lies in the span of X, so it
 fails even at r far below d (the linear bottleneck). Nexus's refined streams leave that span, but
 still have width d: beyond r = d (the log-rank condition) no order can be exact.
 
@@ -16,7 +16,7 @@ with an MLP in place of each projection, q = W2 gelu(W1 x): it leaves the span o
 by token, without looking at any other. `mlp` has the baseline's parameters (hidden width d/2), as
 `self`, `past` and `cross` have; mlp-1.5x those of `shared` (3d/4), mlp-4x those of `separate` (2d).
 
-`separate` has projections of its own in the inner step and exists only here. Where there is no
+`separate` has its own projections in the inner step, and is not in model.py. Where there is no
 causal mask, "strictly earlier" in `past` and `cross` becomes "any other".
 """
 
@@ -87,7 +87,7 @@ def matrices(variant, B, d):
 
 
 def fit(X, log_target, mask, strict, variant, steps, lr):
-    """What KL is left, (B,), after Adam on every one of B problems side by side."""
+    """The KL left, (B,), after Adam on each of B problems in parallel."""
     W = matrices(variant, len(X), X.size(-1))
     optimizer = torch.optim.Adam(W, lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -105,7 +105,7 @@ def fit(X, log_target, mask, strict, variant, steps, lr):
 
 
 def masks(T, causal):
-    """What a token may look at, and what it may look at but itself: (T, T) of 0 and -inf."""
+    """What a token may look at, and the same without itself: (T, T) of 0 and -inf."""
     mask = torch.full((T, T), -math.inf).triu(1) if causal else torch.zeros(T, T)
     return mask, mask.clone().fill_diagonal_(-math.inf)
 
@@ -159,7 +159,7 @@ def plot(plt, all_results):
                                **style(variant))
             panel.axvline(1, color="#999999", lw=0.6)
             panel.set(title=f"{title}, d = {d}", yscale="log")
-        line[0].set_ylabel("KL left (nats a row)")
+        line[0].set_ylabel("KL left (nats per row)")
     for line, results in zip(panels, all_results.values(), strict=True):
         rank = list(results[d]["baseline"])[-1]
         name_lines(line[-1], {variant: (rank / d, statistics.mean(row[rank]))
@@ -172,13 +172,13 @@ def main():
     parser = Parser(__doc__)
     add, several = parser.add_argument, number(int, 2, 1000)
     add("--T", type=several, default=64, help="tokens (default: 64)")
-    add("--d", type=listed(positive_int), default="8,16,32", help="their widths, and the head's, "
+    add("--d", type=listed(positive_int), default="8,16,32", help="widths of tokens and head, "
         "below T (default: 8,16,32)")
     add("--ranks", type=listed(positive_int), help="of the targets (default: d/8 to 2d)")
-    add("--seeds", type=several, default=5, help="targets, and tokens, of each rank (default: 5)")
-    add("--restarts", type=positive_int, default=2, help="fits of each; the best counts "
+    add("--seeds", type=several, default=5, help="targets, and tokens, per rank (default: 5)")
+    add("--restarts", type=positive_int, default=2, help="fits per target; the best counts "
         "(default: 2)")
-    add("--steps", type=positive_int, default=600, help="of Adam (default: 600)")
+    add("--steps", type=positive_int, default=600, help="steps of Adam (default: 600)")
     add("--lr", type=positive, default=0.02, help="peak learning rate (default: 0.02)")
     add("--quick", action="store_true", help="a small version, under a minute")
     add("--out", default="out/rank", help="folder (default: out/rank)")

@@ -7,8 +7,8 @@ Can a single layer look up what goes with a key?
     python experiments/recall.py --quick
 
 Problems give pairs of a key and a value, then the keys again in another order; after each key the
-model must name its value. Keys and values are drawn anew for each problem, so nothing can be learnt
-by heart. Standard attention needs two layers, one to join each value with its key and one to look
+model must name its value. Keys and values are drawn afresh for each problem, so nothing can be
+memorised. Standard attention needs two layers, one to join each value with its key and one to look
 the key up; a refined key can carry its neighbour within one layer. The tasks:
 
   one-hop   the value comes right after its key, and the questions right after the pairs
@@ -22,10 +22,10 @@ the key up; a refined key can carry its neighbour within one layer. The tasks:
             zoology/data/multiquery_ar.py, the model and its training are those of this file
 
 The residual is sequential; with -parallel it is Pythia's, where the MLP never sees what attention
-found. mqar-T-two-layers has two layers for everyone.
+found. mqar-T-two-layers gives every variant two layers.
 
 Every variant gets its learning rate from the same small grid on seed 1000, by the area under its
-curve; then the seeds that are counted. A run stops when it answers everything twice in a row, and
+curve; then the seeds that count are run. A run stops when it answers everything twice in a row, and
 keeps that accuracy. Each finished run is appended to --results and is never run again; interrupted,
 the same command continues. A run either solves a task or does not, so every seed is shown, no mean.
 """
@@ -62,11 +62,11 @@ VARIANTS = {  # what differs from the baseline
     "key-shift": dict(), "canon": dict(), "mean": dict(), "bias": dict(),  # controls.py
     "two-layers": dict(n_layer=2),  # a baseline with more parameters and more compute
 }
-LR_SEED = 1000  # of the runs that choose the learning rate
+LR_SEED = 1000  # for the runs that choose the learning rate
 
 
 class Run(NamedTuple):
-    """What makes a run that run: the key of its line in the results."""
+    """What identifies a run: the key of its line in the results."""
 
     task: str
     variant: str
@@ -94,7 +94,7 @@ def build(run, **overrides):
 
 
 def logits_and_answers(model, idx, targets, asked):
-    """What the model says where a question counts, (n, V), and what is right, (n,)."""
+    """The model's logits where a question counts, (n, V), and the right answers, (n,)."""
     counts = (targets >= 0) & (idx < asked)
     return model.head(model.hidden_states(idx)[counts]), targets[counts]
 
@@ -143,7 +143,7 @@ class Results:
                       for line in read_lines(path)}
 
     def finish(self, run):
-        """Train what is not there yet, and append its line."""
+        """Train the run if its line is missing, and append that."""
         if run in self.lines:
             return
         start = time.process_time()
@@ -154,15 +154,15 @@ class Results:
         self.lines[run] = line
 
     def best_rate(self, runs):
-        """The learning rate of the largest area under the curve: fast counts, as well as far.
-        None if one of the runs is not there yet."""
+        """The learning rate of the largest area under the curve: speed counts, not only the end.
+        None if one of the runs is missing."""
         if any(run not in self.lines for run in runs):
             return None
         return max(runs, key=lambda run: sum(self.lines[run]["curve"])).lr
 
 
 def study(task, variant, args, results, say):
-    """The lines of the seeds that count, as many as there are; with args.show none is made."""
+    """The lines of the seeds that count, as far as they exist; args.show makes no new ones."""
     def run(seed, lr):
         return Run(task, variant, seed, lr, args.pairs or TASKS[task].pairs,
                    args.steps or TASKS[task].steps, args.width, args.heads, args.batch)
@@ -183,14 +183,14 @@ def study(task, variant, args, results, say):
 
 
 def steps_to(line, level=0.9):
-    """The first step at which the accuracy was seen at the level; None if it never was."""
+    """The first step at which the accuracy reached the level; None if it never did."""
     return next((every(line["steps"]) * (i + 1) for i, a in enumerate(line["curve"]) if a >= level),
                 None)
 
 
 def permutation_p(a, b):
     """Two-sided p of the difference of means of two lists if their labels mean nothing: the share
-    of all ways to deal the labels that part the means as far (exact; 5 and 5: at least 0.008)."""
+    of all relabellings that differ at least as much (exact; 5 and 5: at least 0.008)."""
     pooled, n = a + b, len(a)
     gap = abs(sum(a) / n - sum(b) / len(b))
     deals = [sum(deal) for deal in itertools.combinations(pooled, n)]
@@ -273,20 +273,20 @@ def main():
         "four)", default=list(TASKS)[:4])
     add("--variants", type=listed(one_of(VARIANTS)), default=list(VARIANTS),
         help=f"of {', '.join(VARIANTS)} (default: all)")
-    add("--seeds", type=positive_int, default=5, help="that are counted (default: 5)")
+    add("--seeds", type=positive_int, default=5, help="seeds that count (default: 5)")
     add("--lrs", type=listed(positive), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
     add("--pairs", type=number(int, 1, SYMBOLS), help="of a problem (default: 6; gapped 5; mqar-T "
         "T/16)")
-    add("--steps", type=positive_int, help="of training (default: 400; mqar 1000)")
+    add("--steps", type=positive_int, help="steps of training (default: 400; mqar 1000)")
     add("--width", type=positive_int, default=64, help="of the model (default: 64)")
     add("--heads", type=positive_int, default=2, help="of the model (default: 2)")
     add("--batch", type=positive_int, default=64, help="problems per step (default: 64)")
     add("--maps", type=one_of([name for name, c in VARIANTS.items() if "nexus_order" in c]),
-        metavar="VARIANT", help="also train one on one-hop and draw its attention, maps.svg")
+        metavar="VARIANT", help="also train this one on one-hop and draw its attention, maps.svg")
     add("--results", help="file to which each finished run appends a line (default: "
         "OUT/results.jsonl)")
-    add("--show", action="store_true", help="train nothing: tables of the lines that exist")
+    add("--show", action="store_true", help="train nothing: tables of the existing lines")
     add("--quick", action="store_true", help="fewer pairs, steps and seeds, under a minute")
     add("--out", default="out/recall", help="folder (default: out/recall)")
     args = parser.parse_args()

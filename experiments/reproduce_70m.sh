@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The 70M comparison from text to table: baseline and Nexus order 2, the same tokens in the same
-# order, then six tasks with a paired test. Interrupted, the same command continues where it was.
+# order, then six tasks with a paired test. If interrupted, the same command continues.
 #
 #   OUT=out/70m experiments/reproduce_70m.sh                            # 2 billion tokens of FineWeb-Edu
 #   OUT=out/70m TEXT='books/*.txt.xz' STEPS=600 experiments/reproduce_70m.sh       # or your own text
 #   OUT=out/70m GPUS=8 experiments/reproduce_70m.sh --micro_batch 32    # the rest goes to train.py
 #
 # STEPS: of 524,288 tokens each (default 3000); the learning rate is decayed over all of them.
-# DATA: a folder with the tasks' files, for a machine without the hub. TASKS: default all six.
+# DATA: a folder with the tasks' files, for a machine without access to the hub. TASKS: default all six.
 # TOKENIZER (gpt2), PRESET (pythia-70m): to try the script with `bytes` and `tiny` in a minute.
 set -euo pipefail
 : "${OUT:?give a folder: OUT=out/70m experiments/reproduce_70m.sh}"

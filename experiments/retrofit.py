@@ -5,15 +5,15 @@ What does a retrofit do to a pretrained model, at once and after fine-tuning?
     python experiments/retrofit.py --show --results docs/results/retrofit.jsonl
     python experiments/retrofit.py --quick
 
-From nothing to a table, without the hub: a small Qwen2 (transformers' own) is pretrained on bytes
+From scratch to a table, without the hub: a small Qwen2 (transformers' own) is pretrained on bytes
 of text; nexus() turns it into its Nexus versions, with each inner map and with gates more or less
-open, and the KL divergence from its own predictions says how much that changes them; then
+open, and the KL divergence from the original's predictions measures the change; then
 `finetune.py sft` trains each variant on the same questions in the same order, and it answers new
 ones.
 
 A question is a sum modulo 10, "3+4+8+6="; its answer goes step by step, "7 5 1", and counts if
-every step is right. Each finished run appends one line to --results and is never run again while
-that line is there; the same command continues. --show prints what the lines say.
+all steps are right. Each finished run appends one line to --results and is never run again while
+that line is there; the same command continues. --show prints the tables of those lines.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from nanonexus.stats import mean_spread, paired, paired_text
 from nanonexus.tokenizer import EOT
 from prepare_data import documents
 
-VARIANTS = {  # name -> flags of finetune.py sft, beside --order 2
+VARIANTS = {  # name -> flags of finetune.py sft, in addition to --order 2
     "baseline": "--order 1",
     "self": "--inner self",
     "past": "--inner past",
@@ -77,7 +77,7 @@ CHANGES = {  # name -> arguments of nexus()
 PRETRAINING = ("steps", "batch", "context", "lr")  # flags
 TUNING = ("terms", "examples", "sft_steps", "sft_batch", "sft_lr")
 SHAPE = dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
-             intermediate_size=512)  # 2.4M parameters; queries grouped by three
+             intermediate_size=512)  # 2.4M parameters; groups of three queries
 
 
 def byte_tokenizer():
@@ -111,7 +111,7 @@ def read_text(args, tokenizer):
 
 
 def pretrain(args, tokenizer, ids):
-    """A Qwen2 trained on windows of ids, in folder OUT/base; used again if it is there."""
+    """A Qwen2 trained on windows of ids, in folder OUT/base; reused if it exists."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     folder, settings = os.path.join(args.out, "base"), settings_of(args, PRETRAINING)
@@ -119,8 +119,8 @@ def pretrain(args, tokenizer, ids):
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             if json.load(f) != settings:
-                raise UserError(f"{folder} was pretrained with other settings: take another --out")
-        print(f"{folder} is there: used again")
+                raise UserError(f"{folder} was pretrained with other settings: use another --out")
+        print(f"reusing {folder}")
         return load(folder).eval()
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(
@@ -168,7 +168,7 @@ def questions(n, steps, seed):
 
 @torch.no_grad()
 def accuracy(model, tokenizer, rows, args):
-    """(share of the questions that the model answers, greedily, exactly; the same of each step)"""
+    """(fraction of the questions that greedy decoding answers exactly; the same for each step)"""
     right, steps = 0, [0] * (args.terms - 1)
     tokenizer.padding_side = "left"
     for start in range(0, len(rows), 100):
@@ -187,14 +187,14 @@ def accuracy(model, tokenizer, rows, args):
 
 
 def settings_of(args, names):
-    """What makes a run this run, beside its variant and its seed."""
+    """What identifies a run, in addition to its variant and seed."""
     return {name: getattr(args, name) for name in names} | dict(
         text=[os.path.basename(path) for path in args.text or ["pydocs"]])
 
 
 class Results:
-    """The file of lines, {(variant, seed): line} of one setting of everything; seed None: a change.
-    With --show the setting is that of the lines; UserError if they have several."""
+    """The file of lines, {(variant, seed): line} of one set of settings; seed None: a change. With
+    --show the settings are those of the lines; UserError if these differ."""
 
     def __init__(self, args):
         self.path, self.commit, lines = args.results, commit(), read_lines(args.results)
@@ -202,7 +202,7 @@ class Results:
         if args.show and lines:
             self.settings = lines[0]["settings"]
             if any(line["settings"] != self.settings for line in lines):
-                raise UserError(f"{self.path} has lines of several settings: keep one's alone")
+                raise UserError(f"{self.path} has lines of several settings: keep only one's")
         self.found = {(line["variant"], line["seed"]): line for line in lines
                       if line["settings"] == self.settings}
 
@@ -214,8 +214,8 @@ class Results:
 
 
 def finetune(args, variant, seed):
-    """The folder of one run of finetune.py sft, which fine-tunes OUT/base; a finished one is used
-    again. UserError if it fails."""
+    """The folder of one run of finetune.py sft, which fine-tunes OUT/base; a finished one is
+    reused. UserError if it fails."""
     folder = os.path.join(args.out, f"{variant}-{seed}")
     if not os.path.exists(os.path.join(folder, "trainer_state.json")):
         shutil.rmtree(folder, ignore_errors=True)  # one that was stopped
@@ -234,7 +234,7 @@ def finetune(args, variant, seed):
 
 
 def measure(args, folder, tokenizer, test):
-    """What a run leaves in its line: accuracies on the questions `test`, losses, gates."""
+    """What goes into a run's line: accuracies on the questions `test`, losses, gates."""
     model = load(folder).eval()
     right, steps = accuracy(model, tokenizer, test, args)
     with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as f:
@@ -245,7 +245,7 @@ def measure(args, folder, tokenizer, test):
 
 
 def run_all(args, results):
-    """Pretrain if need be, measure every change, fine-tune all that is not in the results yet."""
+    """Pretrain if necessary, measure every change, fine-tune what the results lack."""
     os.makedirs(args.out, exist_ok=True)
     tokenizer = byte_tokenizer()
     ids, held = read_text(args, tokenizer)
@@ -268,13 +268,13 @@ def run_all(args, results):
         folders = pool.map(lambda job: finetune(args, *job), jobs)
         for (name, seed), folder in zip(jobs, folders, strict=True):
             results.add(name, seed, **measure(args, folder, tokenizer, test))
-            shutil.rmtree(folder)  # the line says it all
+            shutil.rmtree(folder)  # the line has it all
             bar.update()
             bar.write(f"{name}, seed {seed}: {results.found[name, seed]['accuracy']:.3f}")
 
 
 def summarise(results, variants):
-    """({name: line} of the changes, {variant: {seed: line}} of the runs), of what there is."""
+    """({name: line} of the changes, {variant: {seed: line}} of the runs), as far as they exist."""
     changes = {name: results.found[name, None] for name in CHANGES if (name, None) in results.found}
     runs = {name: {seed: line for (v, seed), line in sorted(results.found.items(), key=str)
                    if v == name and seed is not None} for name in variants}
@@ -310,11 +310,11 @@ def plot(plt, changes, runs):
                 left.barh(y, changes[name]["kl"], color=color)
                 continue
             lines = list(runs[name].values())
-            for i, line in enumerate(lines):  # a little apart, so that equal ones do not hide
+            for i, line in enumerate(lines):  # slightly apart, so that equal ones stay visible
                 right.plot(line["accuracy"], y + 0.6 * ((i + 0.5) / len(lines) - 0.5), "o", ms=3.6,
                            mec=color, mfc="none" if "gated" in name else color, clip_on=False)
     left.set(title="change by the retrofit alone", xlabel="KL from the original (nats per token)")
-    right.set(title="after fine-tuning, a dot a seed (open: gated)", xlabel="questions answered",
+    right.set(title="after fine-tuning, a dot per seed (open: gated)", xlabel="questions answered",
               xlim=(0, 1))
     return figure
 
@@ -326,25 +326,26 @@ def build_parser():
         help=f"a list of {', '.join(VARIANTS)} (default: all; with --quick three)")
     add("--text", nargs="+", metavar="FILE", help="files to pretrain on, as prepare_data.py takes "
         "them (default: pydocs)")
-    add("--steps", type=positive_int, default=600, help="of pretraining (default: 600)")
+    add("--steps", type=positive_int, default=600, help="steps of pretraining (default: 600)")
     add("--batch", type=positive_int, default=16,
         help="windows per step of pretraining (default: 16)")
-    add("--context", type=number(int, 16, 2048), default=256, help="bytes a window (default: 256)")
+    add("--context", type=number(int, 16, 2048), default=256,
+        help="bytes per window (default: 256)")
     add("--lr", type=non_negative, default=2e-3, help="of pretraining (default: 2e-3)")
-    add("--terms", type=number(int, 2, 1000), default=4, help="digits of a question (default: 4)")
+    add("--terms", type=number(int, 2, 1000), default=4, help="digits per question (default: 4)")
     add("--examples", type=positive_int, default=20_000,
         help="questions to train on (default: 20000)")
-    add("--sft_steps", type=positive_int, default=600, help="of fine-tuning (default: 600)")
+    add("--sft_steps", type=positive_int, default=600, help="steps of fine-tuning (default: 600)")
     add("--sft_batch", type=positive_int, default=32, help="questions per step (default: 32)")
     add("--sft_lr", type=non_negative, default=1e-3, help="of fine-tuning (default: 1e-3)")
     add("--jobs", type=positive_int, default=os.cpu_count() or 1,
-        help="runs at once, a core each (default: one a core)")
+        help="runs in parallel, one core each (default: one per core)")
     add("--seeds", type=positive_int, default=3, help="seeds 0 to N-1 (default: 3)")
     add("--quick", action="store_true", help="few steps, one seed: about a minute")
     add("--out", default="out/retrofit", help="folder (default: out/retrofit)")
     add("--results", metavar="FILE", help="each finished run appends a line to it (default: "
         "OUT/results.jsonl)")
-    add("--show", action="store_true", help="run nothing: the table of the lines that exist")
+    add("--show", action="store_true", help="run nothing: the tables of the existing lines")
     return parser
 
 

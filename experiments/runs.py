@@ -1,5 +1,5 @@
 """
-Runs of train.py: side by side, each resumable, each leaving one line in a file of results.
+Runs of train.py: in parallel, resumable, each appending one line to a file of results.
 """
 
 import os
@@ -29,7 +29,7 @@ class Run(NamedTuple):
     seed: int
     steps: int
     control: str | None  # of controls.py
-    flags: list  # of train.py, all but the data and the folder: what makes the run this run
+    flags: list  # of train.py, all but the data and the folder: they identify the run
 
 
 def commit():
@@ -44,7 +44,7 @@ def commit():
 
 
 class Study:
-    """Runs in folders under `out` on one token set, and the file of lines that they leave.
+    """Runs in folders under `out` on one token set, and the file of their lines.
 
     data: the token set's fingerprint. jobs: how many runs at a time.
     """
@@ -58,11 +58,11 @@ class Study:
         return " ".join([run.control] * bool(run.control) + run.flags), self.data
 
     def line(self, run):
-        """What the run has left in the file of results; None if it is not finished."""
+        """The run's line in the file of results; None if it is not finished."""
         return self.lines.get(self.key(run))
 
     def execute(self, runs, dataset):
-        """Finish the runs that are not finished, in their order, on the token set in the folder
+        """Finish the unfinished runs, in their order, on the token set in the folder
         dataset. UserError if one stops."""
         left = [run for run in runs if not self.line(run)]
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -72,7 +72,7 @@ class Study:
             try:
                 for future in as_completed(futures):
                     future.result()
-            except KeyboardInterrupt as error:  # train.py has it too: it finishes its step, saves
+            except KeyboardInterrupt as error:  # train.py gets it too: it finishes its step, saves
                 pool.shutdown(cancel_futures=True)
                 raise UserError("interrupted; the same command continues") from error
             except BaseException:
@@ -80,7 +80,7 @@ class Study:
                 raise
 
     def train(self, run, dataset, number):
-        """Finish one run, in a process of its own, and append its line. UserError if it stops."""
+        """Finish one run, in its own process, and append its line. UserError if it stops."""
         folder, start = os.path.join(self.out, run.name), time.monotonic()
         if self.jobs == 1:
             print(f"\n{number} {run.name}", flush=True)

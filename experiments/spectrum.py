@@ -1,22 +1,22 @@
 """
-What does attention look like inside models: what rank, what entropy, whom does an inner map read?
+What does attention look like inside models: its rank, its entropy, what does an inner map read?
 
     python experiments/spectrum.py --out out/spectrum              # of compare.py's models, 3 seeds
     python experiments/spectrum.py --runs out/compare --dataset out/compare/pydocs
     python experiments/spectrum.py --quick
 
 An inner map softmax(h h^T / sqrt(D)) scores a token against itself with |h|^2 / sqrt(D): always
-positive, and larger the wider the head. So `self` reads mostly itself, or must keep h small. How
-much, is the mean of the map's diagonal, the own-token share. `past` and `cross` have no diagonal by
-construction; beside it stands the share of the token before. Both, for `self`, `past`, `cross`:
+positive, and larger the wider the head. So `self` reads mostly itself, or must keep h small. The
+mean of the map's diagonal, the own-token share, says how much. `past` and `cross` have no diagonal
+by construction. The share of the previous token is measured too. For `self`, `past`, `cross`:
 
-- at initialisation, against context T and head width D, on tokens all different. There q's entries
+- at initialisation, against context T and head width D, on distinct tokens. There q's entries
   have variance 0.4 (GPT-NeoX's initialisation, a layer norm), hence a token's own score has mean
   0.4 sqrt(D), the others' variance 0.16, and its share of T tokens is about
   1 / (1 + (T - 1) exp(0.08 - 0.4 sqrt(D)));
 - in trained models, layer by layer on windows of validation text, and against T.
 
-In trained models also, for each layer and head, in float64:
+Also in trained models, for each layer and head, in float64:
 
 - the singular values of log-attention. Taken from the block of late rows and early columns, which
   no causal mask touches, each row centred (softmax ignores a row's constant). Effective rank: the
@@ -26,7 +26,7 @@ In trained models also, for each layer and head, in float64:
   Could one head of width D have produced it? Yes if the rank of its log is at most D; the rank is
   counted at the tolerance --tol, relative to the largest singular value.
 - the share of log-attention outside the span of the layer's inputs, which is what X W_q W_k^T X^T
-  can reach. Rotary takes the baseline out of it too, so that is the figure to compare with.
+  can reach. Rotary takes the baseline out of it too, so that is the value to compare with.
 - the entropy of inner and outer attention, as a share of a uniform row's; the cosine between a
   query or key and what it was refined into.
 """
@@ -56,7 +56,7 @@ STRICT = ("past", "cross")  # inner maps without a diagonal
 
 
 def watch(attention, seen):
-    """Let one CausalSelfAttention write its input and its refined streams into `seen`."""
+    """Make one CausalSelfAttention record its input and its refined streams in `seen`."""
     refine = attention.refine
 
     def recorded(q, k, ctx):
@@ -115,8 +115,8 @@ def entropy(weights, strict=False):
 
 
 def token_shares(weights, strict=False):
-    """(what a token gives itself, what it gives the one before), means over the rows with a choice
-    of maps (..., T, T): (...) each."""
+    """(what a token gives itself, what it gives the previous one), means over the rows with a
+    choice of maps (..., T, T): (...) each."""
     first = 1 + strict
     own, before = (weights.diagonal(offset, -2, -1) for offset in (0, -1))
     return own[..., first:].mean(-1), before[..., first - 1:].mean(-1)
@@ -168,7 +168,7 @@ def shares(model, idx):
 
 
 def at_start(inner, T, D, seed, heads=2):
-    """shares of an untrained layer of `heads` heads of width D on T tokens, no two the same."""
+    """shares of an untrained layer of `heads` heads of width D on T distinct tokens."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=T, block_size=T, n_layer=1, n_head=heads, n_embd=heads * D,
                           rotary_pct=1.0, nexus_order=2, nexus_inner=inner, attention="manual"))
@@ -223,7 +223,7 @@ def plot(plt, results, start, contexts):
     for (variant, D), pairs in start.items():
         y = [statistics.mean(pair[variant in STRICT] for pair in pairs[T]) for T in contexts]
         untrained.plot(contexts, y, **style(variant))
-        name = variant if variant in STRICT else f"{variant}, D = {D}"  # those do not know D
+        name = variant if variant in STRICT else f"{variant}, D = {D}"  # those do not depend on D
         ends[2][name] = contexts[-1], y[-1]
     spectrum.set(title="spectrum of a head's log-attention", xlabel="singular value",
                  ylabel="relative to the largest", ylim=(1e-3, 1.2))
@@ -258,17 +258,17 @@ def checkpoints(runs, variant, seeds):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--runs", metavar="DIR", help="what compare.py --out DIR has made (default: OUT/compare, "
-        "made by compare.py if it is not there)")
+    add("--runs", metavar="DIR", help="the folder of compare.py --out DIR (default: OUT/compare, "
+        "made by compare.py if missing)")
     add("--variants", type=listed(str), default="baseline,self,past,cross",
         help="of compare.py, without its controls (default: baseline,self,past,cross)")
-    add("--dataset", metavar="DIR", help="token set to look at (default: pydocs in --runs)")
+    add("--dataset", metavar="DIR", help="token set to analyse (default: pydocs in --runs)")
     add("--seeds", type=positive_int, default=3, help="models of each variant (default: 3)")
-    add("--windows", type=positive_int, default=8, help="of validation text (default: 8)")
+    add("--windows", type=positive_int, default=8, help="windows of validation text (default: 8)")
     add("--tol", type=number(float, 1e-12, 0.999), default=0.01, help="singular values below this "
-        "times the largest do not count for a rank (default: 0.01)")
+        "times the largest do not count towards a rank (default: 0.01)")
     add("--contexts", type=listed(number(int, 8, 2**14)), default="32,64,128,256,512",
-        help="T of the untrained models, and of the trained ones as far as their context goes "
+        help="T of the untrained models, and of the trained ones up to their context "
         "(default: 32,64,128,256,512)")
     add("--widths", type=listed(number(int, 2, 2**12)), default="16,32,64,128",
         help="D of the untrained models, even numbers (default: 16,32,64,128)")

@@ -5,13 +5,13 @@ Does the recursion vanish or explode, and from which order?
     python experiments/stability.py --quick
 
 Orders 1 to 6, in four forms: `self`, `past` and `cross` as in model.py, where every loop averages
-the unrefined stream s once more; and `free`, h <- Attn(h, h, h), where it averages averages. Two
-looks at each, at several depths:
+the unrefined stream s once more; and `free`, h <- Attn(h, h, h), where it averages averages. Each
+is measured in two ways, at several depths:
 
 - at initialisation, the norm of the gradient on W_q, W_k and W_v, per layer, relative to order 1;
 - in training on English bytes at several learning rates, the last loss, the share of runs that
   diverged (not finite, or above a uniform guess), spikes (a step's loss over 0.5 nats above the
-  median of the ten before), and the largest attention logit at the end.
+  median of the previous ten), and the largest attention logit at the end.
 """
 
 import math
@@ -36,7 +36,7 @@ T, BATCH = 64, 16
 
 
 def free(self, n, h, s, ctx):
-    """CausalSelfAttention.inner_step without its anchor s: a loop averages what the last made."""
+    """CausalSelfAttention.inner_step without its anchor s: a loop averages the last output."""
     return nexus.attend(h[n], h[n], h[n], ctx)
 
 
@@ -172,7 +172,7 @@ def main():
     add("--lrs", type=listed(positive), default="3e-3,3e-2", help="(default: 3e-3,3e-2)")
     add("--width", type=positive_int, default=64, help="of the model, a multiple of 8 "
         "(default: 64)")
-    add("--steps", type=positive_int, default=50, help="of training (default: 50)")
+    add("--steps", type=positive_int, default=50, help="steps of training (default: 50)")
     add("--seeds", type=number(int, 2, 1000), default=3, help="of every setting (default: 3)")
     add("--quick", action="store_true", help="orders 1, 2 and 6, few steps: under a minute")
     add("--out", default="out/stability", help="folder (default: out/stability)")

@@ -78,7 +78,8 @@ def test_scores_are_written_even_if_the_chart_cannot_be(checkpoints, tmp_path, m
     (["--checkpoint", "{0}/no.pt"], "no checkpoint at"), (["--limit", "0"], "--limit"),
     (["--checkpoint", "{0}/file.pt"], "damaged"), (["--batch_size", "big"], "--batch_size"),
     (["--batch_size", "0"], "must be auto or a number from 1, got 0"),
-    (["--nexus_order", "0"], "--nexus_order"), (["--checkpoint", "{0}"], "not a complete GPT-NeoX")])
+    (["--nexus_order", "0"], "--nexus_order"),
+    (["--checkpoint", "{0}"], "not a complete GPT-NeoX")])
 def test_mistakes_are_one_line(checkpoints, tmp_path, monkeypatch, argv, message):
     (tmp_path / "file.pt").write_text("no checkpoint")
     (tmp_path / "arc_easy_test.jsonl").write_text("\n")
