@@ -48,7 +48,7 @@ class GPTConfig:
     attention: Literal["sdpa", "flex", "manual"] = "sdpa"  # flex trains on CUDA, manual shows maps
     nexus_order: int = 1  # m: 1 is standard attention, m > 1 adds m-1 inner loops
     nexus_streams: Literal["qk", "q", "k"] = "qk"  # which streams are refined
-    nexus_inner: Literal["self", "past", "cross", "shared"] = "self"  # how, see inner_step
+    nexus_inner: Literal["self", "past", "cross", "shared"] = "cross"  # how, see inner_step
 
     def __post_init__(self):
         for f in fields(self):

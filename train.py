@@ -50,7 +50,8 @@ HELP = dict(
     dropout="dropout rate",
     gelu="tanh or erf", attention="sdpa; flex, on CUDA; or manual (slow, explicit softmax)",
     nexus_order="1 is the baseline, 2 (default) refines once, 3 twice, ...",
-    nexus_streams="which streams are refined", nexus_inner="how: see README",
+    nexus_streams="which streams are refined", nexus_inner="how: cross "
+    "(default), past, self (the paper's, as far as its text is known) or shared",
 )
 
 

@@ -32,7 +32,7 @@ def main():
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="pythia-70m", help="(default: pythia-70m)")
     add("--nexus_order", type=positive_int, default=1, help="(default: 1)")
-    add("--nexus_inner", default="self", help="(default: self)")
+    add("--nexus_inner", default="cross", help="(default: cross)")
     add("--micro_batch", type=positive_int, default=32, help="windows at once (default: 32)")
     add("--device", default="cuda" if cuda else "cpu")
     add("--quick", action="store_true", help="a tiny model, two windows")

@@ -51,9 +51,10 @@ from nanonexus.cli import Parser, UserError, listed, number, positive, positive_
 from nanonexus.files import append_line, read_lines
 
 VARIANTS = {  # what differs from the baseline
-    "baseline": dict(), "self": dict(nexus_order=2), "self-3": dict(nexus_order=3),
-    "self-q": dict(nexus_order=2, nexus_streams="q"),
-    "self-k": dict(nexus_order=2, nexus_streams="k"),
+    "baseline": dict(), "self": dict(nexus_order=2, nexus_inner="self"),
+    "self-3": dict(nexus_order=3, nexus_inner="self"),
+    "self-q": dict(nexus_order=2, nexus_inner="self", nexus_streams="q"),
+    "self-k": dict(nexus_order=2, nexus_inner="self", nexus_streams="k"),
     "shared": dict(nexus_order=2, nexus_inner="shared"),
     "past": dict(nexus_order=2, nexus_inner="past"),
     "past-k": dict(nexus_order=2, nexus_inner="past", nexus_streams="k"),

@@ -4,6 +4,7 @@
 #
 #   OUT=out/70m experiments/reproduce_70m.sh                            # 2 billion tokens of FineWeb-Edu
 #   OUT=out/70m TEXT='books/*.txt.xz' STEPS=600 experiments/reproduce_70m.sh       # or your own text
+#   OUT=out/70m experiments/reproduce_70m.sh --nexus_inner self                # the paper's inner step
 #   OUT=out/70m GPUS=8 experiments/reproduce_70m.sh --micro_batch 32    # the rest goes to train.py
 #
 # STEPS: of 524,288 tokens each (default 3000); the learning rate is decayed over all of them.

@@ -96,7 +96,7 @@ def test_pack(T):
 
 # kinds, and the places of the maps among those of the forward pass
 VARIANTS = [(dict(), ["outer"], [0]),
-            (dict(nexus_order=2), ["q", "k", "outer"], [0, 1, 2]),
+            (dict(nexus_order=2, nexus_inner="self"), ["q", "k", "outer"], [0, 1, 2]),
             (dict(nexus_order=3, nexus_inner="past"), ["q", "k", "q", "k", "outer"], range(5)),
             (dict(nexus_order=2, nexus_inner="past", nexus_streams="k"), ["k", "outer"], [0, 1]),
             (dict(nexus_order=2, nexus_inner="shared", nexus_streams="q"), ["q", "outer"], [0, 1]),
@@ -122,7 +122,8 @@ def test_the_page_holds_manual_attentions_weights(config, kinds, places, tmp_pat
 
 
 def test_chosen_layers_and_the_baseline(tmp_path, monkeypatch, capsys):
-    path, out = save(tmp_path / "a.pt", n_layer=3, nexus_order=2), str(tmp_path / "view.html")
+    path, out = save(tmp_path / "a.pt", n_layer=3, nexus_order=2, nexus_inner="self"), \
+        str(tmp_path / "view.html")
     base = save(tmp_path / "b.pt", n_layer=3, seed=1)
     run(monkeypatch, "--checkpoint", path, "--baseline", base, "--prompt", PROMPT, "--out", out,
         "--layers", "3,1")
@@ -136,7 +137,7 @@ def test_chosen_layers_and_the_baseline(tmp_path, monkeypatch, capsys):
 def test_size(tmp_path, monkeypatch):
     """64 tokens of a model with Pythia-70M's 6 layers of 8 heads, order 3, with a baseline."""
     shape = dict(n_layer=6, n_head=8, n_embd=64)
-    path = save(tmp_path / "a.pt", nexus_order=3, **shape)
+    path = save(tmp_path / "a.pt", nexus_order=3, nexus_inner="self", **shape)
     base, out = save(tmp_path / "b.pt", **shape), str(tmp_path / "view.html")
     run(monkeypatch, "--checkpoint", path, "--baseline", base, "--prompt", "x" * 64, "--out", out)
     assert 1e6 < os.path.getsize(out) < 2e6
