@@ -1,14 +1,14 @@
 """
-Every call that writes, failed or killed: what is there afterwards, and does it continue?
+Every call that writes, failed or killed: what is left afterwards, and does it continue?
 
-    python tests/faults.py             # all points, some minutes; Linux with a C compiler
+    python tests/faults.py             # all points, a few minutes; Linux with a C compiler
     python tests/faults.py --every 20
 
 A job writes a token set, a run's checkpoints and log, an export, a file of results. First its calls
 that write are counted (faults.c); then it is run again for each of them, which finds the disk full
 (ENOSPC, from there on), fails once (EIO) or kills the process in the middle of it (kill -9).
-Afterwards the old or the new is there, whole; a job that failed has said so in one line; and the
-same job, run again, ends with the bytes of one that was never disturbed.
+Afterwards the old or the new version is there, intact; a job that failed has said so in one line;
+and the same job, run again, ends with the bytes of one that was never disturbed.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Whatever is typed, a script ends with status 0 or 2, one line, and nothing left behind."""
+"""Whatever is typed, a script ends with status 0 or 2, one line, and leaves nothing behind."""
 
 import argparse
 import contextlib

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo
-from test_model import ALL, READINGS, float64, make, name, tokens  # noqa: F401
+from test_model import ALL, VARIANTS, float64, make, name, tokens  # noqa: F401
 from test_train import run
 from test_train import tokens as tokens_on_disk  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,11 +28,11 @@ def same_weights(gpt, **changes):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual", "flex"])
-@pytest.mark.parametrize("reading", ALL, ids=name)
-def test_packed_documents_are_as_if_alone(reading, backend):
-    """Nothing leaks, through the refined keys neither: each document has the logits that it has by
-    itself (rotary positions are relative), and its neighbour may be anything."""
-    gpt = make(attention=backend, **reading)
+@pytest.mark.parametrize("variant", ALL, ids=name)
+def test_packed_documents_are_as_if_alone(variant, backend):
+    """Nothing leaks, not even through the refined keys: each document has the logits that it has
+    by itself (rotary positions are relative), whatever its neighbour is."""
+    gpt = make(attention=backend, **variant)
     lengths, idx = (7, 1, 12), tokens(2, 20)
     docs = torch.arange(3).repeat_interleave(torch.tensor(lengths)).expand(2, -1)
     with torch.no_grad():
@@ -44,12 +44,12 @@ def test_packed_documents_are_as_if_alone(reading, backend):
         assert not torch.equal(gpt(idx)[0][:, 7:], packed[:, 7:])  # unlike without docs
 
 
-@pytest.mark.parametrize("reading", [dict(nexus_order=1), READINGS[0], READINGS[1],
-                                     READINGS[-1]], ids=name)
+@pytest.mark.parametrize("variant", [dict(nexus_order=1), VARIANTS[0], VARIANTS[1],
+                                     VARIANTS[-1]], ids=name)
 @pytest.mark.parametrize("width", [32, 64, 128])
-def test_flex_equals_manual_forward(reading, width):
+def test_flex_equals_manual_forward(variant, width):
     shape = dict(n_head=2, n_embd=2 * width, rotary_pct=0.25, block_size=300, n_layer=1)
-    gpt, idx = make(attention="manual", **reading, **shape), tokens(2, 261)  # not a multiple of 128
+    gpt, idx = make(attention="manual", **variant, **shape), tokens(2, 261)  # not a multiple of 128
     docs = (torch.rand(2, 261) < 0.02).cumsum(1)
     flex = same_weights(gpt, attention="flex")
     with torch.no_grad():
@@ -66,9 +66,9 @@ def test_flex_generates_with_the_cache_of_sdpa(inner):
     assert torch.equal(generate(gpt, want[:, :5], 8, temperature=0), want)
 
 
-@pytest.mark.parametrize("reading", READINGS[:3], ids=name)
-def test_masks_made_beforehand_are_those_made_inside(reading):
-    gpt, idx = make(attention="flex", **reading), tokens(2, 20)
+@pytest.mark.parametrize("variant", VARIANTS[:3], ids=name)
+def test_masks_made_beforehand_are_those_made_inside(variant):
+    gpt, idx = make(attention="flex", **variant), tokens(2, 20)
     idx[:, 7] = 0
     loss = TrainingLoss(gpt, eot=0)
     with torch.no_grad():
@@ -87,15 +87,15 @@ def test_what_a_backend_cannot_do_is_said():
 @CUDA
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
-@pytest.mark.parametrize("reading", ALL, ids=name)
-def test_outputs_and_gradients_on_cuda(reading, backend, dtype, error):
+@pytest.mark.parametrize("variant", ALL, ids=name)
+def test_outputs_and_gradients_on_cuda(variant, backend, dtype, error):
     """Against manual attention in float32 on the same device, errors relative to the norm."""
-    torch._dynamo.reset()  # else the ninth configuration meets the limit of recompilations
+    torch._dynamo.reset()  # else the ninth configuration hits the recompilation limit
     torch.set_default_dtype(torch.float32)
     shape = dict(n_head=2, n_embd=128, block_size=300)
     idx = tokens(2, 261).cuda()
     docs = (torch.rand(2, 261, device="cuda") < 0.02).cumsum(1) if backend == "flex" else None
-    gpt = make(attention="manual", **reading, **shape).cuda()
+    gpt = make(attention="manual", **variant, **shape).cuda()
     other = same_weights(gpt, attention=backend).cuda()
     run = torch.compile(other, fullgraph=True)
     want, loss = gpt(idx[:, :-1], idx[:, 1:], docs=None if docs is None else docs[:, :-1])
@@ -139,9 +139,9 @@ def test_no_square_of_the_context_is_ever_in_memory(order):
         assert (largest[0] >= T * T) is square  # logits, 61 T, and MLP, 64 T, are smaller
 
 
-@pytest.mark.parametrize("reading", READINGS[::5], ids=name)
-def test_recomputed_inner_loops_change_nothing_but_memory(reading):
-    gpt, idx = make(**reading), tokens(2, 24)
+@pytest.mark.parametrize("variant", VARIANTS[::5], ids=name)
+def test_recomputed_inner_loops_change_nothing_but_memory(variant):
+    gpt, idx = make(**variant), tokens(2, 24)
     again = same_weights(gpt)
     kept = []
     for model in (TrainingLoss(gpt), TrainingLoss(again, recompute=True)):
@@ -165,7 +165,7 @@ def test_recomputed_inner_loops_change_nothing_but_memory(reading):
     dict(nexus_order=3), dict(nexus_order=2, nexus_inner="shared", nexus_streams="k"),
     dict(nexus_order=3, nexus_inner="past"), dict(nexus_order=2, nexus_inner="cross")], ids=name)
 def test_compiles_to_one_graph_and_stays(kind):
-    """No graph break (fullgraph), no second compilation while steps go on, the same gradients."""
+    """No graph break (fullgraph), no second compilation in later steps, the same gradients."""
     torch.set_default_dtype(torch.float32)
     gpt = make(**kind)
     torch._dynamo.reset()

@@ -31,7 +31,7 @@ SMALL = ["--", "--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_siz
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A token set, prepared once: each run of compare.py would prepare pydocs anew."""
+    """A token set, prepared once: each run of compare.py would prepare pydocs again."""
     folder, argv = tmp_path_factory.mktemp("compare") / "set", sys.argv
     sys.argv = ["prepare_data.py", "--out", str(folder), "--max_tokens", "120000", "--workers", "1"]
     try:
@@ -91,7 +91,7 @@ def test_compare_and_continue(tmp_path):
     assert other.returncode == 2 and "other settings" in other.stderr
 
 
-def test_rates_are_chosen_on_a_seed_of_their_own_and_controls_are_trained(tmp_path, dataset):
+def test_rates_are_chosen_on_a_separate_seed_and_controls_are_trained(tmp_path, dataset):
     pytest.importorskip("matplotlib")
     results = tmp_path / "docs" / "text.jsonl"
     results.parent.mkdir()
@@ -113,7 +113,7 @@ def test_rates_are_chosen_on_a_seed_of_their_own_and_controls_are_trained(tmp_pa
     assert {r["threads"] for r in found} == {1}
     assert {r["variant"] for r in found} == {"key-shift"}
 
-    # a line that is there is a run that is done, wherever the folders are; --show runs nothing
+    # an existing line is a finished run, wherever the folders are; --show runs nothing
     kept = results.read_text()
     again = run(tmp_path / "elsewhere", "--show", *argv)
     assert again.returncode == 0, again.stderr
@@ -133,7 +133,7 @@ def line(variant, seed, loss, flops=10):
 
 
 def test_the_order_is_all_grids_then_seed_by_seed(tmp_path, monkeypatch, dataset):
-    """Whenever it stops, what is there are paired comparisons: with the training replaced."""
+    """Whenever it stops, what exists are paired comparisons: with the training replaced."""
     pytest.importorskip("matplotlib")
     order = []
 

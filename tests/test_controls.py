@@ -34,7 +34,7 @@ def clean():
 
 
 def make(name=None, spread=False, **kwargs):
-    """A GPT with the control; spread: its own parameters drawn anew, away from their start."""
+    """A GPT with the control; spread: its own parameters redrawn, away from their start."""
     model.CausalSelfAttention, model.Block = PLAIN
     if name:
         controls.install(name)

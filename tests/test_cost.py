@@ -30,7 +30,7 @@ def test_peak_memory_grows_with_order_by_what_is_kept():
                            for kind in (dict(), dict(nexus_order=2), dict(block_size=512)))
     weights = 4 * 4 * GPT(GPTConfig(**PRESETS["tiny"])).num_params()  # and gradient, two moments
     assert weights < small < order2 < long
-    stream = 2 * 256 * 128 * 4  # one (B, T, C) of float32; a layer keeps 2 turned and 2 new ones
+    stream = 2 * 256 * 128 * 4  # one (B, T, C) of float32; a layer keeps 2 rotated and 2 new ones
     assert 4 * 4 * stream <= order2 - small <= 4 * 12 * stream
 
 

@@ -14,7 +14,7 @@ from nanonexus.files import sha256
 
 @pytest.fixture
 def folder(tmp_path):
-    """A whole token set: ids 0 to 99 to train on, ten of them to validate."""
+    """A complete token set: ids 0 to 99 to train on, ten of them to validate."""
     for split, ids in (("train", range(100)), ("val", range(10))):
         np.array(ids, np.uint16).tofile(tmp_path / f"{split}.bin")
     meta = dict(version=1, dtype="uint16", tokens=dict(train=100, val=10), tokenizer="bytes",
@@ -73,7 +73,7 @@ def test_a_whole_set_opens(folder):
 
 
 def own_tokenizer(folder, text):
-    """Give the set a tokenizer.json of its own."""
+    """Give the set its own tokenizer.json."""
     (folder / "tokenizer.json").write_text(text)
     sums = json.loads((folder / "meta.json").read_text())["sha256"]
     change(folder, tokenizer="bpe:300",
@@ -124,6 +124,6 @@ def test_verify_finds_a_flipped_byte(folder):
     ids = np.fromfile(folder / "train.bin", np.uint16)
     ids[50] ^= 1
     ids.tofile(folder / "train.bin")
-    TokenSet(folder)  # the size is right: not seen without reading it all
+    TokenSet(folder)  # the size is right: not noticed without reading it all
     with pytest.raises(UserError, match="does not have the sha256"):
         TokenSet(folder, verify=True)

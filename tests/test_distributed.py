@@ -78,12 +78,12 @@ def test_a_killed_process_ends_the_run_and_leaves_a_whole_checkpoint(tokens, tmp
     assert saved["step"] >= 6 and saved["step"] % 3 == 0
     steps = saved["step"] + 2
     flags = ["--resume", "--max_steps", steps, "--micro_batch", 8]
-    resumed = run(tokens, tmp_path, *flags)  # one process continues with what two began
+    resumed = run(tokens, tmp_path, *flags)  # one process continues what two began
     assert [event["step"] for event in resumed] == list(range(steps + 1))
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
-def test_gradients_travel_while_backward_goes_on(backend):
+def test_gradients_travel_during_backward(backend):
     """In buckets: the last layer's are on their way before the first layer's exist."""
     gpt = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=6, n_head=4, n_embd=512,
                         nexus_order=2))  # 75 MB; a bucket has 25
@@ -113,7 +113,7 @@ def test_gradients_travel_while_backward_goes_on(backend):
     assert len(events) >= 4 and events.index("embedding") >= 2 and events[-1] == "bucket"
 
 
-def test_accumulation_synchronises_once_a_step(tokens, tmp_path):  # noqa: F811
+def test_accumulation_synchronises_once_per_step(tokens, tmp_path):  # noqa: F811
     """no_sync on every micro-step but the last: two processes exchange gradients once per step."""
     script = tmp_path / "count.py"
     script.write_text(f"""

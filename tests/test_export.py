@@ -1,4 +1,4 @@
-"""Exported folders: read back bit for bit, and by transformers and lm-eval with nothing of ours."""
+"""Exported folders: read back bit for bit, and by transformers and lm-eval without our code."""
 
 import json
 import os
@@ -33,7 +33,7 @@ NAMES = ["-".join(map(str, case)) for case in CASES]
 IDX = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(1))
 NEW = 8
 
-# what a stranger's process does: it cannot import this project
+# what another process does, which cannot import this project
 CHILD = '''
 import sys
 sys.modules["nanonexus"] = sys.modules["model"] = None  # importing them raises
@@ -109,7 +109,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(folders):
-    """What transformers makes of the folders in a process without this project."""
+    """What transformers reads from the folders in a process without this project."""
     root, _ = folders
     torch.save(IDX, root / "idx.pt")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -159,7 +159,7 @@ def test_order_1_is_a_plain_gpt_neox(folders, theirs):
         assert os.path.exists(folders[0] / name / "modeling_nexus.py") != plain
 
 
-def test_what_the_model_cannot_is_refused_in_one_line(theirs):
+def test_what_the_model_cannot_do_is_refused_in_one_line(theirs):
     for name in NAMES:
         errors = theirs[name]["errors"]
         if name[0] != "1":
@@ -265,7 +265,7 @@ def test_written_whole_or_not_at_all(folders, tmp_path, monkeypatch, capsys):
         with pytest.raises(OSError, match="No space"):
             export.export(source, str(tmp_path / "new"))
     assert os.listdir(tmp_path) == ["full"]
-    (tmp_path / "new").mkdir()  # an empty folder may be there
+    (tmp_path / "new").mkdir()  # an empty folder may exist
     monkeypatch.setattr(sys, "argv", [*argv[:-1], str(tmp_path / "new")])
     export.main()
     assert sorted(os.listdir(tmp_path)) == ["full", "new"]

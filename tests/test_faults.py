@@ -58,7 +58,7 @@ def weights_at(out, i):
 
 
 def start(tokens, out, *flags):  # noqa: F811
-    """A run in a process of its own, at its fifth step."""
+    """A run in its own process, at its fifth step."""
     job = subprocess.Popen(command(tokens, out, "--max_steps", 10**6, "--eval_interval", 10**6,
                                    *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            text=True)
@@ -153,7 +153,7 @@ def test_an_evaluation_reads_whole_checkpoints_while_training_writes(tokens, tmp
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of its own, of 2 MB."""
+    """A separate file system, of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)],
@@ -204,7 +204,7 @@ def test_a_second_interrupt_stops_at_once(tokens, tmp_path):  # noqa: F811
     assert job.stdout.readline() and job.stdout.readline().startswith("step 0/")
     job.send_signal(signal.SIGINT)
     time.sleep(0.5)
-    assert job.poll() is None  # it means to finish the step
+    assert job.poll() is None  # it wants to finish the step
     job.send_signal(signal.SIGINT)
     _, errors = job.communicate(timeout=20)
     assert job.returncode == 130 and errors == "interrupted\n"
@@ -271,7 +271,7 @@ def test_weights_are_read_from_the_folder_alone(tmp_path):
 
 def test_nothing_here_runs_text_as_code():
     """No eval, exec or compile of text, no pickle, no trust_remote_code."""
-    # these folders alone: a virtual environment may lie beside them
+    # these folders alone: a virtual environment may be next to them
     paths = [path for folder in (".", "nanonexus", "experiments")
              for path in glob.glob(f"{ROOT}/{folder}/*.py")]
     assert len(paths) > 25

@@ -1,4 +1,4 @@
-"""figures.py: colours that stay apart for everyone, names that do not overlap, equal files."""
+"""figures.py: colours that everyone can tell apart, names that do not overlap, equal files."""
 
 import itertools
 import re
@@ -35,7 +35,7 @@ def test_no_two_variants_look_alike():
     for name, eye in EYES.items():
         for a, b in itertools.combinations(colors, 2):
             seen = [lab(np.clip(eye @ linear(color), 0, 1)) for color in (a, b)]
-            assert np.linalg.norm(seen[0] - seen[1]) > 15, (name, a, b)  # 2 can just be told apart
+            assert np.linalg.norm(seen[0] - seen[1]) > 15, (name, a, b)  # 2 is just visible
 
 
 def test_colours_can_be_read_on_white():

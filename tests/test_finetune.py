@@ -117,7 +117,7 @@ def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
     state = tmp_path / "torn/checkpoint-3/trainer_state.json"
     state.write_text(state.read_text().replace('"step": 1', '"step": 1, "mark": "seen"'))
     log = sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags, "--resume")
-    assert log[0]["mark"] == "seen"  # it did not begin anew
+    assert log[0]["mark"] == "seen"  # it did not start again
     models = [load(tmp_path / name) for name in ("whole", "torn")]
     assert all(model.config.nexus["inner"] == "cross" for model in models)
     a, b = (model.state_dict() for model in models)
@@ -129,7 +129,7 @@ def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
     (2.5, 1, 3, 8, 3), (3, 2, 0.4, 6, 3), (1, 4, 0, 1, 0)])
 def test_the_learning_rate_is_that_of_training(epochs, accumulate, warmup, steps, rise, base,
                                                tmp_path, monkeypatch):
-    """8 examples, 3 a batch: a rise over the warmup, in steps or a share, a cosine down to 0."""
+    """8 examples, 3 per batch: a rise over the warmup (steps or a fraction), a cosine down to 0."""
     log = sft(monkeypatch, base, tmp_path / "out", "--epochs", epochs, "--batch", 3,
               "--accumulate", accumulate, "--warmup", warmup, "--log_interval", 1)
     rates = [event["learning_rate"] for event in log if "learning_rate" in event]

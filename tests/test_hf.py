@@ -1,5 +1,5 @@
-"""One door for every model: GPT-NeoX folders give transformers' logits and ids, checkpoints their
-own; what ours cannot be is refused."""
+"""One way to open any model: GPT-NeoX folders give transformers' logits and ids, checkpoints their
+own; what our GPT cannot represent is refused."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_old_configs_name_rotary_otherwise(neox, tmp_path):
     (dict(vocab_size=449), "embed.weight is missing, unknown or of another shape"),
     (dict(tie_word_embeddings=True), "tie_word"), (dict(layer_norm_eps=1e-6), "layer_norm_eps"),
     (dict(rope_parameters=dict(rope_type="yarn")), "rope_type 'yarn'")])
-def test_models_that_ours_cannot_be_are_refused(neox, tmp_path, change, message):
+def test_models_that_ours_cannot_represent_are_refused(neox, tmp_path, change, message):
     os.symlink(neox / "model.safetensors", tmp_path / "model.safetensors")
     config = json.loads((neox / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -111,7 +111,7 @@ def test_a_folder_opens_with_its_tokenizer_and_config(neox):
 def test_the_bytes_of_tokens_make_up_the_text(neox, tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="extra hf: transformers")
     own = tokenizers.Tokenizer.from_file(str(neox / "tokenizer.json"))
-    own.add_tokens(["  ", "über 🙂"])  # in no byte letters, as Pythia's spaces
+    own.add_tokens(["  ", "über 🙂"])  # not in byte letters, such as Pythia's spaces
     own.save(str(tmp_path / "tokenizer.json"))
     tokenizer = FolderTokenizer(tmp_path)
     text = "The  river, naïve, über 🙂\n\t<|endoftext|> of Łódź"
@@ -123,7 +123,7 @@ def test_the_bytes_of_tokens_make_up_the_text(neox, tmp_path):
         [piece.decode() for piece in pieces]
     for i in range(tokenizer.n_vocab):
         assert tokenizer.decode_bytes([i]).decode(errors="replace") == tokenizer.decode([i])
-    assert tokenizer.decode(tokenizer.encode_ordinary("a\udcffb")) == "a\ufffdb"  # no UTF-8
+    assert tokenizer.decode(tokenizer.encode_ordinary("a\udcffb")) == "a\ufffdb"  # not UTF-8
 
 
 def test_a_tokenizer_of_words_scores_but_has_no_bytes(tmp_path):
@@ -133,7 +133,7 @@ def test_a_tokenizer_of_words_scores_but_has_no_bytes(tmp_path):
     words.save(str(tmp_path / "tokenizer.json"))
     tokenizer = FolderTokenizer(tmp_path)
     assert tokenizer.encode_ordinary("a b") == [0, 7] and tokenizer.n_vocab == 8
-    assert tokenizer.eot_token is None and tokenizer.decode_bytes([3]) == b""  # nobody's id
+    assert tokenizer.eot_token is None and tokenizer.decode_bytes([3]) == b""  # an unused id
     with pytest.raises(UserError, match="not a byte-level tokenizer: '▁b'"):
         tokenizer.decode_bytes([7])
 

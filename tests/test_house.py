@@ -1,4 +1,4 @@
-"""The house: arrows point one way, nothing imports itself in a circle, files stay small."""
+"""The structure: imports go one way, without circles, and files stay small."""
 
 import ast
 import glob

@@ -44,7 +44,7 @@ def test_requests_outside_a_task(scorer):
     text = LONG * 3  # longer than the context: scored in windows, every byte once
     (total,) = adapter.loglikelihood_rolling([Request(text)])
     ids = encode(text)
-    assert len(ids) > 2 * 512 and -len(ids) * 8 < total < -len(ids) * 4  # about ln 320 a byte
+    assert len(ids) > 2 * 512 and -len(ids) * 8 < total < -len(ids) * 4  # about ln 320 per byte
     first = plain_ll(scorer, [scorer.tokenizer.eot_token], ids[:512])[0]
     short = adapter.loglikelihood_rolling([Request(scorer.tokenizer.decode(ids[:512]))])[0]
     assert short == pytest.approx(first, abs=1e-3)
@@ -67,7 +67,7 @@ def test_generation_ends_before_what_until_says(scorer):
 
 def test_the_command_runs_a_task_file(checkpoints, scorer, neox, tmp_path, monkeypatch, capsys):
     real = lm_eval.tasks.TaskManager
-    monkeypatch.setattr(  # its thousands of own tasks take seconds to index
+    monkeypatch.setattr(  # its own thousands of tasks take seconds to index
         "lm_eval.tasks.TaskManager", lambda **kwargs: real(include_defaults=False))
     write_tasks(["piqa"], neox, tmp_path)
     monkeypatch.setattr(sys, "argv", [

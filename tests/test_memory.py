@@ -34,5 +34,5 @@ def test_what_cannot_fit_is_refused_with_the_flag_to_lower(tokens, tmp_path, mon
     with pytest.raises(UserError, match="lower --n_layer, --n_embd or"):
         run(tokens, tmp_path, "--n_embd", 1024)
     run(tokens, tmp_path, "--max_steps", 1)
-    monkeypatch.setattr(memory, "available_bytes", lambda device: None)  # nobody knows: try
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)  # unknown: try
     memory.check_fits(GPTConfig(**PRESETS["pythia-1b"]), 4096, torch.device("cpu"))

@@ -15,14 +15,14 @@ from nanonexus.memory import check_size
 
 SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
                   parallel_residual=False)
-READINGS = [dict(nexus_order=m, nexus_streams=s, nexus_inner=i)
+VARIANTS = [dict(nexus_order=m, nexus_streams=s, nexus_inner=i)
             for m, s, i in itertools.product((2, 3), ("qk", "q", "k"),
                                              ("self", "past", "cross", "shared"))]
-ALL = [dict(nexus_order=1), *READINGS]
+ALL = [dict(nexus_order=1), *VARIANTS]
 
 
-def name(reading):
-    return "-".join(map(str, reading.values()))
+def name(variant):
+    return "-".join(map(str, variant.values()))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def tokens(*shape):
 
 
 def context(gpt, T):
-    """What the model's own forward pass hands to its attention, for one text of T tokens."""
+    """What the model's own forward pass passes to its attention, for one text of T tokens."""
     masks = gpt.attention_masks(T, 0, None, "cpu")
     return AttnContext(gpt.config.attention, (gpt.cos[:T], gpt.sin[:T]), *masks, None, None)
 
@@ -63,7 +63,7 @@ def reference_rope(x, rotary_dim):
 
 
 def reference_attn(a, b, c, rotary_dim, own=True):
-    """Attn(a, b, c), each (T, D): a softmax over the past for one query after the other; without
+    """Attn(a, b, c), each (T, D): a softmax over the past for one query after another; without
     its own token a query that has no past gets 0."""
     a, b = reference_rope(a, rotary_dim), reference_rope(b, rotary_dim)
     rows = []
@@ -111,10 +111,10 @@ def reference_attention(attn, x):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
-@pytest.mark.parametrize("reading", ALL, ids=name)
-def test_attention_equals_the_reference_in_output_and_gradients(reading, backend):
+@pytest.mark.parametrize("variant", ALL, ids=name)
+def test_attention_equals_the_reference_in_output_and_gradients(variant, backend):
     T = 7
-    gpt = make(attention=backend, **reading)
+    gpt = make(attention=backend, **variant)
     attn, x = gpt.blocks[0].attn, torch.randn(2, T, SMALL.n_embd, requires_grad=True)
     params, weight = list(attn.parameters()), torch.randn(2, T, SMALL.n_embd)
 
@@ -128,12 +128,12 @@ def test_attention_equals_the_reference_in_output_and_gradients(reading, backend
         assert b.abs().max() > 0  # no weight is dead
 
 
-def test_readings_differ():
+def test_variants_differ():
     idx = tokens(1, 20)
     seen = set()
-    for reading in ALL:
+    for variant in ALL:
         torch.manual_seed(1)  # the same baseline weights
-        seen.add(round(make(**reading)(idx)[0].square().sum().item(), 9))
+        seen.add(round(make(**variant)(idx)[0].square().sum().item(), 9))
     assert len(seen) == len(ALL)
 
 
@@ -159,9 +159,9 @@ def test_order_1_is_the_baseline_bit_for_bit():
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
-@pytest.mark.parametrize("reading", ALL, ids=name)
-def test_no_token_sees_the_future(reading, backend):
-    gpt, idx = make(attention=backend, **reading), tokens(1, 24)
+@pytest.mark.parametrize("variant", ALL, ids=name)
+def test_no_token_sees_the_future(variant, backend):
+    gpt, idx = make(attention=backend, **variant), tokens(1, 24)
     before = gpt(idx)[0]
     for t in (1, 12, 23):
         changed = idx.clone()
@@ -172,10 +172,10 @@ def test_no_token_sees_the_future(reading, backend):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
-@pytest.mark.parametrize("reading", ALL, ids=name)
-def test_cached_equals_uncached_for_any_split(reading, backend):
+@pytest.mark.parametrize("variant", ALL, ids=name)
+def test_cached_equals_uncached_for_any_split(variant, backend):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
-        gpt, idx = make(attention=backend, **reading).to(dtype), tokens(3, 24)
+        gpt, idx = make(attention=backend, **variant).to(dtype), tokens(3, 24)
         full = gpt(idx)[0]
         for split in ([24], [1] * 24, [5, 1, 1, 9, 8], [23, 1], [1, 23]):
             cache = KVCache(24)
@@ -183,11 +183,11 @@ def test_cached_equals_uncached_for_any_split(reading, backend):
             torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("reading", ALL, ids=name)
-def test_cache_keeps_what_its_docstring_says(reading):
-    gpt, cache = make(**reading), KVCache(24)
+@pytest.mark.parametrize("variant", ALL, ids=name)
+def test_cache_keeps_what_its_docstring_says(variant):
+    gpt, cache = make(**variant), KVCache(24)
     gpt(tokens(1, 24), cache=cache)
-    m, n = reading["nexus_order"], len(reading.get("nexus_streams", ""))
+    m, n = variant["nexus_order"], len(variant.get("nexus_streams", ""))
     heads = sum(buffer.size(1) for layer in cache.layers for buffer in layer.buffers)
     assert heads == SMALL.n_layer * SMALL.n_head * (2 + n * m * (m > 1))
 
@@ -201,13 +201,13 @@ def test_a_cache_refuses_more_than_it_holds():
         gpt(tokens(1, 25))
 
 
-@pytest.mark.parametrize("reading", ALL, ids=name)
-def test_maps_are_the_attention_of_every_loop(reading):
-    gpt, idx, maps = make(attention="manual", n_layer=1, **reading), tokens(1, 9), []
+@pytest.mark.parametrize("variant", ALL, ids=name)
+def test_maps_are_the_attention_of_every_loop(variant):
+    gpt, idx, maps = make(attention="manual", n_layer=1, **variant), tokens(1, 9), []
     gpt(idx, maps=maps)
-    m, n = reading["nexus_order"], len(reading.get("nexus_streams", ""))
+    m, n = variant["nexus_order"], len(variant.get("nexus_streams", ""))
     assert [tuple(w.shape) for w in maps] == [(1, 2, 9, 9)] * (n * (m - 1) + 1)
-    strict = reading.get("nexus_inner") in ("past", "cross")
+    strict = variant.get("nexus_inner") in ("past", "cross")
     for i, weights in enumerate(maps):
         own = not strict or i + 1 == len(maps)  # may a token look at itself?
         assert weights.triu(int(own)).abs().max() == 0
@@ -219,7 +219,7 @@ def test_maps_are_the_attention_of_every_loop(reading):
     y = attn.proj((maps[-1] @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(y, attn(x, context(gpt, 9)))
     with pytest.raises(ModelError, match="need attention='manual'"):
-        make(**reading)(idx, maps=[])
+        make(**variant)(idx, maps=[])
 
 
 def test_rotary_gradient_and_relative_positions():
@@ -237,8 +237,8 @@ def test_rotary_gradient_and_relative_positions():
 
 def test_bfloat16_autocast_stays_near_float32():
     torch.set_default_dtype(torch.float32)
-    for reading in ALL:
-        gpt, idx = GPT(replace(SMALL, **reading)), tokens(2, 24)
+    for variant in ALL:
+        gpt, idx = GPT(replace(SMALL, **variant)), tokens(2, 24)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits, loss = gpt(idx, idx)
         assert loss.dtype == torch.float32
@@ -270,9 +270,9 @@ def test_initialisation_is_gpt_neox():
             assert torch.equal(p, torch.full_like(p, float("norm" in key and "weight" in key))), key
 
 
-@pytest.mark.parametrize("reading", ALL, ids=name)
-def test_flops_are_torchs(reading):
-    T, gpt = 24, make(attention="manual", **reading)
+@pytest.mark.parametrize("variant", ALL, ids=name)
+def test_flops_are_torchs(variant):
+    T, gpt = 24, make(attention="manual", **variant)
     with FlopCounterMode(display=False) as counter:
         gpt(tokens(1, T), tokens(1, T))[1].backward()
     # torch counts the attention that the causal mask hides, flops_per_token does not
@@ -284,16 +284,16 @@ def test_flops_are_torchs(reading):
 # --- generation ---------------------------------------------------------------------------------
 
 def slide(gpt, idx, steps):
-    """Greedy decoding in its plainest form: all of the last block_size tokens, each time."""
+    """Greedy decoding in its simplest form: all of the last block_size tokens, each time."""
     for _ in range(steps):
         logits = gpt(idx[:, -gpt.config.block_size:])[0][:, -1]
         idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
     return idx
 
 
-@pytest.mark.parametrize("reading", ALL[:4] + ALL[-1:], ids=name)
-def test_greedy_generation_within_and_beyond_the_context(reading):
-    gpt = make(**reading)
+@pytest.mark.parametrize("variant", ALL[:4] + ALL[-1:], ids=name)
+def test_greedy_generation_within_and_beyond_the_context(variant):
+    gpt = make(**variant)
     for length, new in ((1, 10), (10, 30), (24, 5), (30, 5)):
         idx = tokens(2, length)
         want = slide(gpt, idx, new)
@@ -339,7 +339,7 @@ def test_a_row_stops_at_the_stop_token():
     free = generate(gpt, idx, 15, generator=torch.Generator().manual_seed(0))
     stop = free[0, 8].item()  # the first row will meet it, at the latest in its 5th token
     got = generate(gpt, idx, 15, generator=torch.Generator().manual_seed(0), stop=stop)
-    assert stop not in free[0, 9:].tolist()  # else the row could go on unseen
+    assert stop not in free[0, 9:].tolist()  # else the row could continue unnoticed
     for row, plain in zip(got, free, strict=True):
         ended = (plain[4:] == stop).nonzero()
         end = 4 + ended[0].item() + 1 if len(ended) else 19

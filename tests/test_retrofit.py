@@ -1,4 +1,4 @@
-"""retrofit.py: equal to model.py and to the formula, and at home in all that transformers does."""
+"""retrofit.py: equal to model.py and to the formula, and works with all that transformers does."""
 
 import copy
 import json
@@ -88,7 +88,7 @@ def test_a_retrofitted_pythia_is_our_gpt(order, streams, tmp_path):
     with torch.no_grad():
         want = ours.eval()(idx)[0]
     torch.testing.assert_close(logits(nexus(model, order, streams), idx), want, rtol=0, atol=1e-4)
-    model.save_pretrained(tmp_path)  # and what was retrofitted there, ours reads as such
+    model.save_pretrained(tmp_path)  # and a model retrofitted there is read as such here
     again = load_neox(str(tmp_path))
     assert again.config.nexus_order == order
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_packed_examples_do_not_see_each_other():
 
 @pytest.mark.parametrize("streams, heads", [("qk", 6), ("q", 4), ("k", 2)])
 def test_gates(streams, heads):
-    """At 0 the original, at 1 Nexus; a number a head and stream, which learns from the start."""
+    """At 0 the original, at 1 Nexus; a number per head and stream, which learns from the start."""
     model, idx = make("qwen2"), tokens(2, 10)
     own, count = logits(model, idx), sum(p.numel() for p in model.parameters())
     full = logits(nexus(model, 2, streams), idx)

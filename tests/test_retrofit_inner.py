@@ -1,4 +1,4 @@
-"""The inner maps past, cross and shift in models of transformers: the formulas, on every path."""
+"""The inner maps past, cross and shift in transformers models: the formulas, on every path."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ exact = dict(rtol=0, atol=1e-9)
 def reference(attention, x, cos, sin, allowed, order, streams, inner, gate):
     """The attention's output from explicit weights, as the docstrings define it, in float64.
 
-    allowed (B, 1, T, T): which tokens may see which; a token's own place is on the diagonal.
+    allowed (B, 1, T, T): which tokens may see which; a token's own position is on the diagonal.
     """
     def heads(linear):
         return linear(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -87,7 +87,7 @@ def inputs(model, **kwargs):
 
 
 PLACES = torch.arange(14)
-CASES = {  # what the model gets beside 2 rows of 14 tokens, and who may look at whom
+CASES = {  # what the model gets besides 2 rows of 14 tokens, and which may see which
     "plain": ({}, PLACES[:, None] >= PLACES),
     "left padding": (dict(attention_mask=torch.tensor([[1] * 14, [0] * 4 + [1] * 10])), None),
     "packed": (dict(position_ids=torch.cat([torch.arange(5), torch.arange(1), torch.arange(8)])
@@ -112,7 +112,7 @@ def who_sees_whom(case, window):
     ("mistral", dict(sliding_window=5, num_key_value_heads=1), 5)])
 @pytest.mark.parametrize("case", ["plain", "left padding", "packed"])
 def test_each_map_is_its_formula(case, family, changes, window, backend, dtype, error, monkeypatch):
-    """Outputs and gradients: one key a query, groups of two and of four; without a mask, with
+    """Outputs and gradients: one key per query, groups of two and of four; without a mask, with
     sliding windows, padding on the left, documents in a row (one of a single token)."""
     uncompiled(monkeypatch)
     model = make(family, dtype, backend, **changes)
@@ -183,8 +183,8 @@ def test_a_cache_changes_nothing(family, changes, inner):
 
 @pytest.mark.parametrize("inner", OURS)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_packed_examples_and_masks_of_ones_own(inner, backend):
-    """Documents in a row are each as alone, also by a mask (1, 1, T, T) of bools, or to add."""
+def test_packed_examples_and_custom_masks(inner, backend):
+    """Documents in a row are each as if alone, also by a boolean or additive mask (1, 1, T, T)."""
     dtype, error = (torch.float64, 1e-9) if backend == "sdpa" else (torch.float32, 2e-4)
     model, idx = nexus(make("qwen2", dtype, backend), 3, inner=inner), tokens(1, 15)
     model.config.use_cache = False
@@ -219,7 +219,7 @@ def test_a_retrofitted_pythia_is_our_gpt(order, streams, inner, tmp_path):
     assert again.config.nexus["inner"] == inner
     assert torch.equal(logits(again, idx), logits(model, idx))
     settings = model.config.nexus
-    del settings["inner"]  # as retrofits before there were others
+    del settings["inner"]  # as in retrofits from before there were others
     model.save_pretrained(tmp_path)
     assert load(tmp_path).config.nexus["inner"] == "self"
     assert load_neox(str(tmp_path)).config.nexus_inner == "self"
@@ -236,7 +236,7 @@ def test_a_gate_from_0_checkpointing_and_compilation(inner):
     assert all((a.nexus_gate.weight.grad != 0).all() for a in attentions(model))
     nexus(model, 3, gate=0.5, inner=inner).train()
     plain = gradients(model, idx)
-    if inner == "cross":  # dear, and the others have nothing of their own here
+    if inner == "cross":  # expensive, and the others are not special here
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for a, b in zip(gradients(compiled, idx), plain, strict=True):

@@ -32,7 +32,7 @@ def test_bytes_there_and_back():
     assert len(tokenizer) == 258 <= 320
 
 
-def test_change_is_nought_at_order_1_and_gate_0():
+def test_change_is_zero_at_order_1_and_gate_0():
     from transformers import Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **retrofit.SHAPE)).eval()
@@ -48,11 +48,11 @@ def test_change_is_nought_at_order_1_and_gate_0():
         assert 1e-4 < changes[f"{inner}, gate 0.25"]["kl"] < changes[inner]["kl"]
         assert changes["original"]["loss"] == changes[f"{inner}, gate 0.0"]["loss"]
     assert changes["key-shift, gate 0.25"]["kl"] > 1e-4
-    assert len({r["kl"] for r in changes.values()}) >= 8  # each is a retrofit of its own
+    assert len({r["kl"] for r in changes.values()}) >= 8  # each is a different retrofit
 
 
 def test_accuracy_counts_answers_and_their_steps():
-    class Model:  # answers every question but for its last step
+    class Model:  # answers every question except its last step
         def generate(self, input_ids, **kwargs):
             answers = [row["answer"][:-1] + str((int(row["answer"][-1]) + 1) % 10) for row in rows]
             ends = tokenizer(answers, return_tensors="pt")["input_ids"]

@@ -66,7 +66,7 @@ def test_mistakes(checkpoint, argv, stdin, message, monkeypatch, capsys):
     assert out.out == ""
 
 
-def test_text_from_a_folder_of_hugging_face(neox):
+def test_text_from_a_hugging_face_folder(neox):
     model, tokenizer, _ = open_model(neox)
     ids = tokenizer.encode_ordinary("The river 🙂")
     want = generate(model, torch.tensor([ids]), 40, temperature=1.5, stop=tokenizer.eot_token,

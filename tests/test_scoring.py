@@ -66,7 +66,7 @@ def test_acc_norm_divides_by_characters():
         def loglikelihoods(self, pairs, say):
             return [({" ééé": -6.0, " abc": -5.4}[c], False) for _, c in pairs]
 
-    doc = Doc("?", ["ééé", "abc"], 1)  # a character -2.0 and -1.8, a byte -1.0 and -1.8
+    doc = Doc("?", ["ééé", "abc"], 1)  # per character -2.0 and -1.8, per byte -1.0 and -1.8
     assert evaluate(Fixed(), "any", [doc])["acc_norm"] == 1.0
 
 

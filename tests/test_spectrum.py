@@ -1,4 +1,4 @@
-"""spectrum.py: its measures give what is known on matrices whose answer is known."""
+"""spectrum.py: its measures are right on matrices whose answer is known."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def test_at_the_start_a_wide_head_reads_mostly_itself(D):
         assert own == 0 and before == pytest.approx(even, rel=0.4)
 
 
-def test_maps_are_dealt_to_layers_loops_and_streams():
+def test_maps_are_assigned_to_layers_loops_and_streams():
     config = GPTConfig(n_layer=2, nexus_order=3)
     maps = [torch.full((1, 1, 2, 2), float(i)) for i in range(10)]  # q, k, q, k, outer; twice
     first, second = spectrum.by_layer(maps, config)
@@ -97,7 +97,7 @@ def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeyp
     config = GPTConfig(vocab_size=32, block_size=16, n_layer=2, n_head=2, n_embd=8, rotary_pct=1.0,
                        nexus_order=2, nexus_streams="k", attention="manual")
     model = GPT(config)
-    with torch.no_grad():  # the second layer's keys are all alike: its inner maps are uniform
+    with torch.no_grad():  # the second layer's keys are all equal: its inner maps are uniform
         model.blocks[1].attn.qkv.weight[8:16] = 0
     monkeypatch.setattr(spectrum, "load_checkpoint", lambda path, attention: (model, None))
     idx = torch.randint(32, (3, 16))

@@ -1,4 +1,4 @@
-"""stability.py: its forms are what it says, and what it measures is there."""
+"""stability.py: its forms are what it says, and what it measures is correct."""
 
 import json
 import math

@@ -110,7 +110,7 @@ def test_byte_chars_are_the_librarys_alphabet():
 
 @pytest.mark.parametrize("name", ["bpe:", "bpe:many", "bpe:257", "bpe:-5", "bpe:1e3", "bpe:٣٠٠",
                                   "bpe:9999999"])
-def test_a_size_that_is_none_is_named(name):
+def test_an_invalid_size_is_named(name):
     with pytest.raises(UserError, match="whole number from 258") as caught:
         get_tokenizer(name)
     assert name in str(caught.value) and "\n" not in str(caught.value)

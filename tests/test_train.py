@@ -1,4 +1,4 @@
-"""Resume is exact, processes agree, and what a user gets wrong is said in one line."""
+"""Resume is exact, processes agree, and a user's mistakes are reported in one line."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_steps_after_the_checkpoint_are_taken_and_logged_again(tokens, tmp_path)
 def test_resuming_a_finished_run_changes_nothing(tokens, tmp_path):
     whole = run(tokens, tmp_path, "--max_steps", 4, "--eval_interval", 3, "--log_interval", 3)
     assert numbers(run(tokens, tmp_path, "--resume", "--max_steps", 4)) == numbers(whole)
-    assert whole[-1]["val_loss"]  # though 4 is no multiple of the interval
+    assert whole[-1]["val_loss"]  # though 4 is not a multiple of the interval
 
 
 def test_same_seed_same_run_and_it_learns(tokens, tmp_path):
@@ -94,7 +94,7 @@ def test_same_seed_same_run_and_it_learns(tokens, tmp_path):
     assert logs[0][-1]["val_loss"] < 3.2  # bytes of English, from 5.8
 
 
-def test_validation_knows_no_dropout(tokens, tmp_path):
+def test_validation_has_no_dropout(tokens, tmp_path):
     logs = [run(tokens, tmp_path / p, "--max_steps", 1, "--dropout", p) for p in ("0.0", "0.5")]
     assert logs[0][0]["val_loss"] == logs[1][0]["val_loss"]
     assert logs[0][1]["train_loss"] != logs[1][1]["train_loss"]
@@ -136,7 +136,7 @@ def test_presets_and_model_flags(tokens, tmp_path):
     assert meta["step"] == 1 and meta["tokens"] == 256 and meta["tokenizer"] == "bytes"
 
 
-def test_an_interrupt_saves_and_resume_goes_on(tokens, tmp_path):
+def test_an_interrupt_saves_and_resume_continues(tokens, tmp_path):
     argv = command(tokens, tmp_path / "run", "--max_steps", 100_000, "--decay_steps", 100)
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tokens, tmp_path):
     assert "is the disk full?" in result.stderr and "the last one is untouched" in result.stderr
     assert (tmp_path / "run/ckpt.pt").read_bytes() == before
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "ckpt.pt", "log.jsonl"]
-    log = run(tokens, tmp_path / "run", "--resume", "--max_steps", 4)  # and the run goes on
+    log = run(tokens, tmp_path / "run", "--resume", "--max_steps", 4)  # and the run continues
     assert [event["step"] for event in log] == [0, 1, 2, 3, 4]
 
 

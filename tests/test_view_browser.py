@@ -1,4 +1,4 @@
-"""view.py's page in a real browser: it shows manual attention's weights, to all who look."""
+"""view.py's page in a real browser: it shows manual attention's weights, accessibly."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def pages(tmp_path_factory):
 
 
 def open_page(browser, path, width=1200, **options):
-    """A page, and the list of what it complains of."""
+    """A page, and the list of its errors."""
     page, errors = browser.new_page(viewport=dict(width=width, height=800), **options), []
     page.on("console", lambda message: errors.append(message.text))
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -83,7 +83,7 @@ def test_a_token_is_text_and_nothing_else(browser, pages, tmp_path):
 
 
 def shown(page):
-    """The weights that the tokens tell, of those that are read."""
+    """The weights that the tokens announce, of those already read."""
     labels = page.evaluate("tokens.map(token => token.getAttribute('aria-label'))")
     return [float(found[1].replace("−", "-")) for label in labels
             if (found := re.search(r"of \d+, ([-+−]?\d\.\d{3})$", label))]
@@ -120,7 +120,7 @@ def test_hover_keys_and_buttons_change_what_is_shown(browser, pages):
     after = page.locator("#tokens").screenshot(), *page.evaluate(drawn)  # the row is marked
     assert len(after) == 6 and all(a != b for a, b in zip(before, after, strict=True))
 
-    tokens.nth(20).click()  # holds it: now a hover tells another token's weight
+    tokens.nth(20).click()  # holds it: now hovering shows another token's weight
     tokens.nth(4).hover()
     check(0, -1, None, 20)
     assert float(page.locator("#tip").inner_text().split(": ")[1]) == shown(page)[4]

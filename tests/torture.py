@@ -3,7 +3,7 @@ What a run survives: killed at random moments, and files damaged at random bytes
 
     python tests/torture.py --kills 30 --damage 300 --torchrun 20
 
-The tests call the same functions with fewer of each.
+The tests call the same functions with smaller counts.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def kills(tokens, folder, count, seed=0, steps_each=40):
     """Kill -9 a run `count` times and compare it with one never stopped: a Counter of outcomes. A
     kill waits for a step, or for a checkpoint that is being written, not for the clock."""
     rng, steps = random.Random(seed), steps_each * (count + 1)
-    with contextlib.redirect_stdout(io.StringIO()):  # what torch imports late: a child has it then
+    with contextlib.redirect_stdout(io.StringIO()):  # what torch imports late: then a child has it
         train.main(["--dataset", str(tokens), "--out", os.path.join(folder, "warm"), *TINY,
                     "--max_steps", "1"])
     whole, torn = os.path.join(folder, "whole"), os.path.join(folder, "torn")
