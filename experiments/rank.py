@@ -10,7 +10,7 @@ nats per row. Standard attention's scores are X W_q W_kᵀ Xᵀ: only what lies 
 fails even at r far below d (the linear bottleneck). Nexus's refined streams leave that span, but
 still have width d: beyond r = d (the log-rank condition) no order can be exact.
 
-A wider head is no control: W_q W_kᵀ is a d x d matrix however wide the head, so a head of width 4d
+A wider head is not a control: W_q W_kᵀ is a d x d matrix whatever its width, so a head of width 4d
 is one of width d with other weights (test_rank.py checks the identity). The real control is order 1
 with an MLP in place of each projection, q = W2 gelu(W1 x): it leaves the span of X too, but token
 by token, without looking at any other. `mlp` has the baseline's parameters (hidden width d/2), as

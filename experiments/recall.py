@@ -241,7 +241,7 @@ def plot_maps(plt, run, path):
     manual(idx, maps=maps)
     inner, outer = maps[-2][0], maps[-1][0]  # (H, T, T)
     first = 2 * run.pairs  # where the questions begin
-    hits = (idx[0] == targets[0, first:, None]).float()  # (n, T): where each answer stands
+    hits = (idx[0] == targets[0, first:, None]).float()  # (n, T): where each answer is
     head = int((outer[:, first:] * hits).sum((1, 2)).argmax())
     names = ["ab"[t // SYMBOLS] + str(t % SYMBOLS) for t in idx[0].tolist()]
     figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 4))

@@ -1,4 +1,4 @@
-"""Folders and lines that are whole or not there; every call that writes, struck once."""
+"""Folders and lines that are complete or absent; every call that writes, struck once."""
 
 import os
 

@@ -46,7 +46,7 @@ def tokens(*shape):
 
 
 def context(gpt, T):
-    """What the model's own forward pass passes to its attention, for one text of T tokens."""
+    """What the model's own forward pass gives its attention, for one text of T tokens."""
     masks = gpt.attention_masks(T, 0, None, "cpu")
     return AttnContext(gpt.config.attention, (gpt.cos[:T], gpt.sin[:T]), *masks, None, None)
 

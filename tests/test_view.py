@@ -40,7 +40,7 @@ def run(monkeypatch, *argv):
 
 
 class Data(HTMLParser):
-    """What stands in the page's script of data, as a browser would cut it out."""
+    """The content of the page's data script, as a browser would extract it."""
 
     within, text, scripts = False, "", 0
 
