@@ -95,7 +95,7 @@ def test_outside_span():
 def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=32, block_size=16, n_layer=2, n_head=2, n_embd=8, rotary_pct=1.0,
-                       nexus_order=2, nexus_streams="k", attention="manual")
+                       nexus_order=2, nexus_inner="self", nexus_streams="k", attention="manual")
     model = GPT(config)
     with torch.no_grad():  # the second layer's keys are all equal: its inner maps are uniform
         model.blocks[1].attn.qkv.weight[8:16] = 0
