@@ -23,12 +23,13 @@ def training_bytes(config, micro_batch, bf16=False, recompute=False):
     """(bytes of weights, gradients and AdamW's moments; bytes of activations) of a training step.
 
     The second is what backward needs per token, layer and channel: 20 numbers, and 2 for each
-    inner attention, 4 if its inputs are projected first (by torch's tracker, experiments/cost.py).
+    inner attention, 3 in cross, whose two maps are of different streams, 4 in shared, which projects
+    them first (by torch's tracker, experiments/cost.py).
     """
     c = config
     weights = 2 * c.vocab_size * c.n_embd + c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd)
     loops = 0 if recompute else len(c.nexus_streams) * (c.nexus_order - 1)
-    numbers = 20 + loops * (4 if c.nexus_inner == "shared" else 2)
+    numbers = 20 + loops * {"shared": 4, "cross": 3}.get(c.nexus_inner, 2)
     tokens = micro_batch * c.block_size
     return 16 * weights, tokens * c.n_layer * c.n_embd * numbers * (2 if bf16 else 4)
 

@@ -16,7 +16,8 @@ ON_CPU = SimpleNamespace(device="cpu", compile=False)
 
 @pytest.mark.parametrize("preset, kind", [
     ("tiny", dict()), ("tiny", dict(nexus_order=3)), ("pythia-70m", dict(nexus_order=2)),
-    ("tiny", dict(nexus_order=2, nexus_inner="shared"))])
+    ("tiny", dict(nexus_order=2, nexus_inner="shared")),
+    ("tiny", dict(nexus_order=3, nexus_inner="past"))])
 def test_the_estimate_is_near_what_torch_counts(preset, kind):
     config = GPTConfig(**PRESETS[preset] | dict(block_size=512), **kind)
     small, large = (cost.peak_memory("", config, batch, ON_CPU) for batch in (8, 16))
