@@ -23,8 +23,8 @@ def training_bytes(config, micro_batch, bf16=False, recompute=False):
     """(bytes of weights, gradients and AdamW's moments; bytes of activations) of a training step.
 
     The second is what backward needs per token, layer and channel: 20 numbers, and 2 for each
-    inner attention, 3 in cross, whose two maps are of different streams, 4 in shared, which projects
-    them first (by torch's tracker, experiments/cost.py).
+    inner attention, 3 in cross, which reads both streams, 4 in shared, which projects them first
+    (by torch's tracker, experiments/cost.py).
     """
     c = config
     weights = 2 * c.vocab_size * c.n_embd + c.n_layer * (12 * c.n_embd**2 + 13 * c.n_embd)
