@@ -1,8 +1,8 @@
 """
 Does Nexus learn more than its baseline, and than cheaper changes, from the same tokens?
 
-    python experiments/compare.py                                  # baseline and self, 3 seeds
-    python experiments/compare.py --quick                          # a small model, half a minute
+    python experiments/compare.py                    # baseline, cross and the key shift, 3 seeds
+    python experiments/compare.py --quick            # a small model, half a minute
     python experiments/compare.py --variants baseline,self,longer,deeper --seeds 6
     python experiments/compare.py --scale text --dataset tokens/books --jobs 2 --out out/text \\
         --variants baseline,key-shift,past,cross --results docs/results/text.jsonl
@@ -149,8 +149,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--scale", choices=SCALES, default="tiny", help="tiny (default), minutes per run at most, "
         "or text: 4.1M tokens of a --dataset and a learning rate for each variant, hours in all")
-    add("--variants", type=listed(str), default="baseline,self",
-        help=f"a list of {', '.join(VARIANTS)}, or all (default: baseline,self)")
+    add("--variants", type=listed(str), default="baseline,cross,key-shift",
+        help=f"a list of {', '.join(VARIANTS)}, or all (default: baseline,cross,key-shift)")
     add("--seeds", type=positive_int, help="seeds 0 to N-1, each for every variant (default: 3; "
         "at scale text 5)")
     add("--lrs", type=listed(positive), help="learning rates to choose from for each variant "

@@ -59,23 +59,26 @@ def lines(path):
 
 def test_compare_and_continue(tmp_path):
     pytest.importorskip("matplotlib")
-    first = run(tmp_path, "--seeds", "1", "--max_steps", "4", "--eval_interval", "2", *SMALL)
+    pair = "--variants", "baseline,cross"
+    first = run(tmp_path, *pair, "--seeds", "1", "--max_steps", "4", "--eval_interval", "2",
+                *SMALL)
     assert first.returncode == 0, first.stderr
-    again = run(tmp_path, "--seeds", "2", "--max_steps", "4", "--eval_interval", "2", *SMALL)
+    again = run(tmp_path, *pair, "--seeds", "2", "--max_steps", "4", "--eval_interval", "2",
+                *SMALL)
     assert again.returncode == 0, again.stderr
     assert "-seed0" not in again.stdout.split("variant")[0]  # seed 0 was there
-    assert again.stdout.count("] baseline-seed1") == again.stdout.count("] self-seed1") == 1
+    assert again.stdout.count("] baseline-seed1") == again.stdout.count("] cross-seed1") == 1
 
     with open(tmp_path / "compare.json") as f:
         results = json.load(f)["results"]
-    assert list(results) == ["baseline", "self"]
+    assert list(results) == ["baseline", "cross"]
     for name, r in results.items():
         assert r["seeds"] == [0, 1]
         for seed in (0, 1):
             log = lines(tmp_path / f"{name}-seed{seed}" / "log.jsonl")
             assert log[-1]["val_loss"] == r["val_loss"][seed]
         assert f"{statistics.mean(r['val_loss']):.4f} ±" in again.stdout
-    base, nexus = results["baseline"], results["self"]
+    base, nexus = results["baseline"], results["cross"]
     assert base["parameters"] == nexus["parameters"]
     assert base["flops_per_token"] < nexus["flops_per_token"]
     gap = statistics.mean(b - a for a, b in zip(base["val_loss"], nexus["val_loss"], strict=True))
@@ -83,7 +86,7 @@ def test_compare_and_continue(tmp_path):
     assert "<svg" in (tmp_path / "compare.svg").read_text()
     kept = lines(tmp_path / "results.jsonl")
     assert [(line["variant"], line["seed"]) for line in kept] == [
-        ("baseline", 0), ("self", 0), ("baseline", 1), ("self", 1)]
+        ("baseline", 0), ("cross", 0), ("baseline", 1), ("cross", 1)]
     assert kept[1]["steps"] == 4 and kept[1]["tokens"] == 1024 and kept[1]["lr"] == 3e-3
     assert [tokens for tokens, _ in kept[1]["curve"]] == [0, 512, 1024]
 
