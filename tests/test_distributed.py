@@ -131,7 +131,7 @@ def patched(self, *args, **kwargs):
     self.register_comm_hook(None, hook)
 DDP.__init__ = patched
 train.main(sys.argv[1:])
-print(f"buckets {len(calls)}\n", end="", flush=True)  # one write: processes do not mix
+print("buckets %d" % len(calls) + chr(10), end="", flush=True)  # one write: they do not mix
 """)
     argv = command(tokens, tmp_path / "run", "--max_steps", 3, "--micro_batch", 1, processes=2)
     argv[argv.index(os.path.join(ROOT, "train.py"))] = str(script)
