@@ -33,7 +33,7 @@ from tqdm import tqdm
 from nanonexus.cli import Parser, UserError, number, run_script
 from nanonexus.data import VERSION, load_hub
 from nanonexus.files import new_folder, sha256
-from nanonexus.tokenizer import EOT, bpe_size, get_tokenizer, padded_vocab, train_bpe
+from nanonexus.tokenizer import EOT, bpe_size, get_tokenizer, padded_vocab, printable, train_bpe
 
 # name -> (hub repository, its configuration, the text field, fraction for validation)
 HUB = {
@@ -170,15 +170,6 @@ def training_text(texts, every):
         if i % every:
             total += len(text)
             yield text
-
-
-def printable(text):
-    """text, with U+FFFD for unpaired surrogates, which JSON may hold and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def tokenise(items, tokenizer, workers, dtype):

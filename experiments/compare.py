@@ -77,6 +77,7 @@ SCALES = {  # defaults of flags not given
 }
 QUICK = ("--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch_tokens 1024 --micro_batch 16 "
          "--warmup_steps 10").split()
+REFERENCES = ("baseline", "key-shift", "self")  # the others are compared with each of them
 LR_SEED = 1000  # for the runs that choose the learning rate
 
 
@@ -112,7 +113,7 @@ def minus(r, base):
 
 
 def rows(results):
-    against = [name for name in ("baseline", "key-shift") if name in results]
+    against = [name for name in REFERENCES if name in results]
     yield ("variant", "lr", "parameters", "FLOPs/token", "FLOPs", "tokens/s", "seeds",
            "val loss, nats", *(f"minus {name} [99% interval]" for name in against))
     for name, r in results.items():
@@ -273,7 +274,7 @@ def main():
             results[name] = summarise(lines)
     if not results:
         raise UserError(f"{args.results} has no finished run of these variants and settings yet")
-    for base in ("baseline", "key-shift"):
+    for base in REFERENCES:
         for name, r in results.items():
             if base in results and name != base and (gap := minus(r, results[base])):
                 r[f"minus_{base}"] = gap

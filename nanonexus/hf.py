@@ -9,7 +9,7 @@ import os
 from model import GPT, GPTConfig, ModelError
 from nanonexus.checkpoint import check_size, load_checkpoint, load_weights
 from nanonexus.cli import UserError
-from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer
+from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer, printable
 
 # their names -> ours, in this order: some contain others
 NAMES = {"gpt_neox.": "", "layers.": "blocks.", "embed_in.": "embed.", "embed_out.": "head.",
@@ -171,8 +171,7 @@ class FolderTokenizer:
 
     def encode_ordinary(self, text):
         """Ids of text; added tokens in it get their own ids, as in transformers."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(printable(text), add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -9,7 +9,7 @@ import sys
 import time
 
 from nanonexus.cli import UserError
-from nanonexus.files import append, lock, replace
+from nanonexus.files import append, lock, write_text
 
 SPIKE = 1.0  # nats above the median of the last ten logged losses
 
@@ -46,11 +46,7 @@ class Log:
         events = []
         if resumed_at is not None and os.path.exists(path):
             events = read(path, resumed_at, args)
-        with open(path + ".partial", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(event) + "\n" for event in events)
-            f.flush()
-            os.fsync(f.fileno())
-        replace(path + ".partial", path)
+        write_text(path, "".join(json.dumps(event) + "\n" for event in events))
         self.file = open(path, "ab", buffering=0)
         self.losses = [event["train_loss"] for event in events if event.get("train_loss")]
         self.bar, self.wandb, self.board = None, None, None

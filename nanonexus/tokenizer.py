@@ -96,6 +96,15 @@ def byte_chars():
         (value, chr(0x100 + i)) for i, value in enumerate(others)]
 
 
+def printable(text):
+    """text, with U+FFFD for unpaired surrogates, which JSON may hold and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def padded_vocab(tokenizer):
     """The model's vocabulary: the tokenizer's, up to the next multiple of 64 (faster products)."""
     return (tokenizer.n_vocab + 63) // 64 * 64
