@@ -1,7 +1,6 @@
 """cost.py: the arithmetic it reports is torch's count, and its ratios are of the same round."""
 
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -59,9 +58,8 @@ def test_speeds_pair_within_a_round():
 def test_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     argv = "--contexts 16,32 --tokens 64 --orders 1,2 --rounds 2 --new_tokens 4".split()
-    out = subprocess.run([sys.executable, cost.__file__, *argv, "--out", str(tmp_path)],
-                         capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
+    monkeypatch.setattr(sys, "argv", [cost.__file__, *argv, "--out", str(tmp_path)])
+    cost.main()
     results = json.loads((tmp_path / "cost.json").read_text())["results"]
     short, long = (results["training"][f"tiny, {T}"]["order 2"] for T in (16, 32))
     assert short["parameters"] == 875_264 and short["predicted"] > long["predicted"]

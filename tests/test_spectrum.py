@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 
 import pytest
@@ -113,19 +112,20 @@ def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeyp
     assert rows["effective rank"][0] <= 4 + 1e-9  # D
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    out = subprocess.run([sys.executable, spectrum.__file__, "--quick", "--seeds", "1", "--widths",
-                          "8,16", "--variants", "baseline,past", "--out", str(tmp_path)],
-                         capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
+    monkeypatch.setattr(sys, "argv", [
+        spectrum.__file__, "--quick", "--seeds", "1", "--widths", "8,16", "--variants",
+        "baseline,past", "--out", str(tmp_path)])
+    spectrum.main()
+    printed = capsys.readouterr().out
     results = json.loads((tmp_path / "spectrum.json").read_text())["results"]
     rows = results["trained"]["past"][0]["rows"]
     assert len(rows["cosine, q"]) == 2 and all(-1 <= c <= 1 for c in rows["cosine, q"])
-    assert f"{rows['effective rank'][0]:.2f} ±" in out.stdout
+    assert f"{rows['effective rank'][0]:.2f} ±" in printed
     (before,) = [x["shares"][0][1] for x in results["untrained"]
                  if (x["inner"], x["D"], x["T"]) == ("past", 16, 64)]
-    assert f"{before:.3f} ±" in out.stdout.split("trained, mean")[1]
+    assert f"{before:.3f} ±" in printed.split("trained, mean")[1]
     assert os.path.getsize(tmp_path / "spectrum.svg") > 1000
 
 
