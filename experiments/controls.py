@@ -18,6 +18,9 @@ Cheap local mixing:
 Inner maps that ignore the content:
   mean       s_t <- s_t + the mean of all s before t, for q and k
   bias       s_t <- s_t + a weighted mean of all s before t, weights learnt per distance
+Between the two:
+  near       `cross` with a bias towards near tokens; it contains the key shift; needs
+             --nexus_order 2 (ALiBi's bias, https://arxiv.org/abs/2108.12409, with a learnt slope)
 More computation, or more weights, for the same purpose:
   mix        q, k = W x', x' = x + Attn_W(x): projected from a representation refined once
   twice      the attention sublayer of each block applied twice, with the same weights
@@ -28,6 +31,7 @@ GPT.flops_per_token, matrix products count and elementwise operations do not. No
 document boundaries: with --doc_mask a shift still reaches the last token of the previous document.
 """
 
+import math
 import sys
 
 import torch
@@ -38,7 +42,7 @@ from common import ROOT  # noqa: F401  makes the modules below importable
 
 import model
 import train
-from model import Block, CausalSelfAttention, attend
+from model import Block, CausalSelfAttention, apply_rotary_emb, attend
 from nanonexus.cli import UserError, run_script
 
 
@@ -167,6 +171,40 @@ class Bias(Change):
         return 2 * config.n_embd * T  # two streams, one product each, half of it masked
 
 
+class Near(CausalSelfAttention):
+    """h_s <- (1 - a) s + a sum over r < t of softmax_r(h_q h_k / sqrt(D) - c (t - r)) s_r, rotary
+    as in `cross`, with a in (0, 1) and c > 0 learnt per head, 1/2 and 4 at the start. At c ->
+    infinity it is a shift of every stream. The first token keeps s."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.nexus_order < 2:
+            raise UserError("near needs --nexus_order 2 or more: order 1 has no inner loop")
+        self.shift = nn.Parameter(torch.zeros(config.n_head))  # a = sigmoid(shift)
+        self.slope = nn.Parameter(torch.full((config.n_head,), math.log(4)))  # log c
+
+    def refine(self, q, k, ctx):
+        h = s = {"q": q, "k": k}
+        a = per_head(self.shift.sigmoid()).to(k.dtype)
+        for _ in range(self.config.nexus_order - 1):
+            query, key = (apply_rotary_emb(h[n], *ctx.rope) for n in "qk")
+            key = with_past(key, ctx)
+            here = torch.arange(key.size(2), device=key.device)
+            distance = here[-q.size(2):, None] - here  # (T, S)
+            scores = (query @ key.mT / math.sqrt(q.size(-1))
+                      - per_head(self.slope.exp()) * distance)  # (B, H, T, S), at least float32
+            seen = (distance > 0) | (here == 0)  # token 0 sees itself
+            weights = scores.masked_fill(~seen, -math.inf).softmax(-1).to(q.dtype)
+            h = h | {n: torch.lerp(s[n], weights @ with_past(s[n], ctx), a)
+                     for n in self.config.nexus_streams}
+        return h["q"], h["k"]
+
+    @staticmethod
+    def flops(config, T):  # one map for all streams, where `cross` is counted with one for each
+        streams, loops = len(config.nexus_streams), config.nexus_order - 1
+        return -(streams - 1) * loops * config.n_embd * T
+
+
 class Mix(CausalSelfAttention):
     """q, k = W x' with x' = x + Attn_W(x), the layer's own attention, output projection included,
     applied once before; v is that of x. It adds no parameter."""
@@ -229,7 +267,7 @@ class Separate(CausalSelfAttention):
 
 
 CONTROLS = {"key-shift": KeyShift, "kv-shift": KVShift, "canon": Canon, "mean": Mean, "bias": Bias,
-            "mix": Mix, "twice": Twice, "separate": Separate}
+            "near": Near, "mix": Mix, "twice": Twice, "separate": Separate}
 
 
 def install(name):

@@ -22,7 +22,7 @@ STYLES = {  # variant: its colour, its dash
     "cross": ("#009e73", SOLID), "cross-k": ("#009e73", DASHED), "cross-q": ("#009e73", DOTTED),
     "cross-3": ("#009e73", DASH_DOT),
     "shared": ("#e69f00", SOLID), "separate": ("#e69f00", DASHED),
-    "mix": ("#e69f00", DOTTED),
+    "mix": ("#e69f00", DOTTED), "near-k": ("#e69f00", DASH_DOT),
     "key-shift": ("#cc79a7", SOLID), "kv-shift": ("#cc79a7", DASHED),
     "canon": ("#cc79a7", DASH_DOT),
     "shift-past-k": ("#56b4e9", SOLID), "shift-past": ("#56b4e9", DASHED),

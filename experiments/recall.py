@@ -61,6 +61,7 @@ VARIANTS = {  # what differs from the baseline
     "cross": dict(nexus_order=2, nexus_inner="cross"),
     "cross-k": dict(nexus_order=2, nexus_inner="cross", nexus_streams="k"),
     "key-shift": dict(), "canon": dict(), "mean": dict(), "bias": dict(),  # controls.py
+    "near-k": dict(nexus_order=2, nexus_streams="k"),  # likewise
     "two-layers": dict(n_layer=2),  # a baseline with more parameters and more compute
 }
 LR_SEED = 1000  # for the runs that choose the learning rate
@@ -87,9 +88,10 @@ def build(run, **overrides):
         vocab_size=task.vocab, block_size=length, n_layer=task.layers, n_head=run.heads,
         n_embd=run.width, rotary_pct=1.0, parallel_residual=task.parallel, gelu="erf")
         | VARIANTS[run.variant] | overrides))
-    if run.variant in CONTROLS:
+    control = CONTROLS.get(run.variant.removesuffix("-k"))
+    if control:
         for block in model.blocks:  # with the weights that the baseline starts from
-            weights, block.attn = block.attn.state_dict(), CONTROLS[run.variant](model.config)
+            weights, block.attn = block.attn.state_dict(), control(model.config)
             block.attn.load_state_dict(weights, strict=False)
     return model
 

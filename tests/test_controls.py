@@ -18,8 +18,9 @@ from nanonexus.generate import generate
 
 SMALL = dict(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
              parallel_residual=False)
-NEW = {"key-shift": 2, "kv-shift": 8, "canon": 4 * 96, "mean": 0, "bias": 2 * 2 * 24, "mix": 0,
-       "twice": 0, "separate": 2 * 3 * 32 * 32}  # parameters per layer
+NEW = {"key-shift": 2, "kv-shift": 8, "canon": 4 * 96, "mean": 0, "bias": 2 * 2 * 24,
+       "near": 4, "mix": 0, "twice": 0, "separate": 2 * 3 * 32 * 32}  # parameters per layer
+LOOPS = "near", "separate"
 PLAIN = model.CausalSelfAttention, model.Block
 every = pytest.mark.parametrize("name", CONTROLS)
 
@@ -38,7 +39,7 @@ def make(name=None, spread=False, **kwargs):
     model.CausalSelfAttention, model.Block = PLAIN
     if name:
         controls.install(name)
-        kwargs = dict(nexus_order=2 if name == "separate" else 1) | kwargs
+        kwargs = dict(nexus_order=2 if name in LOOPS else 1) | kwargs
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**SMALL | kwargs))
     if spread:
@@ -184,6 +185,36 @@ def test_mean_and_bias_are_their_formulas():
             for t in range(7)])
 
     assert_is(attention, x, gathered(q, attention.q_distance), gathered(k, attention.k_distance), v)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_near_is_its_formula(order):
+    attention, x, q, k, v = layer_and_input("near", nexus_order=order)
+    gpt, c = make(), attention.slope.exp().tolist()
+    a = [1 / (1 + math.exp(-p)) for p in attention.shift.tolist()]
+    h_q, h_k = q, k
+    for _ in range(order - 1):
+        turned = [apply_rotary_emb(s.transpose(0, 1), gpt.cos[:7], gpt.sin[:7])
+                  for s in (h_q, h_k)]
+        near_q, near_k = q.clone(), k.clone()  # as the first token keeps them
+        for t in range(1, 7):
+            for h in range(2):
+                weights = torch.stack([turned[0][h, t] @ turned[1][h, r] / 4 - c[h] * (t - r)
+                                       for r in range(t)]).softmax(0)
+                for s, near in ((q, near_q), (k, near_k)):
+                    near[t, h] = (1 - a[h]) * s[t, h] + a[h] * weights @ s[:t, h]
+        h_q, h_k = near_q, near_k
+    assert_is(attention, x, h_q, h_k, v)
+
+
+def test_near_contains_the_key_shift():
+    shift, near = make("key-shift", spread=True), make("near", nexus_streams="k")
+    for ours, its in zip(near.blocks, shift.blocks, strict=True):
+        ours.attn.shift.data.copy_(its.attn.shift)
+        ours.attn.slope.data.fill_(math.log(1e4))
+    assert torch.allclose(near(tokens())[0], shift(tokens())[0], atol=1e-12)
+    with pytest.raises(UserError, match="near needs --nexus_order 2"):
+        make("near", nexus_order=1)
 
 
 def test_mix_projects_a_representation_refined_once():
