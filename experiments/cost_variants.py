@@ -1,0 +1,82 @@
+"""
+What does each variant of compare.py, its controls included, cost in parameters, FLOPs and time?
+
+    python experiments/cost_variants.py
+    python experiments/cost_variants.py --variants baseline,key-shift,cross -- --block_size 1024
+
+The models take turns, one training step each (see cost.py): speeds are relative to the baseline
+within each round, next to what FLOPs predict. Arguments after -- are train.py's: the model's shape.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import compare
+import controls
+import torch
+from cost import interleave, speeds, training_step
+
+from common import table
+
+import model
+import train
+from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
+from nanonexus.device import keep_freed_memory
+
+SKIPPED = ("longer", "deeper")  # a baseline's step, or one with a layer more
+
+
+def build(variant, shape):
+    """(GPT, FLOPs per token) of a variant; shape: flags of train.py."""
+    control, *flags = compare.VARIANTS[variant].split()
+    if control not in controls.CONTROLS:
+        control, flags = None, [control, *flags]
+    config = train.make_config(train.build_parser().parse_args([*shape, *flags]),
+                               SimpleNamespace(vocab_size=2048), torch.device("cpu"), None)
+    own = model.CausalSelfAttention, model.Block
+    try:
+        if control:
+            controls.install(control)
+        made = model.GPT(config)
+    finally:
+        model.CausalSelfAttention, model.Block = own
+    return made, controls.flops_per_token(control, config, config.block_size)
+
+
+def rows(models, flops, found):
+    yield "variant", "parameters", "FLOPs/token", "speed (quartiles)", "FLOPs predict"
+    for name, r in found.items():
+        low, high = r["quartiles"]
+        yield (name, f"{models[name].num_params():,}", f"{flops[name] / 1e6:,.2f} M",
+               f"{r['ratio']:.2f} ({low:.2f} to {high:.2f})",
+               f"{flops['baseline'] / flops[name]:.2f}")
+
+
+def main():
+    argv = sys.argv[1:]
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser, names = Parser(__doc__), [v for v in compare.VARIANTS if v not in SKIPPED]
+    add = parser.add_argument
+    add("--variants", type=listed(str), default=names, help=f"of {', '.join(names)} (default: all)")
+    add("--rounds", type=number(int, 2, 10**6), default=10, help="measured steps per model "
+        "(default: 10)")
+    add("--batch", type=positive_int, default=8, help="windows per step (default: 8)")
+    args = parser.parse_args(argv[:cut])
+    for name in args.variants:
+        if name not in names:
+            raise UserError(f"no variant {name!r}: choose from {', '.join(names)}")
+    shape = ["--preset", "tiny", *argv[cut + 1:]]
+    built = {name: build(name, shape) for name in dict.fromkeys(["baseline", *args.variants])}
+    models, flops = ({name: pair[i] for name, pair in built.items()} for i in range(2))
+    config = models["baseline"].config
+    idx = torch.randint(config.vocab_size, (args.batch, config.block_size + 1))
+    keep_freed_memory()
+    options = SimpleNamespace(device="cpu", compile=False)
+    jobs = {name: training_step(name, made, idx[:, :-1].contiguous(), idx[:, 1:].contiguous(),
+                                options) for name, made in models.items()}
+    found = speeds(interleave(jobs, args.rounds, "steps"), "baseline", args.batch)
+    print(table(rows(models, flops, found)))
+
+
+if __name__ == "__main__":
+    run_script(main)
