@@ -91,4 +91,6 @@ TASKS = {
     "two-hops": Task(two_hops, 6, 3 * SYMBOLS),
 } | {f"mqar-{T}{'-two-layers' * (layers - 1)}":
      Task(mqar, T // 16, 8192, 8192, layers=layers, steps=1000)
-     for layers in (1, 2) for T in (64, 128, 256)}
+     for layers in (1, 2) for T in (64, 128, 256)} | {
+     f"mqar-64-v{vocab}": Task(partial(mqar, vocab=vocab), 4, vocab, vocab, steps=1000)
+     for vocab in (64, 512, 2048)}

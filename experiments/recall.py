@@ -22,7 +22,8 @@ the key up; a refined key can carry its neighbour within one layer. The tasks:
             zoology/data/multiquery_ar.py, the model and its training are those of this file
 
 The residual is sequential; with -parallel it is Pythia's, where the MLP never sees what attention
-found. mqar-T-two-layers gives every variant two layers.
+found. mqar-T-two-layers gives every variant two layers; mqar-64-v64, -v512 and -v2048 have that
+many symbols instead of 8,192.
 
 Every variant gets its learning rate from the same small grid on seed 1000, by the area under its
 curve; then the seeds that count are run. A run stops when it answers everything twice in a row, and

@@ -57,10 +57,11 @@ def test_gapped_problems_can_be_read_off_and_have_every_gap(task, reach):
     assert between == set(range(reach + 1)) and gaps == set(range(13))
 
 
-def test_mqar_is_zoologys():
-    n, vocab = 8, 8192
-    idx, targets = puzzles.mqar(400, n, torch.Generator().manual_seed(0))
-    assert idx.shape == (400, 128)
+@pytest.mark.parametrize("task, n", [("mqar-128", 8), ("mqar-64-v64", 4)])
+def test_mqar_is_zoologys(task, n):
+    vocab = puzzles.TASKS[task].vocab
+    idx, targets = puzzles.TASKS[task].problems(400, n, torch.Generator().manual_seed(0))
+    assert vocab == (64 if "v64" in task else 8192) and idx.shape == (400, 16 * n)
     distances = []
     for row, wanted in zip(idx.tolist(), targets.tolist(), strict=True):
         keys, values = row[0:2 * n:2], row[1:2 * n:2]
@@ -73,7 +74,7 @@ def test_mqar_is_zoologys():
             == {t: follows[key] for t, key in asked.items()}
         distances += [(t - 2 * n) // 2 for t in asked]
     first, late = (sum(low <= d < high for d in distances) / (high - low)
-                   for low, high in ((0, 4), (20, 56)))
+                   for low, high in ((0, 4), (3 * n, 7 * n)))
     assert first > 3 * late > 0  # a power law, not an even spread
 
 
