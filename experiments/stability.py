@@ -144,13 +144,17 @@ def plot(plt, starts, runs, args):
             panel.errorbar(args.orders, y.mean(1), y.std(1), elinewidth=0.7, **style(form))
             ends[form] = args.orders[-1], y[-1].mean().item()
         panel.set(title=title, xlabel="order", **settings)
+        if settings["yscale"] == "log":
+            panel.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_locator(plt.NullLocator())
         name_lines(panel, ends)
 
     for panel, depth in zip(panels[0], args.depths, strict=False):
         base = torch.tensor(starts[f"{FORMS[0]} 1 depth {depth}"])
         draw(panel, lambda form, m, base=base, depth=depth: (torch.tensor(
             starts[f"{form} {m} depth {depth}"]) / base)[..., 1].log().mean(1).exp().tolist(),
-            f"gradient on W_k at the start, {depth} layers", yscale="log")
+            f"gradient on W_k, {depth} layers", yscale="log")
     for i, name in enumerate((*args.lrs, "largest_logit")):
         lr, key = (name, "loss") if i < len(args.lrs) else (args.lrs[-1], name)
         title = f"loss after {args.steps} steps, rate {lr:g}" if key == "loss" \
