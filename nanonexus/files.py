@@ -84,15 +84,16 @@ def new_folder(out):
         raise UserError(f"{out} exists and is not empty: remove it or choose another --out")
     partial = out + ".partial"
     os.makedirs(partial, exist_ok=True)
-    with lock(partial) as held:
+    with lock(partial):
         try:
             for name in set(os.listdir(partial)) - {".lock"}:
                 os.remove(os.path.join(partial, name))
             yield partial
-            os.remove(held.name)
-            for name in [*os.listdir(partial), "."]:
+            for name in sorted({*os.listdir(partial), "."} - {".lock"}):
                 flush(os.path.join(partial, name))
             replace(partial, out)  # onto nothing, or onto an empty folder
+            # the lock is held until now: before the rename another process would start anew in it
+            os.remove(os.path.join(out, ".lock"))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -77,7 +77,7 @@ def jobs(folder):
     def token_set(out):
         if not os.path.exists(out):
             return None
-        assert sorted(os.listdir(out)) == ["meta.json", "train.bin", "val.bin"]
+        assert set(os.listdir(out)) - {".lock"} == {"meta.json", "train.bin", "val.bin"}
         return TokenSet(out, verify=True).meta
 
     def fit(out, steps=6):
@@ -100,7 +100,7 @@ def jobs(folder):
             return None
         load_neox(out)
         contents = {}
-        for name in sorted(os.listdir(out)):
+        for name in set(os.listdir(out)) - {".lock"}:
             with open(os.path.join(out, name), "rb") as f:
                 contents[name] = f.read()
         return contents

@@ -5,6 +5,7 @@ import os
 import faults
 import pytest
 
+from nanonexus import files
 from nanonexus.cli import UserError
 from nanonexus.files import append_line, new_folder, read_lines
 
@@ -50,3 +51,19 @@ def test_whatever_call_fails_or_is_killed_all_is_whole_and_continues(tmp_path):
     assert sum(outcomes["struck"] for outcomes in found.values()) >= 15
     assert {ending for outcomes in found.values() for ending in outcomes} >= {
         "full: said in one line", "broken: said in one line", "killed: whole"}
+
+
+def test_nobody_enters_a_new_folder_while_it_is_finished(tmp_path, monkeypatch):
+    """Between the last byte and the new name, each file is flushed, which takes a while."""
+    out, tried = str(tmp_path / "new"), []
+
+    def flush(path):
+        with pytest.raises(UserError, match="another run is writing|is not empty"), new_folder(out):
+            pass
+        tried.append(path)
+
+    monkeypatch.setattr(files, "flush", flush)
+    with new_folder(out) as partial:
+        (tmp_path / "new.partial" / "a").write_text("whole")
+    assert tried == [f"{partial}/.", f"{partial}/a", str(tmp_path)]
+    assert os.listdir(tmp_path) == ["new"] and os.listdir(out) == ["a"]
