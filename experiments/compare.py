@@ -82,6 +82,18 @@ REFERENCES = ("baseline", "key-shift", "self")  # the others are compared with e
 LR_SEED = 1000  # for the runs that choose the learning rate
 
 
+def read_variant(name, **equal):
+    """(control or None, flags of train.py) of a variant; equal: equal_compute's, for `deeper`."""
+    control, *flags = VARIANTS[name].format(**equal).split()
+    return (control, flags) if control in CONTROLS else (None, [control, *flags])
+
+
+def split(argv):
+    """(a script's own arguments, those after --)"""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1:]
+
+
 def equal_compute(config, max_steps):
     """How long, or how deep, a baseline (a GPTConfig) must be to spend what order 2 spends:
     dict(longer=steps, deeper=layers), the nearest whole numbers."""
@@ -146,7 +158,7 @@ def plot(plt, results, title):
 
 
 def parse_args(argv):
-    extra = argv[argv.index("--") + 1:] if "--" in argv else []
+    given, extra = split(argv)
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--scale", choices=SCALES, default="tiny", help="tiny (default), minutes per run at most, "
@@ -169,7 +181,6 @@ def parse_args(argv):
     add("--results", help="file to which each finished run appends a line (default: "
         "OUT/results.jsonl)")
     add("--show", action="store_true", help="train nothing: the table of the existing lines")
-    given = argv[:argv.index("--")] if "--" in argv else argv
     parser.set_defaults(**SCALES[parser.parse_args(given).scale])
     args = parser.parse_args(given)
     if args.dataset is None and not args.show:
@@ -202,9 +213,7 @@ class Plan:
 
     def run(self, variant, seed, lr=None, share=1):
         """The Run of a variant, over 1 / share of the steps."""
-        control, *flags = VARIANTS[variant].format(**self.equal).split()
-        if control not in CONTROLS:
-            control, flags = None, [control, *flags]
+        control, flags = read_variant(variant, **self.equal)
         steps = self.equal["longer"] if variant == "longer" else self.args.max_steps
         flags = [*self.flags, *flags, "--seed", str(seed), "--max_steps", str(steps // share)]
         name = f"{variant}-seed{seed}" + (f"-lr{lr:g}" if share > 1 else "")

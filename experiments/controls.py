@@ -63,6 +63,17 @@ def per_head(p):
     return p[:, None, None]
 
 
+def distances(S, T, device):
+    """t - r of each of the last T tokens t and all S tokens r: (T, S)."""
+    here = torch.arange(S, device=device)
+    return here[-T:, None] - here
+
+
+def need_loops(name, config):
+    if config.nexus_order < 2:
+        raise UserError(f"{name} needs --nexus_order 2 or more: order 1 has no inner loop")
+
+
 class Change(CausalSelfAttention):
     """The model's attention with change(q, k, v, ctx) before its loops and its outer attention."""
 
@@ -159,9 +170,8 @@ class Bias(Change):
         return (self.gather(q, self.q_distance, ctx), self.gather(k, self.k_distance, ctx), v)
 
     def gather(self, s, bias, ctx):
-        past, T = with_past(s, ctx), s.size(2)
-        here = torch.arange(past.size(2), device=s.device)
-        distance = here[-T:, None] - here  # (T, S)
+        past = with_past(s, ctx)
+        distance = distances(past.size(2), s.size(2), s.device)  # (T, S)
         scores = bias.view(self.config.n_head, -1)[:, distance.clamp(min=0)]  # (H, T, S)
         weights = scores.masked_fill(distance <= 0, -1e30).softmax(-1) * (distance > 0)
         return s + weights.to(s.dtype) @ past
@@ -178,8 +188,7 @@ class Near(CausalSelfAttention):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.nexus_order < 2:
-            raise UserError("near needs --nexus_order 2 or more: order 1 has no inner loop")
+        need_loops("near", config)
         self.shift = nn.Parameter(torch.zeros(config.n_head))  # a = sigmoid(shift)
         self.slope = nn.Parameter(torch.full((config.n_head,), math.log(4)))  # log c
 
@@ -189,11 +198,11 @@ class Near(CausalSelfAttention):
         for _ in range(self.config.nexus_order - 1):
             query, key = (apply_rotary_emb(h[n], *ctx.rope) for n in "qk")
             key = with_past(key, ctx)
-            here = torch.arange(key.size(2), device=key.device)
-            distance = here[-q.size(2):, None] - here  # (T, S)
+            distance = distances(key.size(2), q.size(2), key.device)  # (T, S)
             scores = (query @ key.mT / math.sqrt(q.size(-1))
                       - per_head(self.slope.exp()) * distance)  # (B, H, T, S), at least float32
-            seen = (distance > 0) | (here == 0)  # token 0 sees itself
+            seen = distance > 0
+            seen[:, 0] = True  # token 0 sees itself
             weights = scores.masked_fill(~seen, -math.inf).softmax(-1).to(q.dtype)
             h = h | {n: torch.lerp(s[n], weights @ with_past(s[n], ctx), a)
                      for n in self.config.nexus_streams}
@@ -240,8 +249,7 @@ class Separate(CausalSelfAttention):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.nexus_order < 2:
-            raise UserError("separate needs --nexus_order 2 or more: order 1 has no inner loop")
+        need_loops("separate", config)
         C = config.n_embd
         self.inner = nn.ModuleDict({n: nn.Linear(C, 3 * C, bias=False)
                                     for n in config.nexus_streams})

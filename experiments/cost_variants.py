@@ -28,9 +28,7 @@ SKIPPED = ("longer", "deeper")  # a baseline's step, or one with a layer more
 
 def build(variant, shape):
     """(GPT, FLOPs per token) of a variant; shape: flags of train.py."""
-    control, *flags = compare.VARIANTS[variant].split()
-    if control not in controls.CONTROLS:
-        control, flags = None, [control, *flags]
+    control, flags = compare.read_variant(variant)
     config = train.make_config(train.build_parser().parse_args([*shape, *flags]),
                                SimpleNamespace(vocab_size=2048), torch.device("cpu"), None)
     own = model.CausalSelfAttention, model.Block
@@ -53,19 +51,18 @@ def rows(models, flops, found):
 
 
 def main():
-    argv = sys.argv[1:]
-    cut = argv.index("--") if "--" in argv else len(argv)
+    given, extra = compare.split(sys.argv[1:])
     parser, names = Parser(__doc__), [v for v in compare.VARIANTS if v not in SKIPPED]
     add = parser.add_argument
     add("--variants", type=listed(str), default=names, help=f"of {', '.join(names)} (default: all)")
     add("--rounds", type=number(int, 2, 10**6), default=10, help="measured steps per model "
         "(default: 10)")
     add("--batch", type=positive_int, default=8, help="windows per step (default: 8)")
-    args = parser.parse_args(argv[:cut])
+    args = parser.parse_args(given)
     for name in args.variants:
         if name not in names:
             raise UserError(f"no variant {name!r}: choose from {', '.join(names)}")
-    shape = ["--preset", "tiny", *argv[cut + 1:]]
+    shape = ["--preset", "tiny", *extra]
     built = {name: build(name, shape) for name in dict.fromkeys(["baseline", *args.variants])}
     models, flops = ({name: pair[i] for name, pair in built.items()} for i in range(2))
     config = models["baseline"].config
