@@ -83,7 +83,10 @@ LR_SEED = 1000  # for the runs that choose the learning rate
 
 
 def read_variant(name, **equal):
-    """(control or None, flags of train.py) of a variant; equal: equal_compute's, for `deeper`."""
+    """(control or None, flags of train.py) of a variant; equal: equal_compute's, for `deeper`.
+    UserError if there is no such variant."""
+    if name not in VARIANTS:
+        raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}")
     control, *flags = VARIANTS[name].format(**equal).split()
     return (control, flags) if control in CONTROLS else (None, [control, *flags])
 
@@ -190,8 +193,7 @@ def parse_args(argv):
     if args.variants == ["all"]:
         args.variants = list(VARIANTS)
     for name in args.variants:
-        if name not in VARIANTS:
-            raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}, or all")
+        read_variant(name, deeper=0)  # all are known, before any of them is run
     args.results = args.results or os.path.join(args.out, "results.jsonl")
     return args, extra
 

@@ -33,6 +33,7 @@ document boundaries: with --doc_mask a shift still reaches the last token of the
 
 import math
 import sys
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -278,12 +279,20 @@ CONTROLS = {"key-shift": KeyShift, "kv-shift": KVShift, "canon": Canon, "mean": 
             "near": Near, "mix": Mix, "twice": Twice, "separate": Separate}
 
 
-def install(name):
-    """From here on, models are built with the control `name`. UserError if there is none."""
-    if name not in CONTROLS:
+@contextmanager
+def using(name):
+    """Inside, models are built with the control `name`; None: as they are. UserError if there is no
+    such control."""
+    if name not in (None, *CONTROLS):
         raise UserError(f"no control {name!r}: choose from {', '.join(CONTROLS)}")
-    setattr(model, "Block" if issubclass(CONTROLS[name], Block) else "CausalSelfAttention",
-            CONTROLS[name])
+    if name and issubclass(CONTROLS[name], Block):
+        model.Block = CONTROLS[name]
+    elif name:
+        model.CausalSelfAttention = CONTROLS[name]
+    try:
+        yield
+    finally:
+        model.Block, model.CausalSelfAttention = Block, CausalSelfAttention
 
 
 def flops_per_token(name, config, T):
@@ -296,8 +305,8 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         return
-    install(sys.argv[1])
-    train.main(sys.argv[2:])
+    with using(sys.argv[1]):
+        train.main(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from cost import interleave, speeds, training_step
 
 from common import table
 
-import model
 import train
+from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
 from nanonexus.device import keep_freed_memory
 
@@ -31,13 +31,8 @@ def build(variant, shape):
     control, flags = compare.read_variant(variant)
     config = train.make_config(train.build_parser().parse_args([*shape, *flags]),
                                SimpleNamespace(vocab_size=2048), torch.device("cpu"), None)
-    own = model.CausalSelfAttention, model.Block
-    try:
-        if control:
-            controls.install(control)
-        made = model.GPT(config)
-    finally:
-        model.CausalSelfAttention, model.Block = own
+    with controls.using(control):
+        made = GPT(config)
     return made, controls.flops_per_token(control, config, config.block_size)
 
 

@@ -43,6 +43,26 @@ def commit():
         return None
 
 
+def compare(out, variants, seeds, quick):
+    """Let compare.py train these variants in the folder `out`: it continues, or finds all done.
+    UserError if it stops."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "experiments", "compare.py"),
+                           "--variants", ",".join(variants), "--seeds", str(seeds), "--out", out,
+                           *["--quick"] * quick])
+    if done.returncode:
+        raise UserError(f"compare.py stopped with status {done.returncode}")
+
+
+def checkpoints(out, variant, seeds):
+    """The checkpoints of a variant, seeds 0 to seeds - 1, that compare.py made in the folder `out`.
+    UserError if one is missing."""
+    paths = [os.path.join(out, f"{variant}-seed{seed}", "ckpt.pt") for seed in range(seeds)]
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path} is missing: lower --seeds, or let compare.py make it")
+    return paths
+
+
 class Study:
     """Runs in folders under `out` on one token set, and the file of their lines.
 

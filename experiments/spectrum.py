@@ -32,20 +32,18 @@ Also in trained models, for each layer and head, in float64:
 """
 
 import os
-import re
 import statistics
-import subprocess
-import sys
 
 import torch
 from figures import WIDTH, name_lines, style
+from runs import checkpoints, compare
 from tqdm import tqdm
 
-from common import ROOT, pyplot, save, table
+from common import pyplot, save, table
 
 from model import GPT, GPTConfig
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
+from nanonexus.cli import Parser, listed, number, positive_int, run_script
 from nanonexus.data import TokenSet, batch, val_indices, windows
 from nanonexus.stats import mean_spread, paired, paired_text
 
@@ -241,20 +239,6 @@ def plot(plt, results, start, contexts):
     return figure
 
 
-def checkpoints(runs, variant, seeds):
-    """The first `seeds` checkpoints of a variant in a folder of compare.py's runs, by seed."""
-    found = {}
-    for name in os.listdir(runs) if os.path.isdir(runs) else ():
-        match = re.fullmatch(f"{re.escape(variant)}-seed(\\d+)", name)
-        path = os.path.join(runs, name, "ckpt.pt")
-        if match and os.path.exists(path):
-            found[int(match[1])] = path
-    if len(found) < seeds:
-        raise UserError(f"{runs} has {len(found)} checkpoints of {variant}, not {seeds}: lower "
-                        "--seeds, or let compare.py make them")
-    return [found[seed] for seed in sorted(found)[:seeds]]
-
-
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -287,12 +271,8 @@ def main():
     print(f"untrained, mean over maps and rows, ± over {args.seeds} seeds\n" + table([heading, *(
         row for D in args.widths
         for row in share_lines(lambda inner, T, D=D: start[inner, D][T], args.contexts, D))]))
-    if not args.runs:  # continues, or finds everything done
-        done = subprocess.run([sys.executable, os.path.join(ROOT, "experiments", "compare.py"),
-                               "--variants", ",".join(args.variants), "--seeds", str(args.seeds),
-                               "--out", runs, *(["--quick"] if args.quick else [])])
-        if done.returncode:
-            raise UserError(f"compare.py stopped with status {done.returncode}")
+    if not args.runs:
+        compare(runs, args.variants, args.seeds, args.quick)
     paths = {name: checkpoints(runs, name, args.seeds) for name in args.variants}
     T = load_checkpoint(paths[args.variants[0]][0])[0].config.block_size // 2 * 2
     text = TokenSet(args.dataset or os.path.join(runs, "pydocs")).val

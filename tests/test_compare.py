@@ -257,3 +257,14 @@ def test_a_damaged_file_of_results_is_named(tmp_path):
 def test_mistakes(tmp_path, argv, message):
     out = run(tmp_path, *argv)
     assert out.returncode == 2 and message in out.stderr and out.stderr.count("\n") == 1
+
+
+def test_checkpoints_are_those_of_the_seeds(tmp_path):
+    for name in ("past-seed1", "past-seed0", "past-k-seed0", "past-seed1000-lr0.004", "past-seed2"):
+        (tmp_path / name).mkdir()
+        if name != "past-seed2":  # not finished
+            (tmp_path / name / "ckpt.pt").touch()
+    found = runs.checkpoints(tmp_path, "past", 2)
+    assert found == [str(tmp_path / f"past-seed{seed}" / "ckpt.pt") for seed in (0, 1)]
+    with pytest.raises(UserError, match="past-seed2"):
+        runs.checkpoints(tmp_path, "past", 3)

@@ -21,27 +21,24 @@ SMALL = dict(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotar
 NEW = {"key-shift": 2, "kv-shift": 8, "canon": 4 * 96, "mean": 0, "bias": 2 * 2 * 24,
        "near": 4, "mix": 0, "twice": 0, "separate": 2 * 3 * 32 * 32}  # parameters per layer
 LOOPS = "near", "separate"
-PLAIN = model.CausalSelfAttention, model.Block
 every = pytest.mark.parametrize("name", CONTROLS)
 
 
 @pytest.fixture(autouse=True)
 def clean():
-    """float64, and the model's own attention again afterwards."""
+    """In float64."""
     torch.set_default_dtype(torch.float64)
     yield
-    model.CausalSelfAttention, model.Block = PLAIN
     torch.set_default_dtype(torch.float32)
 
 
 def make(name=None, spread=False, **kwargs):
     """A GPT with the control; spread: its own parameters redrawn, away from their start."""
-    model.CausalSelfAttention, model.Block = PLAIN
     if name:
-        controls.install(name)
         kwargs = dict(nexus_order=2 if name in LOOPS else 1) | kwargs
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(**SMALL | kwargs))
+    with controls.using(name):
+        gpt = GPT(GPTConfig(**SMALL | kwargs))
     if spread:
         for p in own(gpt):
             p.data.normal_()

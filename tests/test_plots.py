@@ -5,6 +5,7 @@ import types
 
 import compare
 import figures
+import induction
 import pytest
 import rank
 import recall
@@ -35,6 +36,13 @@ def of_rank(plt):
     return rank.plot(plt, {"causal": results}), names
 
 
+def of_induction(plt):
+    shares = {"all": 1.0, "repeated": 0.2, "new": 0.8}
+    return induction.plot(plt, {name: [{part: (3.0, share * (3 + i / 9)) for part, share in
+                                        shares.items()}] * 2 for i, name in enumerate(NAMES)},
+                          shares), NAMES[1:]
+
+
 def of_spectrum(plt):
     names = ["baseline", "self", "past"]
     results = {name: [dict(spectra=[[1.0, 0.1 / i, 0.01]], rows={"effective rank": [9.0 - i, 8.0]},
@@ -61,8 +69,8 @@ def of_retrofit(plt):
     return retrofit.plot(plt, changes, runs), names
 
 
-@pytest.mark.parametrize("draw", [of_compare, of_recall, of_rank, of_spectrum, of_stability,
-                                  of_retrofit])
+@pytest.mark.parametrize("draw", [of_compare, of_recall, of_rank, of_induction, of_spectrum,
+                                  of_stability, of_retrofit])
 def test_names_and_colours_are_in_the_figure(draw, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     figure, names = draw(plt)

@@ -10,7 +10,7 @@ import spectrum
 import torch
 
 from model import GPT, GPTConfig
-from nanonexus.cli import UserError, run_script
+from nanonexus.cli import run_script
 
 
 def test_effective_rank():
@@ -55,18 +55,6 @@ def test_maps_are_assigned_to_layers_loops_and_streams():
     assert [m.mean().item() for m in second[0]["k"]] == [6, 8] and second[1].mean() == 9
     plain = spectrum.by_layer(maps[:2], GPTConfig(n_layer=2))
     assert [inner for inner, _ in plain] == [{}, {}] and plain[1][1].mean() == 1
-
-
-def test_checkpoints_are_those_of_the_seeds(tmp_path):
-    for name in ("past-seed1", "past-seed0", "past-k-seed0", "past-seed1000-lr0.004", "past-seed3"):
-        (tmp_path / name).mkdir()
-        if name != "past-seed3":  # not finished
-            (tmp_path / name / "ckpt.pt").touch()
-    found = spectrum.checkpoints(tmp_path, "past", 2)
-    assert [os.path.basename(os.path.dirname(path)) for path in found] == ["past-seed0",
-                                                                           "past-seed1"]
-    with pytest.raises(UserError, match="2 checkpoints of past, not 3"):
-        spectrum.checkpoints(tmp_path, "past", 3)
 
 
 def test_block_has_the_rank_of_the_scores_and_is_blind_to_the_softmax():

@@ -1,0 +1,149 @@
+"""
+Where in a text does a variant gain: on what it can copy from earlier, or everywhere?
+
+    python experiments/induction.py --runs out/compare --variants baseline,cross,key-shift
+    python experiments/induction.py --quick
+
+An induction head (Olsson et al. 2022, https://arxiv.org/abs/2209.11895) looks for an earlier
+occurrence of the current token and predicts what followed it. Whether that can help is a property
+of the text, so the predictions of validation text are split in three. Of a token x_t and the next:
+
+- repeated: the same pair of tokens came before in the window, so that a copy is right;
+- changed: x_t came before, always followed by something else, so that a copy is wrong;
+- new: x_t did not come before, so that there is nothing to copy.
+
+A variant's loss minus the baseline's is the sum of what the three contribute: the difference within
+each, times its share of the predictions. Variants are compare.py's; the first is the baseline.
+"""
+
+import statistics
+
+import controls
+import torch
+import torch.nn.functional as F
+from compare import read_variant
+from figures import STYLES, WIDTH
+from runs import checkpoints, compare
+from tqdm import tqdm
+
+from common import pyplot, save, table
+
+from nanonexus.checkpoint import load_checkpoint
+from nanonexus.cli import Parser, listed, positive_int, run_script
+from nanonexus.data import TokenSet, read_windows, val_indices, windows
+from nanonexus.stats import mean_spread, paired, paired_text
+
+KINDS = ["repeated", "changed", "new"]
+
+
+def kinds(tokens):
+    """tokens (B, T + 1): for each of the T predictions the index in KINDS, (B, T)."""
+    found = torch.empty(tokens.size(0), tokens.size(1) - 1, dtype=torch.long)
+    for b, row in enumerate(tokens.tolist()):
+        followers = {}  # of each token so far: the tokens that came after it
+        for t, (here, after) in enumerate(zip(row, row[1:], strict=False)):
+            earlier = followers.setdefault(here, set())
+            found[b, t] = 0 if after in earlier else 1 if earlier else 2
+            earlier.add(after)
+    return found
+
+
+@torch.no_grad()
+def losses(path, control, tokens, rows=32):
+    """The loss of each prediction, (B, T) nats, on tokens (B, T + 1), by a checkpoint of a variant
+    with this control (or None); rows: windows at a time."""
+    with controls.using(control):
+        model, _ = load_checkpoint(path)
+    return torch.cat([F.cross_entropy(model(some[:, :-1])[0].float().mT, some[:, 1:],
+                                      reduction="none") for some in tokens.split(rows)])
+
+
+def measure(path, control, tokens, kind):
+    """{"all" and each kind: (its mean loss, what it contributes to the mean loss of all)}"""
+    loss = losses(path, control, tokens)
+    parts = {"all": (loss.mean().item(),) * 2}
+    for i, name in enumerate(KINDS):
+        if (kind == i).any():
+            parts[name] = loss[kind == i].mean().item(), (loss * (kind == i)).mean().item()
+    return parts
+
+
+def minus(runs, base, name, i):
+    """Paired difference of two variants' runs in part `name`: of its loss (i = 0) or of what it
+    contributes (i = 1)."""
+    return paired([run[name][i] for run in runs], [run[name][i] for run in base])
+
+
+def lines(results, shares):
+    base, *_ = results
+    yield ("variant", "predictions", "share", "loss, nats", f"minus {base} [99% interval]",
+           "contributes")
+    for variant, runs in results.items():
+        for name, share in shares.items():
+            cells = [variant, name, f"{share:.2f}", mean_spread([run[name][0] for run in runs], 3)]
+            if variant != base:
+                gap, part = (minus(runs, results[base], name, i) for i in (0, 1))
+                cells += [paired_text(gap, 3), f"{part['mean']:+.4f}"]
+            yield cells + [""] * (6 - len(cells))
+
+
+def plot(plt, results, shares):
+    base, *others = results
+    figure, panels = plt.subplots(1, len(shares), figsize=(WIDTH, 1 + 0.3 * len(others)),
+                                  sharex=True, sharey=True)
+    for panel, (name, share) in zip(panels, shares.items(), strict=True):
+        for i, variant in enumerate(others):
+            gaps = [run[name][1] - at[name][1]
+                    for run, at in zip(results[variant], results[base], strict=True)]
+            color = STYLES[variant][0]
+            panel.barh(i, statistics.mean(gaps), 0.6, color=color, alpha=0.35)
+            panel.plot(gaps, [i] * len(gaps), "o", ms=3, color=color)
+        panel.axvline(0, color="#666666", lw=0.8)
+        panel.set_title(name if name == "all" else f"{name}\n{share:.0%} of predictions")
+        panel.set(yticks=range(len(others)), ylim=(len(others) - 0.5, -0.5))
+        panel.set_yticklabels(others)
+    for label, variant in zip(panels[0].get_yticklabels(), others, strict=True):
+        label.set_color(STYLES[variant][0])
+    figure.supxlabel(f"contribution to the validation loss minus {base} (nats per token)",
+                     fontsize=9)
+    return figure
+
+
+def main():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--runs", metavar="DIR", help="the folder of compare.py --out DIR (default: OUT/compare, "
+        "made by compare.py if missing)")
+    add("--variants", type=listed(str), default="baseline,cross,key-shift",
+        help="of compare.py, the baseline first (default: baseline,cross,key-shift)")
+    add("--dataset", metavar="DIR", help="token set (default: pydocs in --runs)")
+    add("--seeds", type=positive_int, default=3, help="models of each variant (default: 3)")
+    add("--windows", type=positive_int, default=256, help="windows of validation text "
+        "(default: 256)")
+    add("--quick", action="store_true", help="small models, few windows: under a minute")
+    add("--out", default="out/induction", help="folder (default: out/induction)")
+    args = parser.parse_args()
+    if args.quick:
+        args.windows, args.seeds = 16, min(2, args.seeds)
+    made_by = {variant: read_variant(variant, deeper=0)[0] for variant in args.variants}
+    plt, runs = pyplot(), args.runs or f"{args.out}/compare"
+    if not args.runs:
+        compare(runs, args.variants, args.seeds, args.quick)
+    paths = {variant: checkpoints(runs, variant, args.seeds) for variant in args.variants}
+    with controls.using(made_by[args.variants[0]]):
+        T = load_checkpoint(paths[args.variants[0]][0])[0].config.block_size
+    text = TokenSet(args.dataset or f"{runs}/pydocs").val
+    tokens = torch.from_numpy(read_windows(text, T, val_indices(windows(text, T), args.windows)))
+    kind = kinds(tokens)
+    shares = {"all": 1.0} | {name: (kind == i).double().mean().item()
+                             for i, name in enumerate(KINDS) if (kind == i).any()}
+    results = {variant: [measure(path, made_by[variant], tokens, kind)
+                         for path in tqdm(found, desc=variant, leave=False, disable=None)]
+               for variant, found in paths.items()}
+    print(f"{kind.numel():,} predictions in {len(tokens)} windows of {T} tokens, ± over "
+          f"{args.seeds} seeds\n{table(lines(results, shares))}")
+    save(args, "induction", dict(shares=shares, runs=results), plot(plt, results, shares))
+
+
+if __name__ == "__main__":
+    run_script(main)

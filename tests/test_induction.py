@@ -1,0 +1,94 @@
+"""induction.py: predictions are sorted by what a copy would give, and the parts add up."""
+
+import json
+import math
+import os
+import sys
+
+import controls
+import induction
+import pytest
+import torch
+
+import model
+from model import GPT, GPTConfig
+from nanonexus.cli import run_script
+
+
+def test_kinds():
+    repeated, changed, new = range(3)
+    a, b, c = 7, 8, 9
+    found = induction.kinds(torch.tensor([[a, b, a, b, a, c, a, c], [a, a, a, b, c, c, c, a]]))
+    assert found.tolist() == [[new, new, repeated, repeated, changed, new, repeated],
+                              [new, repeated, changed, new, new, repeated, changed]]
+
+
+def copier(idx, V=50):
+    """Logits of a perfect induction head: sure of what last followed the token, else uniform."""
+    logits = torch.zeros(*idx.shape, V)
+    for b, row in enumerate(idx.tolist()):
+        followed = {}
+        for t, token in enumerate(row):
+            if t:
+                followed[row[t - 1]] = token
+            if token in followed:
+                logits[b, t, followed[token]] = 30
+    return logits, None
+
+
+def test_a_copier_gains_where_pairs_are_repeated_and_the_parts_add_up(monkeypatch):
+    tokens = torch.stack([torch.randperm(50)[:20].repeat(2) for _ in range(4)])
+    tokens[:, -1] = (tokens[:, 19] + 1) % 50  # the last one alone is changed
+    kind = induction.kinds(tokens)
+    monkeypatch.setattr(induction, "load_checkpoint", lambda path: (copier, None))
+    found = induction.measure("", None, tokens, kind)
+    loss = {name: pair[0] for name, pair in found.items()}
+    assert loss["repeated"] < 1e-6 and loss["changed"] > 20
+    assert loss["new"] == pytest.approx(math.log(50))
+    parts = {name: pair[1] for name, pair in found.items()}
+    assert parts["new"] == pytest.approx(loss["new"] * 20 / 39)
+    assert sum(parts.values()) - parts["all"] == pytest.approx(loss["all"], rel=1e-5)
+
+
+@pytest.mark.parametrize("control", [None, "key-shift"])
+def test_losses_are_the_models_own_with_its_control(control, monkeypatch):
+    made = []
+
+    def load(path):
+        torch.manual_seed(0)
+        made.append(GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=1, n_head=2, n_embd=16)))
+        for p in made[-1].parameters():
+            p.data += 0.1
+        return made[-1], None
+
+    monkeypatch.setattr(induction, "load_checkpoint", load)
+    tokens = torch.randint(31, (5, 13))
+    found = induction.losses("", control, tokens, rows=2)
+    assert found.shape == (5, 12)
+    assert found.mean().item() == pytest.approx(
+        made[0](tokens[:, :-1], tokens[:, 1:])[1].item(), rel=1e-5)
+    assert type(made[0].blocks[0].attn) is (
+        controls.CONTROLS[control] if control else model.CausalSelfAttention)
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["induction.py", "--quick", "--seeds", "1", "--variants",
+                                      "baseline,key-shift", "--out", str(tmp_path)])
+    induction.main()
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "induction.json").read_text())["results"]
+    assert sum(results["shares"].values()) == pytest.approx(2)  # all, and its parts
+    (run,) = results["runs"]["key-shift"]
+    assert run["all"][0] == pytest.approx(sum(run[kind][1] for kind in induction.KINDS), rel=1e-5)
+    assert f"{run['repeated'][0]:.3f} ±" in printed
+    assert os.path.getsize(tmp_path / "induction.svg") > 1000
+
+
+@pytest.mark.parametrize("wrong", ["--runs nowhere", "--variants baseline,keyshift", "--seeds 0"])
+def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["induction.py", "--out", str(tmp_path), *wrong.split()])
+    with pytest.raises(SystemExit) as end:
+        run_script(induction.main)
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
