@@ -8,9 +8,12 @@ An induction head (Olsson et al. 2022, https://arxiv.org/abs/2209.11895) looks f
 occurrence of the current token and predicts what followed it. Whether that can help is a property
 of the text, so the predictions of validation text are split in three. Of a token x_t and the next:
 
-- repeated: the same pair of tokens came before in the window, so that a copy is right;
-- changed: x_t came before, always followed by something else, so that a copy is wrong;
+- repeated: x_t came before in the window, at least once followed by the same token: a copy of that
+  is right;
+- changed: x_t came before, always followed by something else: a copy is wrong;
 - new: x_t did not come before, so that there is nothing to copy.
+
+With --match N the last N tokens take the place of x_t: for bytes, nearly all of which came before.
 
 A variant's loss minus the baseline's is the sum of what the three contribute: the difference within
 each, times its share of the predictions. Variants are compare.py's; the first is the baseline.
@@ -29,20 +32,21 @@ from tqdm import tqdm
 from common import pyplot, save, table
 
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, listed, positive_int, run_script
+from nanonexus.cli import Parser, UserError, listed, positive_int, run_script
 from nanonexus.data import TokenSet, read_windows, val_indices, windows
 from nanonexus.stats import mean_spread, paired, paired_text
 
 KINDS = ["repeated", "changed", "new"]
 
 
-def kinds(tokens):
-    """tokens (B, T + 1): for each of the T predictions the index in KINDS, (B, T)."""
+def kinds(tokens, match=1):
+    """tokens (B, T + 1): for each of the T predictions the index in KINDS, (B, T); match: how many
+    tokens must recur."""
     found = torch.empty(tokens.size(0), tokens.size(1) - 1, dtype=torch.long)
     for b, row in enumerate(tokens.tolist()):
-        followers = {}  # of each token so far: the tokens that came after it
-        for t, (here, after) in enumerate(zip(row, row[1:], strict=False)):
-            earlier = followers.setdefault(here, set())
+        followers = {}  # of each token so far (or of the last few): the tokens that came after it
+        for t, after in enumerate(row[1:]):
+            earlier = followers.setdefault(tuple(row[max(0, t + 1 - match):t + 1]), set())
             found[b, t] = 0 if after in earlier else 1 if earlier else 2
             earlier.add(after)
     return found
@@ -118,6 +122,7 @@ def main():
         help="of compare.py, the baseline first (default: baseline,cross,key-shift)")
     add("--dataset", metavar="DIR", help="token set (default: pydocs in --runs)")
     add("--seeds", type=positive_int, default=3, help="models of each variant (default: 3)")
+    add("--match", type=positive_int, default=1, help="how many tokens must recur (default: 1)")
     add("--windows", type=positive_int, default=256, help="windows of validation text "
         "(default: 256)")
     add("--quick", action="store_true", help="small models, few windows: under a minute")
@@ -125,6 +130,8 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.windows, args.seeds = 16, min(2, args.seeds)
+    if len(args.variants) < 2:
+        raise UserError("--variants needs the baseline and at least one more")
     made_by = {variant: read_variant(variant, deeper=0)[0] for variant in args.variants}
     plt, runs = pyplot(), args.runs or f"{args.out}/compare"
     if not args.runs:
@@ -134,7 +141,7 @@ def main():
         T = load_checkpoint(paths[args.variants[0]][0])[0].config.block_size
     text = TokenSet(args.dataset or f"{runs}/pydocs").val
     tokens = torch.from_numpy(read_windows(text, T, val_indices(windows(text, T), args.windows)))
-    kind = kinds(tokens)
+    kind = kinds(tokens, args.match)
     shares = {"all": 1.0} | {name: (kind == i).double().mean().item()
                              for i, name in enumerate(KINDS) if (kind == i).any()}
     results = {variant: [measure(path, made_by[variant], tokens, kind)

@@ -21,6 +21,8 @@ def test_kinds():
     found = induction.kinds(torch.tensor([[a, b, a, b, a, c, a, c], [a, a, a, b, c, c, c, a]]))
     assert found.tolist() == [[new, new, repeated, repeated, changed, new, repeated],
                               [new, repeated, changed, new, new, repeated, changed]]
+    found = induction.kinds(torch.tensor([[a, b, c, a, b, c, b, c, a]]), match=2)
+    assert found.tolist() == [[new, new, new, new, repeated, changed, new, repeated]]
 
 
 def copier(idx, V=50):
@@ -85,7 +87,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert os.path.getsize(tmp_path / "induction.svg") > 1000
 
 
-@pytest.mark.parametrize("wrong", ["--runs nowhere", "--variants baseline,keyshift", "--seeds 0"])
+@pytest.mark.parametrize("wrong", ["--runs nowhere", "--variants baseline,keyshift", "--seeds 0",
+                                   "--variants baseline"])
 def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["induction.py", "--out", str(tmp_path), *wrong.split()])
