@@ -17,6 +17,10 @@ With --match N the last N tokens take the place of x_t: for bytes, nearly all of
 
 A variant's loss minus the baseline's is the sum of what the three contribute: the difference within
 each, times its share of the predictions. Variants are compare.py's; the first is the baseline.
+
+Whether a head looks at what it could copy is read off its map: the share of its attention that goes
+to the tokens after earlier occurrences of the current one, where there are any (prefix matching in
+Olsson et al.). It is given for the head that has most of it, next to a uniform map's.
 """
 
 import statistics
@@ -53,19 +57,33 @@ def kinds(tokens, match=1):
 
 
 @torch.no_grad()
-def losses(path, control, tokens, rows=32):
-    """The loss of each prediction, (B, T) nats, on tokens (B, T + 1), by a checkpoint of a variant
-    with this control (or None); rows: windows at a time."""
-    with controls.using(control):
-        model, _ = load_checkpoint(path)
+def losses(model, tokens, rows=32):
+    """The loss of each prediction, (B, T) nats, on tokens (B, T + 1); rows: windows at a time."""
     return torch.cat([F.cross_entropy(model(some[:, :-1])[0].float().mT, some[:, 1:],
                                       reduction="none") for some in tokens.split(rows)])
 
 
-def measure(path, control, tokens, kind):
-    """{"all" and each kind: (its mean loss, what it contributes to the mean loss of all)}"""
-    loss = losses(path, control, tokens)
-    parts = {"all": (loss.mean().item(),) * 2}
+@torch.no_grad()
+def copying(model, idx):
+    """(the largest share of attention that a head gives to tokens after earlier occurrences of the
+    current one, a uniform map's), means over the positions of idx (B, T) where there are any."""
+    maps, before = [], F.pad(idx[:, :-1], (1, 0), value=-1)
+    model.hidden_states(idx, maps=maps)
+    per_layer = len(maps) // model.config.n_layer  # the inner maps, then the outer one
+    outer = torch.stack(maps[per_layer - 1::per_layer]).transpose(1, 2)  # (L, H, B, T, T)
+    follows = (before[:, None] == idx[:, :, None]).tril()  # (B, T, T)
+    some = follows.any(-1)
+    uniform = follows.sum(-1) / torch.arange(1, idx.size(1) + 1)
+    return (outer * follows).sum(-1)[..., some].mean(-1).max().item(), uniform[some].mean().item()
+
+
+def measure(path, control, tokens, kind, maps=8):
+    """Of a checkpoint of a variant with this control (or None): {"all" and each kind: (its mean
+    loss, what it contributes to the mean loss of all), "copying": copying, on the first windows}"""
+    with controls.using(control):
+        model, _ = load_checkpoint(path, attention="manual")
+    loss = losses(model, tokens)
+    parts = {"all": (loss.mean().item(),) * 2, "copying": copying(model, tokens[:maps, :-1])}
     for i, name in enumerate(KINDS):
         if (kind == i).any():
             parts[name] = loss[kind == i].mean().item(), (loss * (kind == i)).mean().item()
@@ -89,6 +107,15 @@ def lines(results, shares):
                 gap, part = (minus(runs, results[base], name, i) for i in (0, 1))
                 cells += [paired_text(gap, 3), f"{part['mean']:+.4f}"]
             yield cells + [""] * (6 - len(cells))
+
+
+def copying_lines(results):
+    base, *_ = results
+    yield "variant", "strongest copying head", f"minus {base} [99% interval]", "uniform map"
+    for variant, runs in results.items():
+        gap = "" if variant == base else paired_text(minus(runs, results[base], "copying", 0), 3)
+        yield (variant, mean_spread([run["copying"][0] for run in runs], 3), gap,
+               f"{runs[0]['copying'][1]:.3f}")
 
 
 def plot(plt, results, shares):
@@ -148,7 +175,8 @@ def main():
                          for path in tqdm(found, desc=variant, leave=False, disable=None)]
                for variant, found in paths.items()}
     print(f"{kind.numel():,} predictions in {len(tokens)} windows of {T} tokens, ± over "
-          f"{args.seeds} seeds\n{table(lines(results, shares))}")
+          f"{args.seeds} seeds\n{table(lines(results, shares))}\n\nshare of attention on what "
+          f"followed the same token before\n{table(copying_lines(results))}")
     save(args, "induction", dict(shares=shares, runs=results), plot(plt, results, shares))
 
 

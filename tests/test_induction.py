@@ -25,25 +25,40 @@ def test_kinds():
     assert found.tolist() == [[new, new, new, new, repeated, changed, new, repeated]]
 
 
-def copier(idx, V=50):
-    """Logits of a perfect induction head: sure of what last followed the token, else uniform."""
-    logits = torch.zeros(*idx.shape, V)
-    for b, row in enumerate(idx.tolist()):
-        followed = {}
-        for t, token in enumerate(row):
-            if t:
-                followed[row[t - 1]] = token
-            if token in followed:
-                logits[b, t, followed[token]] = 30
-    return logits, None
+class Copier:
+    """A perfect induction head, next to one that attends to itself: sure of what followed the last
+    occurrence of the token, else uniform."""
+
+    config = GPTConfig(vocab_size=50, n_layer=1, nexus_order=2, nexus_streams="k")
+
+    def __call__(self, idx):
+        found = self.heads(idx)[:, 0]
+        logits = 30 * found @ torch.nn.functional.one_hot(idx, 50).float()
+        return logits * (found.diagonal(0, 1, 2) < 1)[..., None], None
+
+    def heads(self, idx):
+        B, T = idx.shape
+        maps = torch.eye(T).repeat(B, 2, 1, 1)
+        for b, row in enumerate(idx.tolist()):
+            for t, token in enumerate(row):
+                if token in row[:t]:
+                    last = t - row[:t][::-1].index(token)  # the one after it
+                    maps[b, 0, t] = torch.eye(T)[last]
+        return maps
+
+    def hidden_states(self, idx, maps):
+        inner = torch.full((len(idx), 2, idx.size(1), idx.size(1)), 9.0)  # not to be read
+        maps += [inner, self.heads(idx)]
 
 
 def test_a_copier_gains_where_pairs_are_repeated_and_the_parts_add_up(monkeypatch):
     tokens = torch.stack([torch.randperm(50)[:20].repeat(2) for _ in range(4)])
     tokens[:, -1] = (tokens[:, 19] + 1) % 50  # the last one alone is changed
-    kind = induction.kinds(tokens)
-    monkeypatch.setattr(induction, "load_checkpoint", lambda path: (copier, None))
-    found = induction.measure("", None, tokens, kind)
+    monkeypatch.setattr(induction, "load_checkpoint", lambda path, attention: (Copier(), None))
+    found = induction.measure("", None, tokens, induction.kinds(tokens))
+    share, uniform = found.pop("copying")
+    assert share == pytest.approx(1)
+    assert uniform == pytest.approx(sum(1 / (t + 1) for t in range(20, 39)) / 19)
     loss = {name: pair[0] for name, pair in found.items()}
     assert loss["repeated"] < 1e-6 and loss["changed"] > 20
     assert loss["new"] == pytest.approx(math.log(50))
@@ -53,23 +68,24 @@ def test_a_copier_gains_where_pairs_are_repeated_and_the_parts_add_up(monkeypatc
 
 
 @pytest.mark.parametrize("control", [None, "key-shift"])
-def test_losses_are_the_models_own_with_its_control(control, monkeypatch):
+def test_the_model_is_built_with_its_control_and_its_losses_are_its_own(control, monkeypatch):
     made = []
 
-    def load(path):
+    def load(path, attention):
         torch.manual_seed(0)
-        made.append(GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=1, n_head=2, n_embd=16)))
+        made.append(GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=1, n_head=2, n_embd=16,
+                                  attention=attention)))
         for p in made[-1].parameters():
             p.data += 0.1
         return made[-1], None
 
     monkeypatch.setattr(induction, "load_checkpoint", load)
     tokens = torch.randint(31, (5, 13))
-    found = induction.losses("", control, tokens, rows=2)
-    assert found.shape == (5, 12)
-    assert found.mean().item() == pytest.approx(
-        made[0](tokens[:, :-1], tokens[:, 1:])[1].item(), rel=1e-5)
-    assert type(made[0].blocks[0].attn) is (
+    found = induction.measure("", control, tokens, induction.kinds(tokens))
+    (gpt,) = made
+    assert found["all"][0] == pytest.approx(gpt(tokens[:, :-1], tokens[:, 1:])[1].item(), rel=1e-5)
+    assert induction.losses(gpt, tokens, rows=2).mean().item() == pytest.approx(found["all"][0])
+    assert type(gpt.blocks[0].attn) is (
         controls.CONTROLS[control] if control else model.CausalSelfAttention)
 
 
@@ -84,6 +100,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (run,) = results["runs"]["key-shift"]
     assert run["all"][0] == pytest.approx(sum(run[kind][1] for kind in induction.KINDS), rel=1e-5)
     assert f"{run['repeated'][0]:.3f} ±" in printed
+    share, uniform = run["copying"]
+    assert 0 < uniform < 1 and f"{share:.3f} ±" in printed
     assert os.path.getsize(tmp_path / "induction.svg") > 1000
 
 
