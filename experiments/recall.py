@@ -61,8 +61,9 @@ VARIANTS = {  # what differs from the baseline
     "past-k": dict(nexus_order=2, nexus_inner="past", nexus_streams="k"),
     "cross": dict(nexus_order=2, nexus_inner="cross"),
     "cross-k": dict(nexus_order=2, nexus_inner="cross", nexus_streams="k"),
-    "key-shift": dict(), "canon": dict(), "mean": dict(), "bias": dict(),  # controls.py
-    "near-k": dict(nexus_order=2, nexus_streams="k"),  # likewise
+    # of controls.py:
+    "key-shift": dict(), "kv-shift": dict(), "canon": dict(), "mean": dict(), "bias": dict(),
+    "near-k": dict(nexus_order=2, nexus_streams="k"),
     "two-layers": dict(n_layer=2),  # a baseline with more parameters and more compute
 }
 LR_SEED = 1000  # for the runs that choose the learning rate
