@@ -62,6 +62,7 @@ VARIANTS = {  # name -> the control of controls.py, if it is one, and the flags 
     "mean": "mean --nexus_order 1",
     "bias": "bias --nexus_order 1",
     "near-k": "near --nexus_order 2 --nexus_inner cross --nexus_streams k",
+    "near-gated-k": "near-gated --nexus_order 2 --nexus_inner cross --nexus_streams k",
     "mix": "mix --nexus_order 1",
     "twice": "twice --nexus_order 1",
     # two baselines with order 2's FLOPs: see equal_compute

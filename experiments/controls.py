@@ -21,6 +21,7 @@ Inner maps that ignore the content:
 Between the two:
   near       `cross` with a bias towards near tokens; it contains the key shift; needs
              --nexus_order 2 (ALiBi's bias, https://arxiv.org/abs/2108.12409, with a learnt slope)
+  near-gated the same, but a learnt gate per head lets the content in, from nothing at the start
 More computation, or more weights, for the same purpose:
   mix        q, k = W x', x' = x + Attn_W(x): projected from a representation refined once
   twice      the attention sublayer of each block applied twice, with the same weights
@@ -193,6 +194,9 @@ class Near(CausalSelfAttention):
         self.shift = nn.Parameter(torch.zeros(config.n_head))  # a = sigmoid(shift)
         self.slope = nn.Parameter(torch.full((config.n_head,), math.log(4)))  # log c
 
+    def content(self, scores):
+        return scores
+
     def refine(self, q, k, ctx):
         h = s = {"q": q, "k": k}
         a = per_head(self.shift.sigmoid()).to(k.dtype)
@@ -200,7 +204,7 @@ class Near(CausalSelfAttention):
             query, key = (apply_rotary_emb(h[n], *ctx.rope) for n in "qk")
             key = with_past(key, ctx)
             distance = distances(key.size(2), q.size(2), key.device)  # (T, S)
-            scores = (query @ key.mT / math.sqrt(q.size(-1))
+            scores = (self.content(query @ key.mT / math.sqrt(q.size(-1)))
                       - per_head(self.slope.exp()) * distance)  # (B, H, T, S), at least float32
             seen = distance > 0
             seen[:, 0] = True  # token 0 sees itself
@@ -213,6 +217,17 @@ class Near(CausalSelfAttention):
     def flops(config, T):  # one map for all streams, where `cross` is counted with one for each
         streams, loops = len(config.nexus_streams), config.nexus_order - 1
         return -(streams - 1) * loops * config.n_embd * T
+
+
+class NearGated(Near):
+    """Near with scores g h_q h_k / sqrt(D) - c (t - r), g learnt per head, 0 at the start."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.zeros(config.n_head))
+
+    def content(self, scores):
+        return per_head(self.gate) * scores
 
 
 class Mix(CausalSelfAttention):
@@ -276,7 +291,7 @@ class Separate(CausalSelfAttention):
 
 
 CONTROLS = {"key-shift": KeyShift, "kv-shift": KVShift, "canon": Canon, "mean": Mean, "bias": Bias,
-            "near": Near, "mix": Mix, "twice": Twice, "separate": Separate}
+            "near": Near, "near-gated": NearGated, "mix": Mix, "twice": Twice, "separate": Separate}
 
 
 @contextmanager

@@ -64,6 +64,7 @@ VARIANTS = {  # what differs from the baseline
     # of controls.py:
     "key-shift": dict(), "kv-shift": dict(), "canon": dict(), "mean": dict(), "bias": dict(),
     "near-k": dict(nexus_order=2, nexus_streams="k"),
+    "near-gated-k": dict(nexus_order=2, nexus_streams="k"),
     "two-layers": dict(n_layer=2),  # a baseline with more parameters and more compute
 }
 LR_SEED = 1000  # for the runs that choose the learning rate

@@ -19,8 +19,9 @@ from nanonexus.generate import generate
 SMALL = dict(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
              parallel_residual=False)
 NEW = {"key-shift": 2, "kv-shift": 8, "canon": 4 * 96, "mean": 0, "bias": 2 * 2 * 24,
-       "near": 4, "mix": 0, "twice": 0, "separate": 2 * 3 * 32 * 32}  # parameters per layer
-LOOPS = "near", "separate"
+       "near": 4, "near-gated": 6, "mix": 0, "twice": 0,
+       "separate": 2 * 3 * 32 * 32}  # parameters per layer
+LOOPS = "near", "near-gated", "separate"
 every = pytest.mark.parametrize("name", CONTROLS)
 
 
@@ -184,9 +185,10 @@ def test_mean_and_bias_are_their_formulas():
     assert_is(attention, x, gathered(q, attention.q_distance), gathered(k, attention.k_distance), v)
 
 
-@pytest.mark.parametrize("order", [2, 3])
-def test_near_is_its_formula(order):
-    attention, x, q, k, v = layer_and_input("near", nexus_order=order)
+@pytest.mark.parametrize("name, order", [("near", 2), ("near", 3), ("near-gated", 2)])
+def test_near_is_its_formula(name, order):
+    attention, x, q, k, v = layer_and_input(name, nexus_order=order)
+    gates = attention.gate.tolist() if name == "near-gated" else [1, 1]
     gpt, c = make(), attention.slope.exp().tolist()
     a = [1 / (1 + math.exp(-p)) for p in attention.shift.tolist()]
     h_q, h_k = q, k
@@ -196,22 +198,23 @@ def test_near_is_its_formula(order):
         near_q, near_k = q.clone(), k.clone()  # as the first token keeps them
         for t in range(1, 7):
             for h in range(2):
-                weights = torch.stack([turned[0][h, t] @ turned[1][h, r] / 4 - c[h] * (t - r)
-                                       for r in range(t)]).softmax(0)
+                weights = torch.stack([gates[h] * turned[0][h, t] @ turned[1][h, r] / 4
+                                       - c[h] * (t - r) for r in range(t)]).softmax(0)
                 for s, near in ((q, near_q), (k, near_k)):
                     near[t, h] = (1 - a[h]) * s[t, h] + a[h] * weights @ s[:t, h]
         h_q, h_k = near_q, near_k
     assert_is(attention, x, h_q, h_k, v)
 
 
-def test_near_contains_the_key_shift():
-    shift, near = make("key-shift", spread=True), make("near", nexus_streams="k")
+@pytest.mark.parametrize("name", ["near", "near-gated"])
+def test_near_contains_the_key_shift(name):
+    shift, near = make("key-shift", spread=True), make(name, nexus_streams="k")
     for ours, its in zip(near.blocks, shift.blocks, strict=True):
         ours.attn.shift.data.copy_(its.attn.shift)
         ours.attn.slope.data.fill_(math.log(1e4))
     assert torch.allclose(near(tokens())[0], shift(tokens())[0], atol=1e-12)
-    with pytest.raises(UserError, match="near needs --nexus_order 2"):
-        make("near", nexus_order=1)
+    with pytest.raises(UserError, match="near.* needs --nexus_order 2"):
+        make(name, nexus_order=1)
 
 
 def test_mix_projects_a_representation_refined_once():
