@@ -9,8 +9,12 @@ import controls
 import induction
 import pytest
 import torch
+from compare import QUICK, read_variant
+
+from common import pydocs
 
 import model
+import train
 from model import GPT, GPTConfig
 from nanonexus.cli import run_script
 
@@ -89,8 +93,19 @@ def test_the_model_is_built_with_its_control_and_its_losses_are_its_own(control,
         controls.CONTROLS[control] if control else model.CausalSelfAttention)
 
 
+def one_step(out, variants, seeds, quick):
+    """Instead of runs.compare, which test_spectrum.py tests: the same folders, of one step."""
+    data = pydocs(os.path.join(out, "pydocs"))
+    for variant in variants:
+        control, flags = read_variant(variant)
+        with controls.using(control):
+            train.main([*flags, *QUICK, "--max_steps", "1", "--dataset", data, "--no-sample",
+                        "--out", os.path.join(out, f"{variant}-seed0")])
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(induction, "compare", one_step)
     monkeypatch.setattr(sys, "argv", ["induction.py", "--quick", "--seeds", "1", "--variants",
                                       "baseline,key-shift", "--out", str(tmp_path)])
     induction.main()
