@@ -223,7 +223,8 @@ def plot(plt, found):
     n = len(found)
     columns = min(n, 2)
     lines = -(-n // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(WIDTH, 0.6 + 2.4 * lines), squeeze=False)
+    height = 0.9 + 0.15 * max(map(len, found.values()))  # room for each variant's name
+    figure, panels = plt.subplots(lines, columns, figsize=(WIDTH, height * lines), squeeze=False)
     for panel, (task, variants) in itertools.zip_longest(panels.flat, found.items(),
                                                          fillvalue=(None, None)):
         if task is None:
