@@ -83,12 +83,12 @@ REFERENCES = ("baseline", "key-shift", "self")  # the others are compared with e
 LR_SEED = 1000  # for the runs that choose the learning rate
 
 
-def read_variant(name, **equal):
-    """(control or None, flags of train.py) of a variant; equal: equal_compute's, for `deeper`.
+def read_variant(name, deeper=0):
+    """(control or None, flags of train.py) of a variant; deeper: the layers of the one called so.
     UserError if there is no such variant."""
     if name not in VARIANTS:
         raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}")
-    control, *flags = VARIANTS[name].format(**equal).split()
+    control, *flags = VARIANTS[name].format(deeper=deeper).split()
     return (control, flags) if control in CONTROLS else (None, [control, *flags])
 
 
@@ -194,7 +194,7 @@ def parse_args(argv):
     if args.variants == ["all"]:
         args.variants = list(VARIANTS)
     for name in args.variants:
-        read_variant(name, deeper=0)  # all are known, before any of them is run
+        read_variant(name)  # all are known, before any of them is run
     args.results = args.results or os.path.join(args.out, "results.jsonl")
     return args, extra
 
@@ -216,7 +216,7 @@ class Plan:
 
     def run(self, variant, seed, lr=None, share=1):
         """The Run of a variant, over 1 / share of the steps."""
-        control, flags = read_variant(variant, **self.equal)
+        control, flags = read_variant(variant, self.equal["deeper"])
         steps = self.equal["longer"] if variant == "longer" else self.args.max_steps
         flags = [*self.flags, *flags, "--seed", str(seed), "--max_steps", str(steps // share)]
         name = f"{variant}-seed{seed}" + (f"-lr{lr:g}" if share > 1 else "")

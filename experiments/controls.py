@@ -71,8 +71,9 @@ def distances(S, T, device):
     return here[-T:, None] - here
 
 
-def need_loops(name, config):
-    if config.nexus_order < 2:
+def need_loops(control):
+    if control.config.nexus_order < 2:
+        name = next(name for name, kind in CONTROLS.items() if kind is type(control))
         raise UserError(f"{name} needs --nexus_order 2 or more: order 1 has no inner loop")
 
 
@@ -190,7 +191,7 @@ class Near(CausalSelfAttention):
 
     def __init__(self, config):
         super().__init__(config)
-        need_loops("near", config)
+        need_loops(self)
         self.shift = nn.Parameter(torch.zeros(config.n_head))  # a = sigmoid(shift)
         self.slope = nn.Parameter(torch.full((config.n_head,), math.log(4)))  # log c
 
@@ -265,7 +266,7 @@ class Separate(CausalSelfAttention):
 
     def __init__(self, config):
         super().__init__(config)
-        need_loops("separate", config)
+        need_loops(self)
         C = config.n_embd
         self.inner = nn.ModuleDict({n: nn.Linear(C, 3 * C, bias=False)
                                     for n in config.nexus_streams})

@@ -75,6 +75,14 @@ def name_lines(panel, ends, gap=0.065):
                                        shrinkA=0, shrinkB=0))
 
 
+def name_rows(panel, names):
+    """A row for each variant, from the top, with its name at the left in its colour."""
+    panel.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+    panel.set_yticklabels(names)
+    for label, name in zip(panel.get_yticklabels(), names, strict=True):
+        label.set_color(STYLES[name][0])
+
+
 def seed_strips(panel, rows, limit, never="never"):
     """A row for each variant, a dot for each seed: where something happened, or that it never did.
 
@@ -90,12 +98,10 @@ def seed_strips(panel, rows, limit, never="never"):
             panel.plot(1.12 * limit if missing else value, y, "o", ms=3.6, mew=0.8,
                        mec=color, mfc="none" if missing else color, clip_on=False)
     panel.axvline(1.03 * limit, color="#999999", lw=0.6)
-    panel.set(ylim=(len(names) - 0.5, -0.5), xlim=(0, 1.2 * limit), yticks=range(len(names)))
+    panel.set(xlim=(0, 1.2 * limit))
     ticks = [0, limit // 4, limit // 2, 3 * limit // 4]
     panel.set_xticks([*ticks, 1.12 * limit], [*map(str, ticks), never])
-    panel.set_yticklabels(names)
-    for label, name in zip(panel.get_yticklabels(), names, strict=True):
-        label.set_color(STYLES[name][0])
+    name_rows(panel, names)
 
 
 def write(figure, path):

@@ -29,15 +29,14 @@ import controls
 import torch
 import torch.nn.functional as F
 from compare import read_variant
-from figures import STYLES, WIDTH
-from runs import checkpoints, compare
+from figures import STYLES, WIDTH, name_rows
+from runs import model_flags, models_and_text
 from tqdm import tqdm
 
 from common import pyplot, save, table
 
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, UserError, listed, positive_int, run_script
-from nanonexus.data import TokenSet, read_windows, val_indices, windows
+from nanonexus.cli import Parser, UserError, positive_int, run_script
 from nanonexus.stats import mean_spread, paired, paired_text
 
 KINDS = ["repeated", "changed", "new"]
@@ -131,10 +130,7 @@ def plot(plt, results, shares):
             panel.plot(gaps, [i] * len(gaps), "o", ms=3, color=color)
         panel.axvline(0, color="#666666", lw=0.8)
         panel.set_title(name if name == "all" else f"{name}\n{share:.0%} of predictions")
-        panel.set(yticks=range(len(others)), ylim=(len(others) - 0.5, -0.5))
-        panel.set_yticklabels(others)
-    for label, variant in zip(panels[0].get_yticklabels(), others, strict=True):
-        label.set_color(STYLES[variant][0])
+    name_rows(panels[0], others)  # the other panels share its rows
     figure.supxlabel(f"contribution to the validation loss minus {base} (nats per token)",
                      fontsize=9)
     return figure
@@ -143,15 +139,8 @@ def plot(plt, results, shares):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--runs", metavar="DIR", help="the folder of compare.py --out DIR (default: OUT/compare, "
-        "made by compare.py if missing)")
-    add("--variants", type=listed(str), default="baseline,cross,key-shift",
-        help="of compare.py, the baseline first (default: baseline,cross,key-shift)")
-    add("--dataset", metavar="DIR", help="token set (default: pydocs in --runs)")
-    add("--seeds", type=positive_int, default=3, help="models of each variant (default: 3)")
+    model_flags(add, "baseline,cross,key-shift", "the baseline first", count=256)
     add("--match", type=positive_int, default=1, help="how many tokens must recur (default: 1)")
-    add("--windows", type=positive_int, default=256, help="windows of validation text "
-        "(default: 256)")
     add("--quick", action="store_true", help="small models, few windows: under a minute")
     add("--out", default="out/induction", help="folder (default: out/induction)")
     args = parser.parse_args()
@@ -159,15 +148,10 @@ def main():
         args.windows, args.seeds = 16, min(2, args.seeds)
     if len(args.variants) < 2:
         raise UserError("--variants needs the baseline and at least one more")
-    made_by = {variant: read_variant(variant, deeper=0)[0] for variant in args.variants}
-    plt, runs = pyplot(), args.runs or f"{args.out}/compare"
-    if not args.runs:
-        compare(runs, args.variants, args.seeds, args.quick)
-    paths = {variant: checkpoints(runs, variant, args.seeds) for variant in args.variants}
-    with controls.using(made_by[args.variants[0]]):
-        T = load_checkpoint(paths[args.variants[0]][0])[0].config.block_size
-    text = TokenSet(args.dataset or f"{runs}/pydocs").val
-    tokens = torch.from_numpy(read_windows(text, T, val_indices(windows(text, T), args.windows)))
+    made_by = {variant: read_variant(variant)[0] for variant in args.variants}
+    plt = pyplot()
+    paths, tokens = models_and_text(args)
+    T = tokens.size(1) - 1
     kind = kinds(tokens, args.match)
     shares = {"all": 1.0} | {name: (kind == i).double().mean().item()
                              for i, name in enumerate(KINDS) if (kind == i).any()}

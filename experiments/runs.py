@@ -18,8 +18,9 @@ from controls import flops_per_token
 from common import ROOT
 
 from model import GPTConfig
-from nanonexus.checkpoint import newest_checkpoint
-from nanonexus.cli import UserError
+from nanonexus.checkpoint import newest_checkpoint, read_checkpoint
+from nanonexus.cli import UserError, listed, positive_int
+from nanonexus.data import TokenSet, read_windows, val_indices, windows
 from nanonexus.files import append_line, read_lines
 
 
@@ -61,6 +62,32 @@ def checkpoints(out, variant, seeds):
         if not os.path.exists(path):
             raise UserError(f"{path} is missing: lower --seeds, or let compare.py make it")
     return paths
+
+
+def model_flags(add, variants, which, count):
+    """The flags of an experiment on compare.py's models; which: what --variants may be."""
+    add("--runs", metavar="DIR", help="the folder of compare.py --out DIR (default: OUT/compare, "
+        "made by compare.py if missing)")
+    add("--variants", type=listed(str), default=variants,
+        help=f"of compare.py, {which} (default: {variants})")
+    add("--dataset", metavar="DIR", help="token set (default: pydocs in --runs)")
+    add("--seeds", type=positive_int, default=3, help="models of each variant (default: 3)")
+    add("--windows", type=positive_int, default=count,
+        help=f"windows of validation text (default: {count})")
+
+
+def models_and_text(args, even=False):
+    """What model_flags and --quick ask for: {variant: checkpoints} and windows of validation text,
+    int64 (windows, T + 1), where T is the models' context, or the even number below it."""
+    out = args.runs or os.path.join(args.out, "compare")
+    if not args.runs:
+        compare(out, args.variants, args.seeds, args.quick)
+    paths = {variant: checkpoints(out, variant, args.seeds) for variant in args.variants}
+    T = read_checkpoint(paths[args.variants[0]][0])["config"]["block_size"]
+    T -= T % 2 * even
+    text = TokenSet(args.dataset or os.path.join(out, "pydocs")).val
+    return paths, torch.from_numpy(read_windows(text, T, val_indices(windows(text, T),
+                                                                     args.windows)))
 
 
 class Study:

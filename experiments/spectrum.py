@@ -31,20 +31,18 @@ Also in trained models, for each layer and head, in float64:
   query or key and what it was refined into.
 """
 
-import os
 import statistics
 
 import torch
 from figures import WIDTH, name_lines, style
-from runs import checkpoints, compare
+from runs import model_flags, models_and_text
 from tqdm import tqdm
 
 from common import pyplot, save, table
 
 from model import GPT, GPTConfig
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, listed, number, positive_int, run_script
-from nanonexus.data import TokenSet, batch, val_indices, windows
+from nanonexus.cli import Parser, listed, number, run_script
 from nanonexus.stats import mean_spread, paired, paired_text
 
 OUTER = ["effective rank", "outside span", "rank of layer", "rank <= D", "outer entropy"]
@@ -242,13 +240,7 @@ def plot(plt, results, start, contexts):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--runs", metavar="DIR", help="the folder of compare.py --out DIR (default: OUT/compare, "
-        "made by compare.py if missing)")
-    add("--variants", type=listed(str), default="baseline,self,past,cross",
-        help="of compare.py, without its controls (default: baseline,self,past,cross)")
-    add("--dataset", metavar="DIR", help="token set to analyse (default: pydocs in --runs)")
-    add("--seeds", type=positive_int, default=3, help="models of each variant (default: 3)")
-    add("--windows", type=positive_int, default=8, help="windows of validation text (default: 8)")
+    model_flags(add, "baseline,self,past,cross", "without its controls", count=8)
     add("--tol", type=number(float, 1e-12, 0.999), default=0.01, help="singular values below this "
         "times the largest do not count towards a rank (default: 0.01)")
     add("--contexts", type=listed(number(int, 8, 2**14)), default="32,64,128,256,512",
@@ -261,7 +253,7 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.windows, args.seeds, args.contexts = 2, min(2, args.seeds), [16, 32, 64]
-    plt, runs = pyplot(), args.runs or os.path.join(args.out, "compare")
+    plt = pyplot()
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
     start = {(inner, D): {T: [at_start(inner, T, D, seed) for seed in range(args.seeds)]
                           for T in args.contexts}
@@ -271,12 +263,8 @@ def main():
     print(f"untrained, mean over maps and rows, ± over {args.seeds} seeds\n" + table([heading, *(
         row for D in args.widths
         for row in share_lines(lambda inner, T, D=D: start[inner, D][T], args.contexts, D))]))
-    if not args.runs:
-        compare(runs, args.variants, args.seeds, args.quick)
-    paths = {name: checkpoints(runs, name, args.seeds) for name in args.variants}
-    T = load_checkpoint(paths[args.variants[0]][0])[0].config.block_size // 2 * 2
-    text = TokenSet(args.dataset or os.path.join(runs, "pydocs")).val
-    idx = torch.from_numpy(batch(text, T, val_indices(windows(text, T), args.windows, 0, 1))[0])
+    paths, tokens = models_and_text(args, even=True)
+    idx, T = tokens[:, :-1], tokens.size(1) - 1
     results = {name: [measure(path, idx, args.tol, args.contexts) for path in tqdm(
         found, desc=name, leave=False, disable=None)] for name, found in paths.items()}
     print(f"\nmean over heads and {len(idx)} windows of {T} tokens, ± over {args.seeds} seeds; "

@@ -213,7 +213,7 @@ def test_near_contains_the_key_shift(name):
         ours.attn.shift.data.copy_(its.attn.shift)
         ours.attn.slope.data.fill_(math.log(1e4))
     assert torch.allclose(near(tokens())[0], shift(tokens())[0], atol=1e-12)
-    with pytest.raises(UserError, match="near.* needs --nexus_order 2"):
+    with pytest.raises(UserError, match=f"^{name} needs --nexus_order 2"):
         make(name, nexus_order=1)
 
 

@@ -8,6 +8,7 @@ import sys
 import controls
 import induction
 import pytest
+import runs
 import torch
 from compare import QUICK, read_variant
 
@@ -105,7 +106,7 @@ def one_step(out, variants, seeds, quick):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(induction, "compare", one_step)
+    monkeypatch.setattr(runs, "compare", one_step)
     monkeypatch.setattr(sys, "argv", ["induction.py", "--quick", "--seeds", "1", "--variants",
                                       "baseline,key-shift", "--out", str(tmp_path)])
     induction.main()
