@@ -5,6 +5,7 @@ import types
 
 import compare
 import figures
+import findings
 import induction
 import pytest
 import rank
@@ -34,6 +35,13 @@ def of_rank(plt):
     results = {d: {name: {d // 2: [0.3 + i, 0.2 + i], 2 * d: [0.6 + i, 0.5 + i]}
                    for i, name in enumerate(names)} for d in (8, 16)}
     return rank.plot(plt, {"causal": results}), names
+
+
+def of_findings(plt):
+    return findings.plot(
+        plt, {name: [dict(curve=[0.1, 0.9]), dict(curve=[0.1, 0.8])] for name in NAMES[1:]},
+        {name: dict(seeds=[0, 1, 2][i // 3:], val_loss=[3 + i, 4 + i, 5 + i][i // 3:])
+         for i, name in enumerate(NAMES)}), NAMES
 
 
 def of_induction(plt):
@@ -69,8 +77,8 @@ def of_retrofit(plt):
     return retrofit.plot(plt, changes, runs), names
 
 
-@pytest.mark.parametrize("draw", [of_compare, of_recall, of_rank, of_induction, of_spectrum,
-                                  of_stability, of_retrofit])
+@pytest.mark.parametrize("draw", [of_compare, of_recall, of_rank, of_findings, of_induction,
+                                  of_spectrum, of_stability, of_retrofit])
 def test_names_and_colours_are_in_the_figure(draw, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     figure, names = draw(plt)

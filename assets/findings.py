@@ -1,0 +1,65 @@
+"""
+The README's picture of what was found, assets/findings.svg, from two experiments' results:
+
+    python experiments/recall.py --tasks gapped-12 --results docs/results/recall.jsonl --show \\
+        --out out/findings
+    python experiments/compare.py --scale text --lrs 4e-3 --results docs/results/text.jsonl \\
+        --variants baseline,self,past,cross,key-shift,kv-shift,near-gated-k --out out/findings \\
+        --show
+    python assets/findings.py out/findings
+"""
+
+import json
+import os
+import statistics
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "experiments"))
+import figures  # noqa: E402
+
+from common import pyplot  # noqa: E402
+
+from nanonexus.cli import Parser, run_script  # noqa: E402
+
+
+def plot(plt, recall, text):
+    """One task of recall.py, {variant: lines}, beside the variants of compare.py that are
+    in text, {variant: row}; the baseline is the first. A dot per seed."""
+    base, *_ = text
+    figure, (left, right) = plt.subplots(1, 2, figsize=(figures.WIDTH, 1 + 0.28 * len(text)),
+                                         sharey=True)
+    for y, (name, row) in enumerate(text.items()):
+        dot = dict(ms=3.6, color=figures.STYLES[name][0], clip_on=False)
+        lines = recall.get(name, ())
+        for i, line in enumerate(lines):  # slightly apart, so that equal ones stay visible
+            left.plot(line["curve"][-1], y + 0.5 * ((i + 0.5) / len(lines) - 0.5), "o", **dot)
+        start = dict(zip(text[base]["seeds"], text[base]["val_loss"], strict=True))
+        gaps = [loss - start[seed] for seed, loss in zip(row["seeds"], row["val_loss"],
+                                                         strict=True) if seed in start]
+        right.barh(y, statistics.mean(gaps), 0.6, color=dot["color"], alpha=0.35)
+        right.plot(gaps, [y] * len(gaps), "o", **dot)
+    left.set(xlim=(0, 1.02), xlabel="share right, one layer (chance is 0.2)",
+             title="lookup: a value 0 to 12 tokens after its key")
+    right.axvline(0, color="#666666", lw=0.8)
+    right.set(title="text: validation loss", xlabel=f"minus {base}, nats per token")
+    figures.name_rows(left, list(text))
+    return figure
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("folder", help="where both commands wrote to")
+    folder, results = parser.parse_args().folder, []
+    for name in ("recall.json", "compare.json"):
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            results.append(json.load(f)["results"])
+    figure = plot(pyplot(), results[0]["gapped-12"], results[1])
+    figure.tight_layout()
+    path = os.path.join(ROOT, "assets", "findings.svg")
+    figures.write(figure, path)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run_script(main)
