@@ -64,3 +64,11 @@ def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)\)", read(path)):
         if not target.startswith("http"):
             assert os.path.exists(os.path.join(os.path.dirname(path), target)), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: os.path.relpath(path, ROOT))
+def test_every_row_of_a_table_has_its_headings_cells(path):
+    tables = re.findall(r"(?:^\|.*\n)+", read(path), re.M)
+    for cells in ([re.sub(r"`[^`]*`", "", row).count("|") for row in table.splitlines()]
+                  for table in tables):
+        assert len(set(cells)) == 1, cells
