@@ -79,7 +79,6 @@ SCALES = {  # defaults of flags not given
 }
 QUICK = ("--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch_tokens 1024 --micro_batch 16 "
          "--warmup_steps 10").split()
-REFERENCES = ("baseline", "key-shift", "self")  # the others are compared with each of them
 LR_SEED = 1000  # for the runs that choose the learning rate
 
 
@@ -129,8 +128,8 @@ def minus(r, base):
     return dict(seeds=seeds, **paired([a[s] for s in seeds], [b[s] for s in seeds]))
 
 
-def rows(results):
-    against = [name for name in REFERENCES if name in results]
+def rows(results, references):
+    against = [name for name in references if name in results]
     yield ("variant", "lr", "parameters", "FLOPs/token", "FLOPs", "tokens/s", "seeds",
            "val loss, nats", *(f"minus {name} [99% interval]" for name in against))
     for name, r in results.items():
@@ -169,6 +168,9 @@ def parse_args(argv):
         "or text: 4.1M tokens of a --dataset and a learning rate for each variant, hours in all")
     add("--variants", type=listed(str), default="baseline,cross,key-shift",
         help=f"a list of {', '.join(VARIANTS)}, or all (default: baseline,cross,key-shift)")
+    add("--against", type=listed(str), default="baseline,key-shift,self",
+        help="those of --variants that the others are compared with (default: baseline,key-shift,"
+        "self)")
     add("--seeds", type=positive_int, help="seeds 0 to N-1, each for every variant (default: 3; "
         "at scale text 5)")
     add("--lrs", type=listed(positive), help="learning rates to choose from for each variant "
@@ -193,7 +195,7 @@ def parse_args(argv):
         args.max_steps, args.eval_interval, extra = 40, 20, QUICK + extra
     if args.variants == ["all"]:
         args.variants = list(VARIANTS)
-    for name in args.variants:
+    for name in args.variants + args.against:
         read_variant(name)  # all are known, before any of them is run
     args.results = args.results or os.path.join(args.out, "results.jsonl")
     return args, extra
@@ -287,12 +289,12 @@ def main():
             results[name] = summarise(lines)
     if not results:
         raise UserError(f"{args.results} has no finished run of these variants and settings yet")
-    for base in REFERENCES:
+    for base in args.against:
         for name, r in results.items():
             if base in results and name != base and (gap := minus(r, results[base])):
                 r[f"minus_{base}"] = gap
-    print(f"\n{table(rows(results))}\n\n± is the standard deviation over seeds; differences are "
-          "paired by seed, below 0 is better, * is p < 0.01")
+    print(f"\n{table(rows(results, args.against))}\n\n± is the standard deviation over seeds; "
+          "differences are paired by seed, below 0 is better, * is p < 0.01")
     title = f"{args.preset}, {max(len(r['seeds']) for r in results.values())} seeds"
     save(args, "compare", results, plot(plt, results, title))
     plain = [name for name in results if plan.run(name, 0).control is None]

@@ -65,7 +65,7 @@ def test_compare_and_continue(tmp_path, dataset):
                 *SMALL)
     assert first.returncode == 0, first.stderr
     again = run(tmp_path, *pair, "--seeds", "2", "--max_steps", "4", "--eval_interval", "2",
-                *SMALL)
+                "--against", "cross", *SMALL)
     assert again.returncode == 0, again.stderr
     assert "-seed0" not in again.stdout.split("variant")[0]  # seed 0 was there
     assert again.stdout.count("] baseline-seed1") == again.stdout.count("] cross-seed1") == 1
@@ -83,7 +83,8 @@ def test_compare_and_continue(tmp_path, dataset):
     assert base["parameters"] == nexus["parameters"]
     assert base["flops_per_token"] < nexus["flops_per_token"]
     gap = statistics.mean(b - a for a, b in zip(base["val_loss"], nexus["val_loss"], strict=True))
-    assert f"{gap:+.4f} [" in again.stdout
+    assert "minus cross" in again.stdout and "minus baseline" in first.stdout
+    assert f"{-gap:+.4f} [" in again.stdout
     assert "<svg" in (tmp_path / "compare.svg").read_text()
     kept = lines(tmp_path / "results.jsonl")
     assert [(line["variant"], line["seed"]) for line in kept] == [
@@ -171,7 +172,8 @@ def test_seeds_are_paired_although_one_variant_has_more():
     assert compare.minus(compare.summarise([line("past", 7, 1.0)]), base) is None
     single = compare.minus(compare.summarise([line("past", 3, 1.0)]), base)
     assert single["mean"] == -98 and math.isnan(single["p"])
-    heading, *body = compare.rows({"baseline": base, "past": other | dict(minus_baseline=gap)})
+    heading, *body = compare.rows({"baseline": base, "past": other | dict(minus_baseline=gap)},
+                                  ["baseline", "self"])
     assert heading[-1] == "minus baseline [99% interval]"
     assert body[1][0] == "past" and body[1][6] == 3 and body[1][-1].startswith("-0.2333 [")
 
