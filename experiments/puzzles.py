@@ -71,6 +71,24 @@ def mqar(B, n, generator, vocab=8192, power=0.01):
     return idx, torch.full_like(idx, -1).scatter_(1, 2 * n + 2 * gaps, values)
 
 
+def hops(B, n, generator, least=0, most=4, letters=4):
+    """Induction, and again from where it led. The first token is how often, least to most times; n
+    letters follow, none twice in a row. A hop goes from a letter to the one after its last earlier
+    occurrence. idx, targets (B, n + 1): the letter where the hops from this one end, -1 if they
+    end nowhere."""
+    k = torch.randint(least, most + 1, (B, 1), generator=generator)
+    steps = torch.randint(1, letters, (B, n), generator=generator)
+    x = (torch.randint(letters, (B, 1), generator=generator) + steps.cumsum(1)) % letters
+    t = torch.arange(n)
+    same = (x[:, :, None] == x[:, None]) & (t < t[:, None])  # (B, n, n): an earlier occurrence
+    hop = (same * (t + 1)).amax(-1)  # (B, n): the place after the last one; 0 if there is none
+    at = t.expand(B, n)
+    for i in range(most):
+        at = torch.where(i < k, hop.gather(1, at), at)  # hop is 0 at 0: none stays none
+    ends = torch.where(at > 0, x.gather(1, at), -1)
+    return torch.cat([letters + k, x], 1), torch.cat([torch.full_like(k, -1), ends], 1)
+
+
 class Task(NamedTuple):
     """Problems, the model for them, and how long it trains."""
 
@@ -81,6 +99,7 @@ class Task(NamedTuple):
     parallel: bool = False
     layers: int = 1
     steps: int = 400
+    exam: Callable | None = None  # the problems it is judged by, if not the same
 
 
 TASKS = {
@@ -92,5 +111,8 @@ TASKS = {
 } | {f"mqar-{T}{'-two-layers' * (layers - 1)}":
      Task(mqar, T // 16, 8192, 8192, layers=layers, steps=1000)
      for layers in (1, 2) for T in (64, 128, 256)} | {
+     f"hops-{k}-{layers}-layers": Task(partial(hops, most=k), 99, 5 + k, 5 + k, layers=layers,
+                                       steps=1000 * k, exam=partial(hops, least=k, most=k))
+     for k in (1, 2, 4) for layers in (1, 2, 3)} | {
      f"mqar-64-v{vocab}": Task(partial(mqar, vocab=vocab), 4, vocab, vocab, steps=1000)
      for vocab in (64, 512, 2048)}

@@ -20,15 +20,19 @@ the key up; a refined key can carry its neighbour within one layer. The tasks:
             T tokens with T/16 pairs and 8,192 symbols; the data are as in HazyResearch/zoology,
             zoology/experiments/paper_configs/iclr24_zoology_figure2/configs.py and
             zoology/data/multiquery_ar.py, the model and its training are those of this file
+  hops-K-L-layers  K hops of induction (Sanford et al. 2024, https://arxiv.org/abs/2402.09268) among
+            99 random letters of four, in L layers; trained on 0 to K hops, judged by K, as in
+            chsanford/hop-induction-heads, src/tasks.py
 
 The residual is sequential; with -parallel it is Pythia's, where the MLP never sees what attention
 found. mqar-T-two-layers gives every variant two layers; mqar-64-v64, -v512 and -v2048 have that
 many symbols instead of 8,192.
 
 Every variant gets its learning rate from the same small grid on seed 1000, by the area under its
-curve; then the seeds that count are run. A run stops when it answers everything twice in a row, and
-keeps that accuracy. Each finished run is appended to --results and is never run again; interrupted,
-the same command continues. A run either solves a task or does not, so every seed is shown, no mean.
+curve, unless --lrs is one rate; then the seeds that count are run. A run stops when it answers
+everything twice in a row, and keeps that accuracy. Each finished run is appended to --results and is
+never run again; interrupted, the same command continues. A run either solves a task or does not, so
+every seed is shown, no mean.
 """
 
 import itertools
@@ -118,7 +122,8 @@ def train(run):
     model = build(run)
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(run.seed)
-    fresh = task.problems(256, run.pairs, torch.Generator().manual_seed(run.seed + 10**6))
+    fresh = (task.exam or task.problems)(256, run.pairs,
+                                         torch.Generator().manual_seed(run.seed + 10**6))
     curve = []
     for step in range(1, run.steps + 1):
         for group in optimizer.param_groups:
@@ -179,10 +184,11 @@ def study(task, variant, args, results, say):
             results.finish(one)
             say.update()
 
-    grid = [run(LR_SEED, lr) for lr in args.lrs]
+    grid = [run(LR_SEED, lr) for lr in args.lrs] if len(args.lrs) > 1 else []
     for one in grid:
         finish(one)
-    counted = [run(seed, results.best_rate(grid)) for seed in range(args.seeds)]
+    rate = results.best_rate(grid) if grid else args.lrs[0]
+    counted = [run(seed, rate) for seed in range(args.seeds)]
     for one in counted:
         finish(one)
     return [results.lines[one] for one in counted if one in results.lines]
@@ -284,8 +290,9 @@ def main():
     add("--lrs", type=listed(positive), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
     add("--pairs", type=number(int, 1, SYMBOLS), help="of a problem (default: 6; gapped 5; mqar-T "
-        "T/16)")
-    add("--steps", type=positive_int, help="steps of training (default: 400; mqar 1000)")
+        "T/16; of hops, the letters: 99)")
+    add("--steps", type=positive_int, help="steps of training (default: 400; mqar 1000; hops 1000 "
+        "K)")
     add("--width", type=positive_int, default=64, help="of the model (default: 64)")
     add("--heads", type=positive_int, default=2, help="of the model (default: 2)")
     add("--batch", type=positive_int, default=64, help="problems per step (default: 64)")
@@ -304,7 +311,8 @@ def main():
     torch.set_num_threads(1)  # the models are so small that two threads wait for each other
     os.makedirs(args.out, exist_ok=True)
     results, found = Results(args.results or os.path.join(args.out, "results.jsonl")), {}
-    runs = len(args.tasks) * len(args.variants) * (len(args.lrs) + args.seeds)
+    runs = len(args.tasks) * len(args.variants) * (args.seeds
+                                                   + len(args.lrs) * (len(args.lrs) > 1))
     with tqdm(total=runs, unit="run", disable=True if args.show else None, leave=False) as say:
         for task in args.tasks:
             lines = {variant: study(task, variant, args, results, say) for variant in args.variants}

@@ -78,6 +78,26 @@ def test_mqar_is_zoologys(task, n):
     assert first > 3 * late > 0  # a power law, not an even spread
 
 
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_hops_end_where_they_say(k):
+    def end(x, t, times):  # the definition, word for word
+        for _ in range(times):
+            earlier = [i for i in range(t) if x[i] == x[t]]
+            if not earlier:
+                return -1
+            t = max(earlier) + 1
+        return x[t]
+
+    task, n = puzzles.TASKS[f"hops-{k}-2-layers"], 40
+    for problems, times in ((task.problems, set(range(k + 1))), (task.exam, {k})):
+        idx, targets = problems(60, n, torch.Generator().manual_seed(0))
+        assert idx.shape == targets.shape == (60, n + 1) and idx.max() < task.vocab
+        assert set((idx[:, 0] - 4).tolist()) == times and set(idx[:, 1].tolist()) == {0, 1, 2, 3}
+        for (first, *x), (nothing, *ends) in zip(idx.tolist(), targets.tolist(), strict=True):
+            assert nothing == -1 and all(a != b for a, b in itertools.pairwise(x))
+            assert ends[1:] == [end(x, t, first - 4) for t in range(1, n)]
+
+
 def test_accuracy_counts_whole_chains_only():
     n = 4
     idx, targets = puzzles.two_hops(8, n, torch.Generator().manual_seed(0))
@@ -170,24 +190,28 @@ def call(monkeypatch, *argv):
 
 def test_a_stopped_study_continues_and_show_trains_nothing(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    argv = ("--pairs 2 --width 16 --steps 4 --seeds 2 --lrs 1e-2 --tasks one-hop --variants "
+    argv = ("--pairs 2 --width 16 --steps 4 --seeds 2 --lrs 1e-3,1e-2 --tasks one-hop --variants "
             "baseline,past").split() + ["--out", tmp_path]
     trained = []
     monkeypatch.setattr(recall, "train", lambda run, train=recall.train:
                         trained.append(run) or train(run))
     call(monkeypatch, *argv)
-    assert len(trained) == 6
+    assert len(trained) == 8
     results = tmp_path / "results.jsonl"
     lines = results.read_text().splitlines(keepends=True)
     results.write_text("".join(lines[:4]))  # as if stopped after four
     assert "past" in capsys.readouterr().out.split()
     call(monkeypatch, *argv, "--show")
-    assert len(trained) == 6 and "past" not in capsys.readouterr().out.split()
+    assert len(trained) == 8 and "past" not in capsys.readouterr().out.split()
     call(monkeypatch, *argv)
-    assert trained[6:] == trained[4:6]
+    assert trained[8:] == trained[4:8]
     timeless = [[json.loads(x) | dict(cpu_seconds=0) for x in text]
                 for text in (lines, results.read_text().splitlines())]
     assert timeless[0] == timeless[1]
+
+    trained.clear()
+    call(monkeypatch, *argv, "--lrs", "3e-3")  # nothing to choose
+    assert [(run.seed, run.lr) for run in trained] == [(0, 3e-3), (1, 3e-3)] * 2
 
 
 @pytest.mark.parametrize("wrong", ["--pairs 17", "--variants nexus-2", "--tasks three-hops",
