@@ -30,9 +30,9 @@ many symbols instead of 8,192.
 
 Every variant gets its learning rate from the same small grid on seed 1000, by the area under its
 curve, unless --lrs is one rate; then the seeds that count are run. A run stops when it answers
-everything twice in a row, and keeps that accuracy. Each finished run is appended to --results and is
-never run again; interrupted, the same command continues. A run either solves a task or does not, so
-every seed is shown, no mean.
+everything twice in a row, and keeps that accuracy. Each finished run is appended to --results and
+is never run again; interrupted, the same command continues. A run either solves a task or does not,
+so every seed is shown, no mean.
 """
 
 import itertools
