@@ -4,8 +4,8 @@ The README's picture of what was found, assets/findings.svg, from two experiment
     python experiments/recall.py --tasks gapped-12 --results docs/results/recall.jsonl --show \\
         --out out/findings
     python experiments/compare.py --scale text --lrs 4e-3 --results docs/results/text.jsonl \\
-        --variants baseline,self,past,cross,key-shift,kv-shift,near-gated-k --out out/findings \\
-        --show
+        --variants baseline,self,shared,past,cross,key-shift,kv-shift,near-gated-k \\
+        --show --out out/findings
     python assets/findings.py out/findings
 """
 
