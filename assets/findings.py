@@ -11,7 +11,6 @@ The README's picture of what was found, assets/findings.svg, from two experiment
 
 import json
 import os
-import statistics
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -29,16 +28,13 @@ def plot(plt, recall, text):
     base, *_ = text
     figure, (left, right) = plt.subplots(1, 2, figsize=(figures.WIDTH, 1 + 0.28 * len(text)),
                                          sharey=True)
+    start = dict(zip(text[base]["seeds"], text[base]["val_loss"], strict=True))
     for y, (name, row) in enumerate(text.items()):
-        dot = dict(ms=3.6, color=figures.STYLES[name][0], clip_on=False)
-        lines = recall.get(name, ())
-        for i, line in enumerate(lines):  # slightly apart, so that equal ones stay visible
-            left.plot(line["curve"][-1], y + 0.5 * ((i + 0.5) / len(lines) - 0.5), "o", **dot)
-        start = dict(zip(text[base]["seeds"], text[base]["val_loss"], strict=True))
-        gaps = [loss - start[seed] for seed, loss in zip(row["seeds"], row["val_loss"],
-                                                         strict=True) if seed in start]
-        right.barh(y, statistics.mean(gaps), 0.6, color=dot["color"], alpha=0.35)
-        right.plot(gaps, [y] * len(gaps), "o", **dot)
+        shares = [line["curve"][-1] for line in recall.get(name, ())]
+        left.plot(shares, figures.apart(y, len(shares)), "o", ms=3.6, clip_on=False,
+                  color=figures.STYLES[name][0])
+        figures.mean_bar(right, y, name, [loss - start[seed] for seed, loss in zip(
+            row["seeds"], row["val_loss"], strict=True) if seed in start])
     left.set(xlim=(0, 1.02), xlabel="share right, one layer (chance is 0.2)",
              title="lookup: a value 0 to 12 tokens after its key")
     right.axvline(0, color="#666666", lw=0.8)

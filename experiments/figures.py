@@ -8,6 +8,8 @@ Ito (2008) and stay distinct under red-green colour blindness, see tests/test_fi
 labelled directly: a legend would have to be matched by colour.
 """
 
+import statistics
+
 SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5))
 
 STYLES = {  # variant: its colour, its dash
@@ -83,6 +85,18 @@ def name_rows(panel, names):
         label.set_color(STYLES[name][0])
 
 
+def apart(y, n):
+    """n heights slightly apart around y, so that equal values of n seeds stay visible."""
+    return [y + 0.5 * ((i + 0.5) / n - 0.5) for i in range(n)]
+
+
+def mean_bar(panel, y, variant, values):
+    """A bar as long as the mean, a dot for each seed's value."""
+    color = STYLES[variant][0]
+    panel.barh(y, statistics.mean(values), 0.6, color=color, alpha=0.35)
+    panel.plot(values, [y] * len(values), "o", ms=3, color=color)
+
+
 def seed_strips(panel, rows, limit, never="never"):
     """A row for each variant, a dot for each seed: where something happened, or that it never did.
 
@@ -92,8 +106,7 @@ def seed_strips(panel, rows, limit, never="never"):
     names = list(rows)
     for i, (name, values) in enumerate(rows.items()):
         color = STYLES[name][0]
-        for j, value in enumerate(values):
-            y = i + 0.5 * ((j + 0.5) / len(values) - 0.5)
+        for value, y in zip(values, apart(i, len(values)), strict=True):
             missing = value is None
             panel.plot(1.12 * limit if missing else value, y, "o", ms=3.6, mew=0.8,
                        mec=color, mfc="none" if missing else color, clip_on=False)

@@ -23,13 +23,11 @@ to the tokens after earlier occurrences of the current one, where there are any 
 Olsson et al.). It is given for the head that has most of it, next to a uniform map's.
 """
 
-import statistics
-
 import controls
 import torch
 import torch.nn.functional as F
 from compare import read_variant
-from figures import STYLES, WIDTH, name_rows
+from figures import WIDTH, mean_bar, name_rows
 from runs import model_flags, models_and_text
 from tqdm import tqdm
 
@@ -125,9 +123,7 @@ def plot(plt, results, shares):
         for i, variant in enumerate(others):
             gaps = [run[name][1] - at[name][1]
                     for run, at in zip(results[variant], results[base], strict=True)]
-            color = STYLES[variant][0]
-            panel.barh(i, statistics.mean(gaps), 0.6, color=color, alpha=0.35)
-            panel.plot(gaps, [i] * len(gaps), "o", ms=3, color=color)
+            mean_bar(panel, i, variant, gaps)
         panel.axvline(0, color="#666666", lw=0.8)
         panel.set_title(name if name == "all" else f"{name}\n{share:.0%} of predictions")
     name_rows(panels[0], others)  # the other panels share its rows

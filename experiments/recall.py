@@ -172,6 +172,11 @@ class Results:
         return max(runs, key=lambda run: sum(self.lines[run]["curve"])).lr
 
 
+def to_try(lrs):
+    """The learning rates to choose from: one is no choice."""
+    return lrs if len(lrs) > 1 else []
+
+
 def study(task, variant, args, results, say):
     """The lines of the seeds that count, as far as they exist; args.show makes no new ones."""
     def run(seed, lr):
@@ -184,7 +189,7 @@ def study(task, variant, args, results, say):
             results.finish(one)
             say.update()
 
-    grid = [run(LR_SEED, lr) for lr in args.lrs] if len(args.lrs) > 1 else []
+    grid = [run(LR_SEED, lr) for lr in to_try(args.lrs)]
     for one in grid:
         finish(one)
     rate = results.best_rate(grid) if grid else args.lrs[0]
@@ -311,8 +316,7 @@ def main():
     torch.set_num_threads(1)  # the models are so small that two threads wait for each other
     os.makedirs(args.out, exist_ok=True)
     results, found = Results(args.results or os.path.join(args.out, "results.jsonl")), {}
-    runs = len(args.tasks) * len(args.variants) * (args.seeds
-                                                   + len(args.lrs) * (len(args.lrs) > 1))
+    runs = len(args.tasks) * len(args.variants) * (args.seeds + len(to_try(args.lrs)))
     with tqdm(total=runs, unit="run", disable=True if args.show else None, leave=False) as say:
         for task in args.tasks:
             lines = {variant: study(task, variant, args, results, say) for variant in args.variants}
