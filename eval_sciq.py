@@ -4,6 +4,7 @@ Zero-shot SciQ and its five related tasks, scored as lm-evaluation-harness score
     python eval_sciq.py --checkpoint out/ckpt.pt --tasks demo            # no network: a smoke test
     python eval_sciq.py --checkpoint EleutherAI/pythia-70m --tasks sciq,piqa
     python eval_sciq.py --checkpoint out/base/ckpt.pt --versus out/nexus/ckpt.pt --tasks all
+    python eval_sciq.py --checkpoint base.json --versus nexus.json      # scored before, --save_docs
     python eval_sciq.py --checkpoint out/ckpt.pt --lm_eval --tasks lambada_openai,winogrande
 
 For each question the model gives every choice a log-likelihood after the prompt. acc is the
@@ -15,6 +16,7 @@ this project: it shows that scoring works and is not a benchmark.
 
 import argparse
 import difflib
+import json
 import platform
 
 import torch
@@ -38,8 +40,9 @@ def batch_size(text):
 def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of train.py, a GPT-NeoX folder, or "
-        "a name on the hub such as EleutherAI/pythia-70m (default: out/ckpt.pt)")
+    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of train.py, a GPT-NeoX folder, a "
+        "name on the hub such as EleutherAI/pythia-70m, or a FILE.json that --json and --save_docs "
+        "wrote (default: out/ckpt.pt)")
     add("--versus", metavar="CHECKPOINT", help="a second model: paired differences on the same "
         "documents, with their p-values, and a bar chart")
     add("--tasks", default="sciq", help=f"a list of {', '.join(TASKS)}, or all for the first six "
@@ -72,7 +75,8 @@ def main():
     plt = pyplot() if args.versus else None  # fail before scoring if it or the data is missing
     data = {name: read_task(name, args.data, args.limit) for name in names}
     paths = [args.checkpoint, args.versus] if args.versus else [args.checkpoint]
-    entries = [score(path, data, args) for path in paths]
+    entries = [(read_scores if path.endswith(".json") else score)(path, data, args)
+               for path in paths]
     result = report(entries, args)
     if args.versus:
         print_gaps(result["paired"], args)
@@ -113,12 +117,36 @@ def score(path, data, args):
     config = scorer.model.config
     tasks = {name: evaluate(scorer, name, docs) | dict(data_sha256=digest)
              for name, (docs, digest) in data.items()}
-    print(f"\n{path}: order {config.nexus_order}, {scorer.model.num_params():,} parameters, "
-          f"{args.dtype}\n{'task':15}{'n':>6}  {'acc':>15}  {'acc_norm':>15}  {'chance':>6}")
+    print_scores(f"{path}: order {config.nexus_order}, {scorer.model.num_params():,} parameters, "
+                 f"{args.dtype}", tasks)
+    return dict(checkpoint=scorer.identity, config=vars(config), tasks=tasks)
+
+
+def read_scores(path, data, args):
+    """score's entry, from a JSON file of an earlier call with --save_docs. UserError unless it has
+    the same documents, scored in the same dtype."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            entry = json.load(f)
+        tasks = {name: entry["tasks"][name] for name in data}
+        same = entry["dtype"] == args.dtype and all(
+            (task["data_sha256"], len(task["docs"])) == (digest, len(docs))
+            for task, (docs, digest) in zip(tasks.values(), data.values(), strict=True))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} does not have the documents of {', '.join(data)}: score that "
+                        "model with the same --tasks, --json FILE and --save_docs") from error
+    if not same:
+        raise UserError(f"{path} scored other documents, or in another dtype: use the same --data, "
+                        "--limit and --dtype")
+    print_scores(f"{path}: {entry['checkpoint']['path']}, {args.dtype}, scored before", tasks)
+    return dict(checkpoint=entry["checkpoint"], config=entry["config"], tasks=tasks)
+
+
+def print_scores(heading, tasks):
+    print(f"\n{heading}\n{'task':15}{'n':>6}  {'acc':>15}  {'acc_norm':>15}  {'chance':>6}")
     for name, r in tasks.items():
         print(f"{name:15}{r['n']:>6}  {r['acc']:.4f} ± {r['acc_stderr']:.4f}"
               f"  {r['acc_norm']:.4f} ± {r['acc_norm_stderr']:.4f}  {r['chance']:6.4f}")
-    return dict(checkpoint=scorer.identity, config=vars(config), tasks=tasks)
 
 
 def report(entries, args):

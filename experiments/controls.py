@@ -3,10 +3,13 @@ Controls for Nexus: other ways to let a query or a key know about earlier tokens
 
     python experiments/controls.py key-shift --nexus_order 1 --dataset tokens/books
     python experiments/controls.py key-shift --nexus_order 2 --nexus_inner past --nexus_streams k
+    python experiments/controls.py key-shift eval_sciq.py --checkpoint out/shift/ckpt.pt
+    python experiments/controls.py key-shift sample.py --checkpoint out/shift/ckpt.pt --prompt The
 
 The first argument names the control, the others are train.py's flags: the run, its log and its
-checkpoints are train.py's. Those that change q, k and v do so before rotary and before any inner
-loop, so that each works with Nexus or, at --nexus_order 1, without.
+checkpoints are train.py's. A script's name before the flags runs that script instead. Those that
+change q, k and v do so before rotary and before any inner loop, so that each works with Nexus or,
+at --nexus_order 1, without.
 
 Cheap local mixing:
   key-shift  k_t <- (1 - a) k_t + a k_(t-1), one a in (0, 1) per head: smeared keys (Olsson et al.
@@ -32,6 +35,7 @@ GPT.flops_per_token, matrix products count and elementwise operations do not. No
 document boundaries: with --doc_mask a shift still reaches the last token of the previous document.
 """
 
+import importlib
 import math
 import sys
 from contextlib import contextmanager
@@ -43,7 +47,6 @@ import torch.nn.functional as F
 from common import ROOT  # noqa: F401  makes the modules below importable
 
 import model
-import train
 from model import Block, CausalSelfAttention, apply_rotary_emb, attend
 from nanonexus.cli import UserError, run_script
 
@@ -295,6 +298,9 @@ CONTROLS = {"key-shift": KeyShift, "kv-shift": KVShift, "canon": Canon, "mean": 
             "near": Near, "near-gated": NearGated, "mix": Mix, "twice": Twice, "separate": Separate}
 
 
+SCRIPTS = "train.py", "eval_sciq.py", "sample.py"  # that run with a control
+
+
 @contextmanager
 def using(name):
     """Inside, models are built with the control `name`; None: as they are. UserError if there is no
@@ -321,8 +327,12 @@ def main():
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         return
-    with using(sys.argv[1]):
-        train.main(sys.argv[2:])
+    name, *rest = sys.argv[1:]
+    script = rest.pop(0) if rest[:1] and rest[0] in SCRIPTS else "train.py"
+    script = importlib.import_module(script.removesuffix(".py"))
+    sys.argv[1:] = rest
+    with using(name):
+        script.main()
 
 
 if __name__ == "__main__":

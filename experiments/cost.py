@@ -145,6 +145,7 @@ def training_step(name, model, idx, targets, args, optimizer=None):
     else:
         run = model
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # one per model; beyond it, silently eager
         run = torch.compile(run, fullgraph=isinstance(model, GPT), dynamic=False)
 
     def job():
@@ -305,7 +306,6 @@ def main():
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
     plt, args.compile = pyplot(), args.device == "cuda"
-    torch._dynamo.config.recompile_limit = 64  # one per model here; beyond it, silently eager
     if args.device == "cpu":
         keep_freed_memory()
 

@@ -3,9 +3,11 @@ What does each variant of compare.py, its controls included, cost in parameters,
 
     python experiments/cost_variants.py
     python experiments/cost_variants.py --variants baseline,key-shift,cross -- --block_size 1024
+    python experiments/cost_variants.py --device cuda --batch 16 -- --preset pythia-70m
 
-The models take turns, one training step each (see cost.py): speeds are relative to the baseline
-within each round, next to what FLOPs predict. Arguments after -- are train.py's: the model's shape.
+The models take turns, one training step each (on CUDA compiled, in bfloat16; see cost.py): speeds
+are relative to the baseline within each round, next to what FLOPs predict. Arguments after -- are
+train.py's: the model's shape.
 """
 
 import sys
@@ -21,7 +23,7 @@ from common import table
 import train
 from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
-from nanonexus.device import keep_freed_memory
+from nanonexus.device import check_device, keep_freed_memory
 
 SKIPPED = ("longer", "deeper")  # a baseline's step, or one with a layer more
 
@@ -53,7 +55,9 @@ def main():
     add("--rounds", type=number(int, 2, 10**6), default=10, help="measured steps per model "
         "(default: 10)")
     add("--batch", type=positive_int, default=8, help="windows per step (default: 8)")
+    add("--device", default="cpu", help="(default: cpu)")
     args = parser.parse_args(given)
+    check_device(args.device)
     for name in args.variants:
         if name not in names:
             raise UserError(f"no variant {name!r}: choose from {', '.join(names)}")
@@ -61,11 +65,12 @@ def main():
     built = {name: build(name, shape) for name in dict.fromkeys(["baseline", *args.variants])}
     models, flops = ({name: pair[i] for name, pair in built.items()} for i in range(2))
     config = models["baseline"].config
-    idx = torch.randint(config.vocab_size, (args.batch, config.block_size + 1))
-    keep_freed_memory()
-    options = SimpleNamespace(device="cpu", compile=False)
-    jobs = {name: training_step(name, made, idx[:, :-1].contiguous(), idx[:, 1:].contiguous(),
-                                options) for name, made in models.items()}
+    idx = torch.randint(config.vocab_size, (args.batch, config.block_size + 1), device=args.device)
+    if args.device == "cpu":
+        keep_freed_memory()
+    args.compile = args.device == "cuda"
+    jobs = {name: training_step(name, made.to(args.device), idx[:, :-1].contiguous(),
+                                idx[:, 1:].contiguous(), args) for name, made in models.items()}
     found = speeds(interleave(jobs, args.rounds, "steps"), "baseline", args.batch)
     print(table(rows(models, flops, found)))
 

@@ -9,15 +9,16 @@
 #
 # TOKENS: a token set (GPT-2's tokenizer for the shapes of Pythia), or TOKENS.tar.xz next to it, which
 # is quick to copy: tar -cJf tokens/openstax.tar.xz -C tokens openstax
-# PARTS: tests (backends and loss on CUDA), curve (200 steps, bfloat16 against float32), speed
-# (cost.py), profile (the ten longest kernels), train (VARIANTS x SEEDS at PRESET, STEPS of 524,288
-# tokens), scores (DATA: a folder with the tasks' files). NANOGPT: a copy of nanoGPT's model.py.
+# PARTS: tests (of backends and loss, CUDA's included), curve (200 steps, bfloat16 against float32), speed
+# (cost.py, NANOGPT: a copy of nanoGPT's model.py; cost_variants.py), profile (the ten longest
+# kernels), train (VARIANTS x SEEDS at PRESET, STEPS of 524,288 tokens), scores (TASKS of each, paired
+# with the baseline's; DATA: a folder with their files), suite (all tests).
 # DEVICE=cpu PRESET=tiny tries the script without a GPU. Results: OUT/*.json, OUT/*.log and a table.
 set -euo pipefail
 : "${OUT:?give a folder: OUT=out/gpu}" "${TOKENS:?give a token set: TOKENS=tokens/openstax}"
-: "${PARTS:=tests curve speed profile train scores}" "${BUDGET:=1000000}" "${SEEDS:=0 1}"
+: "${PARTS:=tests curve speed profile train scores suite}" "${BUDGET:=1000000}" "${SEEDS:=0 1}"
 : "${PRESET:=pythia-70m}" "${DEVICE:=cuda}" "${STEPS:=600}" "${CONTEXT:=2048}"
-: "${VARIANTS:=baseline self past key-shift}"
+: "${VARIANTS:=baseline cross self key-shift}" "${TASKS:=all}"
 root=$(cd "$(dirname "$0")/.." && pwd)
 end=$((SECONDS + BUDGET))
 mkdir -p "$OUT"
@@ -39,15 +40,19 @@ part() {
 }
 # reached FOLDER: the last step that a training run has logged
 reached() { tail -qn 1 "$1/log.jsonl" 2>/dev/null | grep -o '"step": [0-9]*' | grep -o '[0-9]*' || echo 0; }
+# program SCRIPT VARIANT: how to run a script on a variant's model, in the array $program
+program() {
+    case $2 in
+        baseline | self | past | cross | shared) program=("$root/$1") ;;
+        *) program=("$root/experiments/controls.py" "$2" "$1") ;;
+    esac
+}
 # training NAME VARIANT STEPS FLAGS...: train.py, or a control, until STEPS; saved when time runs out
 training() {
     local name=$1 variant=$2 steps=$3; shift 3
-    local program=("$root/train.py") flags=(--nexus_order 1) resume=()
-    case $variant in
-        baseline) ;;
-        self | past | cross | shared) flags=(--nexus_order 2 --nexus_inner "$variant") ;;
-        *) program=("$root/experiments/controls.py" "$variant") ;;
-    esac
+    local flags=(--nexus_order 1) resume=()
+    case $variant in self | past | cross | shared) flags=(--nexus_order 2 --nexus_inner "$variant") ;; esac
+    program train.py "$variant"
     if [ -e "$OUT/$name/ckpt.pt" ]; then resume=(--resume); fi
     if [ "$(reached "$OUT/$name")" -lt "$steps" ]; then rm -f "$OUT/$name.done"; fi
     part "$name" python "${program[@]}" --dataset "$TOKENS" --preset "$PRESET" --device "$DEVICE" \
@@ -58,11 +63,15 @@ training() {
 for name in $PARTS; do case $name in
     tests) part tests python -m pytest -q -n 4 "$root/tests/test_backends.py" "$root/tests/test_loss.py" ;;
     curve) for dtype in float32 bfloat16; do
-            training "curve-$dtype" past 200 --dtype "$dtype"
+            training "curve-$dtype" cross 200 --dtype "$dtype"
         done ;;
-    speed) part speed python "$root/experiments/cost.py" --presets "$PRESET" --contexts "$CONTEXT" \
+    speed) neox=(); if python -c "import transformers" 2>/dev/null; then neox=(--neox); fi
+        part speed python "$root/experiments/cost.py" --presets "$PRESET" --contexts "$CONTEXT" \
             --tokens $((32 * CONTEXT)) --orders 1,2,3 --device "$DEVICE" --out "$OUT/speed" \
-            ${NANOGPT:+--nanogpt "$NANOGPT"} ;;
+            ${NANOGPT:+--nanogpt "$NANOGPT"} "${neox[@]}"
+        part speed-variants python "$root/experiments/cost_variants.py" --device "$DEVICE" --batch 32 \
+            --variants baseline,self,past,cross,shared,key-shift \
+            -- --preset "$PRESET" --block_size "$CONTEXT" ;;
     profile) for order in 1 2; do
             part "profile-$order" python "$root/experiments/profile_step.py" --preset "$PRESET" \
                 --nexus_order "$order" --device "$DEVICE" --out "$OUT/profile-$order"
@@ -71,15 +80,19 @@ for name in $PARTS; do case $name in
             training "$variant-$seed" "$variant" "$STEPS" --seed "$seed" --eval_interval 50 \
                 --save_interval 100
         done; done ;;
-    scores) for seed in $SEEDS; do for variant in self past cross shared; do
-            # controls are not models of model.py, and are compared by their losses alone
+    scores) for seed in $SEEDS; do for variant in $VARIANTS; do
             [ "$(reached "$OUT/$variant-$seed")" -ge "$STEPS" ] || continue
-            part "scores-$variant-$seed" python "$root/eval_sciq.py" --tasks all ${DATA:+--data "$DATA"} \
-                --checkpoint "$OUT/baseline-$seed/ckpt.pt" --versus "$OUT/$variant-$seed/ckpt.pt" \
-                --device "$DEVICE" --json "$OUT/scores-$variant-$seed.json" \
-                --plot "$OUT/scores-$variant-$seed.svg"
+            program eval_sciq.py "$variant"
+            part "scores-$variant-$seed" python "${program[@]}" --tasks "$TASKS" ${DATA:+--data "$DATA"} \
+                --checkpoint "$OUT/$variant-$seed/ckpt.pt" --device "$DEVICE" \
+                --json "$OUT/scores-$variant-$seed.json" --save_docs
+            [ "$variant" = baseline ] || part "paired-$variant-$seed" python "$root/eval_sciq.py" \
+                --tasks "$TASKS" ${DATA:+--data "$DATA"} --checkpoint "$OUT/scores-baseline-$seed.json" \
+                --versus "$OUT/scores-$variant-$seed.json" --json "$OUT/paired-$variant-$seed.json" \
+                --plot "$OUT/paired-$variant-$seed.svg"
         done; done ;;
-    *) echo "no part $name: choose from tests curve speed profile train scores" >&2; exit 2 ;;
+    suite) part suite python -m pytest -q -n 4 "$root/tests" ;;
+    *) echo "no part $name: choose from tests curve speed profile train scores suite" >&2; exit 2 ;;
 esac; done
 
 python - "$OUT" <<'PY'

@@ -11,7 +11,7 @@ from controls import CONTROLS
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from model import GPT, GPTConfig, apply_rotary_emb
+from model import GPT, GPTConfig, ModelError, apply_rotary_emb
 from nanonexus.cli import UserError
 from nanonexus.files import sha256
 from nanonexus.generate import generate
@@ -303,6 +303,19 @@ def test_the_script_trains_the_control_and_resumes(tmp_path, token_set, monkeypa
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert saved["step"] == 4 and saved["model"]["blocks.0.attn.shift"].abs().min() > 0
     assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")][-1] == 4
+    scores, checkpoint = tmp_path / "scores.json", ["--checkpoint", str(tmp_path / "ckpt.pt")]
+    demo = [*checkpoint, "--tasks", "demo", "--limit", "3", "--json", str(scores), "--save_docs"]
+    run("key-shift", "eval_sciq.py", *demo)
+    before = json.loads(scores.read_text())["tasks"]["demo"]["docs"]
+    saved["model"]["blocks.0.attn.shift"].fill_(9)  # the shift takes part
+    torch.save(saved, tmp_path / "ckpt.pt")
+    run("key-shift", "eval_sciq.py", *demo)
+    after = json.loads(scores.read_text())["tasks"]["demo"]["docs"]
+    assert all(a["lls"] != b["lls"] for a, b in zip(before, after, strict=True))
+    run("key-shift", "sample.py", *checkpoint, "--prompt", "The", "--max_new_tokens", "3")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("The")
+    with pytest.raises(ModelError, match="weight blocks.0.attn.shift is missing, unknown"):
+        run("mean", "eval_sciq.py", *demo)
     with pytest.raises(UserError, match="no control 'shift': choose from key-shift, kv-shift"):
         run("shift")
     run()

@@ -58,6 +58,36 @@ def test_documents_are_written_if_asked_for(checkpoints, tmp_path, monkeypatch):
     assert short == long and list(short) == ["checkpoint", "config", "tasks", "dtype", "versions"]
 
 
+def test_saved_scores_serve_as_a_model(checkpoints, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    paths = [str(tmp_path / f"{n}.json") for n in "ab"]
+    tasks = ["--tasks", "demo", "--limit", 9, "--plot", tmp_path / "v.svg", "--json"]
+    for model, path in zip(checkpoints, paths, strict=True):
+        call(monkeypatch, "--checkpoint", model, *tasks, path, "--save_docs")
+    results = []
+    for a, b in (checkpoints, paths, (paths[0], checkpoints[1])):
+        call(monkeypatch, "--checkpoint", a, "--versus", b, *tasks, tmp_path / "s.json",
+             "--save_docs")
+        results.append(json.loads((tmp_path / "s.json").read_text()))
+    assert results[0] == results[1] == results[2] and results[0]["paired"]["demo"]["acc"]["p"] <= 1
+    assert f"{paths[0]}: {checkpoints[0]}, float32, scored before" in capsys.readouterr().out
+
+    mistakes = [("other documents", ["--limit", 8]), ("other documents", ["--dtype", "bfloat16"]),
+                ("does not have the documents of sciq", ["--tasks", "sciq", "--data", tmp_path])]
+    (tmp_path / "sciq_test.jsonl").write_text(json.dumps(ROWS["sciq"][0]))
+    for message, flags in mistakes:
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, "--checkpoint", paths[0], *tasks, tmp_path / "s.json", *flags)
+    (tmp_path / "sciq_test.jsonl").unlink()
+    whole = json.loads((tmp_path / "a.json").read_text())
+    whole["tasks"]["demo"]["data_sha256"] = "0"
+    for text, message in ((json.dumps(whole), "other documents"), ("[1]", "does not have"),
+                          ('{"tasks": {"demo": {"n": 9}}, "dtype": "float32"}', "does not have")):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, "--checkpoint", tmp_path / "c.json", *tasks, tmp_path / "s.json")
+
+
 def test_scores_are_written_even_if_the_chart_cannot_be(checkpoints, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match="--plot .*v.xyz"):
