@@ -107,6 +107,7 @@ TASKS = {
     "gapped": Task(gapped, 5, 3 * SYMBOLS),
     "gapped-parallel": Task(gapped, 5, 3 * SYMBOLS, parallel=True),
     "gapped-12": Task(partial(gapped, reach=12), 5, 3 * SYMBOLS),
+    "gapped-12-parallel": Task(partial(gapped, reach=12), 5, 3 * SYMBOLS, parallel=True),
     "two-hops": Task(two_hops, 6, 3 * SYMBOLS),
 } | {f"mqar-{T}{'-two-layers' * (layers - 1)}":
      Task(mqar, T // 16, 8192, 8192, layers=layers, steps=1000)
