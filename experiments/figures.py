@@ -14,7 +14,8 @@ SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 
 
 STYLES = {  # variant: its colour, its dash
     "baseline": ("#000000", SOLID),
-    "two-layers": ("#606060", DOTTED), "deeper": ("#606060", DASHED),
+    "two-layers": ("#606060", DOTTED), "two-layers-small": ("#606060", (0, (5, 1, 1, 1, 1, 1))),
+    "deeper": ("#606060", DASHED),
     "longer": ("#606060", DASH_DOT), "twice": ("#606060", SOLID),
     "mean": ("#000000", DASHED), "bias": ("#000000", DASH_DOT),
     "self": ("#d55e00", SOLID), "self-k": ("#d55e00", DASHED), "self-q": ("#d55e00", DOTTED),

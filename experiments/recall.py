@@ -69,7 +69,9 @@ VARIANTS = {  # what differs from the baseline
     "key-shift": dict(), "kv-shift": dict(), "canon": dict(), "mean": dict(), "bias": dict(),
     "near-k": dict(nexus_order=2, nexus_streams="k"),
     "near-gated-k": dict(nexus_order=2, nexus_streams="k"),
-    "two-layers": dict(n_layer=2),  # a baseline with more parameters and more compute
+    # baselines with more parameters and more compute; -small: what writes into the residual stream
+    # starts at a tenth, since GPT-NeoX's initialisation is made for many layers
+    "two-layers": dict(n_layer=2), "two-layers-small": dict(n_layer=2),
 }
 LR_SEED = 1000  # for the runs that choose the learning rate
 
@@ -100,6 +102,10 @@ def build(run, **overrides):
         for block in model.blocks:  # with the weights that the baseline starts from
             weights, block.attn = block.attn.state_dict(), control(model.config)
             block.attn.load_state_dict(weights, strict=False)
+    if run.variant.endswith("-small"):
+        for block in model.blocks:
+            for linear in (block.attn.proj, block.mlp.down):
+                linear.weight.data.mul_(0.1)
     return model
 
 

@@ -57,6 +57,17 @@ def test_gapped_problems_can_be_read_off_and_have_every_gap(task, reach):
     assert between == set(range(reach + 1)) and gaps == set(range(13))
 
 
+def test_a_small_start_is_a_tenth_where_the_residual_stream_is_written():
+    start = []
+    for variant in ("two-layers", "two-layers-small"):
+        torch.manual_seed(0)
+        start.append(recall.build(RUN._replace(variant=variant)).state_dict())
+    assert "blocks.1.mlp.down.weight" in start[0]
+    for name, w in start[0].items():
+        tenth = name.endswith(("attn.proj.weight", "mlp.down.weight"))
+        assert torch.equal(start[1][name], 0.1 * w if tenth else w), name
+
+
 @pytest.mark.parametrize("task, n", [("mqar-128", 8), ("mqar-64-v64", 4)])
 def test_mqar_is_zoologys(task, n):
     vocab = puzzles.TASKS[task].vocab
