@@ -26,7 +26,8 @@ the key up; a refined key can carry its neighbour within one layer. The tasks:
 
 The residual is sequential; with -parallel it is Pythia's, where the MLP never sees what attention
 found. mqar-T-two-layers gives every variant two layers; mqar-64-v64, -v512 and -v2048 have that
-many symbols instead of 8,192.
+many symbols instead of 8,192. The variant two-layers is a baseline with a second layer, and
+two-layers-small the same, its matrices that write into the residual stream a tenth at the start.
 
 Every variant gets its learning rate from the same small grid on seed 1000, by the area under its
 curve, unless --lrs is one rate; then the seeds that count are run. A run stops when it answers

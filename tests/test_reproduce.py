@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+import torch
 from test_train import ROOT, TINY, read_log
 from test_train import tokens as tokens_on_disk  # noqa: F401
 
+load = partial(torch.load, weights_only=True)
 SCRIPT = os.path.join(ROOT, "experiments", "reproduce_70m.sh")
 
 
@@ -50,6 +53,9 @@ def test_on_a_gpu_a_control_is_trained_and_scored_like_a_model(tokens_on_disk, t
         assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()[-2:]] == [
         ["baseline-0", "1"], ["key-shift-0", "1"]] and "train.py" not in done.stdout
+    shifted = load(tmp_path / "key-shift-0" / "ckpt.pt")["model"].keys()
+    assert shifted - load(tmp_path / "baseline-0" / "ckpt.pt")["model"].keys() == {
+        f"blocks.{i}.attn.shift" for i in range(4)}
     paired = json.loads((tmp_path / "paired-key-shift-0.json").read_text())
     for side, name in ((paired["checkpoint"], "baseline-0"),
                        (paired["versus"]["checkpoint"], "key-shift-0")):
