@@ -9,9 +9,10 @@ Does Nexus learn more than its baseline, and than cheaper changes, from the same
     python experiments/compare.py --preset pythia-70m --dataset tokens/fw -- --micro_batch 32
 
 Each run is train.py (a control's is controls.py) in its own folder under --out; all variants of a
-seed read the same tokens in the same order. Two controls spend order 2's FLOPs on a baseline
-instead: `longer` takes more steps, its learning rate decayed over all of them, and `deeper` has
-more layers, hence more parameters. With --lrs, each variant's learning rate is first chosen by runs
+seed read the same tokens in the same order. Controls of equal FLOPs spend what order 2 costs on a
+baseline: `longer` takes more steps, its learning rate decayed over all of them, and `deeper` has
+more layers, hence more parameters; `shift-longer` spends what order 2 on k costs on more steps of a
+key shift. With --lrs, each variant's learning rate is first chosen by runs
 of a quarter of the length on seed 1000, which is used for nothing else.
 
 Each finished run appends one line to --results, and is never run again while that line is there; an
@@ -65,9 +66,10 @@ VARIANTS = {  # name -> the control of controls.py, if it is one, and the flags 
     "near-gated-k": "near-gated --nexus_order 2 --nexus_inner cross --nexus_streams k",
     "mix": "mix --nexus_order 1",
     "twice": "twice --nexus_order 1",
-    # two baselines with order 2's FLOPs: see equal_compute
+    # equal FLOPs, see equal_compute: two baselines with order 2's, a key shift with order 2's on k
     "longer": "--nexus_order 1",  # with more steps
     "deeper": "--nexus_order 1 --n_layer {deeper}",
+    "shift-longer": "key-shift --nexus_order 1",
 }
 SCALES = {  # defaults of flags not given
     "tiny": dict(dataset="pydocs", max_steps=250, eval_interval=50, seeds=3,
@@ -98,14 +100,17 @@ def split(argv):
 
 
 def equal_compute(config, max_steps):
-    """How long, or how deep, a baseline (a GPTConfig) must be to spend what order 2 spends:
-    dict(longer=steps, deeper=layers), the nearest whole numbers."""
+    """How long, or how deep, order 1 of a GPTConfig must be to spend what order 2 spends:
+    {"longer": steps, "deeper": layers} and, for order 2 on k alone, {"shift-longer": steps}; the
+    nearest whole numbers."""
     T, base = config.block_size, replace(config, nexus_order=1)
-    price = [GPT(c).flops_per_token(T)
-             for c in (base, replace(base, nexus_order=2, nexus_inner="self", nexus_streams="qk"),
-                       replace(base, n_layer=base.n_layer + 1))]
-    more_layers = max(1, round((price[1] - price[0]) / (price[2] - price[0])))
-    return dict(longer=round(max_steps * price[1] / price[0]), deeper=base.n_layer + more_layers)
+    price = [GPT(replace(base, **changes)).flops_per_token(T) for changes in (
+        {}, dict(nexus_order=2, nexus_inner="self", nexus_streams="qk"),
+        dict(nexus_order=2, nexus_inner="self", nexus_streams="k"), dict(n_layer=base.n_layer + 1))]
+    more_layers = max(1, round((price[1] - price[0]) / (price[3] - price[0])))
+    return {"longer": round(max_steps * price[1] / price[0]),
+            "shift-longer": round(max_steps * price[2] / price[0]),
+            "deeper": base.n_layer + more_layers}
 
 
 def summarise(lines):
@@ -219,7 +224,7 @@ class Plan:
     def run(self, variant, seed, lr=None, share=1):
         """The Run of a variant, over 1 / share of the steps."""
         control, flags = read_variant(variant, self.equal["deeper"])
-        steps = self.equal["longer"] if variant == "longer" else self.args.max_steps
+        steps = self.equal[variant] if "longer" in variant else self.args.max_steps
         flags = [*self.flags, *flags, "--seed", str(seed), "--max_steps", str(steps // share)]
         name = f"{variant}-seed{seed}" + (f"-lr{lr:g}" if share > 1 else "")
         return Run(name, variant, seed, steps // share, control,

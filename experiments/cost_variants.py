@@ -25,7 +25,7 @@ from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
 from nanonexus.device import check_device, keep_freed_memory
 
-SKIPPED = ("longer", "deeper")  # a baseline's step, or one with a layer more
+SKIPPED = ("longer", "shift-longer", "deeper")  # steps of others, or one with a layer more
 
 
 def build(variant, shape):

@@ -28,7 +28,7 @@ STYLES = {  # variant: its colour, its dash
     "mix": ("#e69f00", DOTTED), "near-k": ("#990000", DASHED),
     "near-gated-k": ("#990000", DASH_DOT),
     "key-shift": ("#cc79a7", SOLID), "kv-shift": ("#cc79a7", DASHED),
-    "canon": ("#cc79a7", DASH_DOT),
+    "canon": ("#cc79a7", DASH_DOT), "shift-longer": ("#cc79a7", DOTTED),
     "shift-past-k": ("#56b4e9", SOLID), "shift-past": ("#56b4e9", DASHED),
     "shift-cross-k": ("#56b4e9", DASH_DOT), "shift-cross": ("#56b4e9", DOTTED),
     "mlp": ("#332288", SOLID), "mlp-1.5x": ("#332288", DASHED), "mlp-4x": ("#332288", DASH_DOT),

@@ -198,16 +198,17 @@ def test_every_variant_is_a_model_and_has_a_style():
                                                                                        "0.002"]
 
 
-def test_two_baselines_spend_the_compute_of_order_2():
+def test_controls_of_equal_compute_spend_it():
     args, extra = compare.parse_args(["--max_steps", "20", *SMALL])
     plan, parser, flops = compare.Plan(args, extra, 256), train.build_parser(), {}
-    for name in ("baseline", "self", "longer"):
+    for name in ("baseline", "self", "longer", "shift-cross-k", "shift-longer"):
         made = plan.run(name, 0)
         config = train.make_config(parser.parse_args(made.flags), SimpleNamespace(vocab_size=256),
                                    torch.device("cpu"), None)
         flops[name] = GPT(config).flops_per_token(config.block_size) * made.steps
-    assert flops["self"] > flops["baseline"]
-    assert abs(flops["longer"] - flops["self"]) <= flops["baseline"] / 20 / 2  # half a step
+    assert flops["self"] > flops["shift-cross-k"] > flops["baseline"]
+    for longer, order_2 in (("longer", "self"), ("shift-longer", "shift-cross-k")):
+        assert abs(flops[longer] - flops[order_2]) <= flops["baseline"] / 20 / 2  # half a step
     base = GPTConfig(**{**PRESETS["tiny"], "n_layer": 20, "block_size": 1024})
     layers = compare.equal_compute(base, 1)["deeper"]
     target = GPT(replace(base, nexus_order=2)).flops_per_token(1024)
