@@ -18,7 +18,7 @@ RUN = [  # in this order, in a folder that looks like a clone with some runs in 
     'python -m nanonexus.view --checkpoint out/ckpt.pt --prompt "The class statement" '
     "--out view.html",
     'python -m nanonexus.export --checkpoint out/ckpt.pt --out exported --license "CC BY 4.0"',
-    "python experiments/recall.py --tasks one-hop,gapped,gapped-12 "
+    "python experiments/recall.py --tasks one-hop,gapped,gapped-12,gapped-12-parallel "
     "--results docs/results/recall.jsonl --show",
     "python experiments/compare.py --scale text --results docs/results/text.jsonl --show "
     "--variants baseline,key-shift,past,shift-past-k,cross,self,past-k",
