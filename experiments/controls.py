@@ -296,8 +296,6 @@ class Separate(CausalSelfAttention):
 
 CONTROLS = {"key-shift": KeyShift, "kv-shift": KVShift, "canon": Canon, "mean": Mean, "bias": Bias,
             "near": Near, "near-gated": NearGated, "mix": Mix, "twice": Twice, "separate": Separate}
-
-
 SCRIPTS = "train.py", "eval_sciq.py", "sample.py"  # that run with a control
 
 

@@ -71,7 +71,7 @@ for name in $PARTS; do case $name in
             ${NANOGPT:+--nanogpt "$NANOGPT"} "${neox[@]}"
         part speed-variants python "$root/experiments/cost_variants.py" --device "$DEVICE" --batch 32 \
             --variants baseline,self,past,cross,shared,key-shift \
-            -- --preset "$PRESET" --block_size "$CONTEXT" ;;
+            -- --preset "$PRESET" --block_size "$CONTEXT" --vocab_size 50304 ;;
     profile) for order in 1 2; do
             part "profile-$order" python "$root/experiments/profile_step.py" --preset "$PRESET" \
                 --nexus_order "$order" --device "$DEVICE" --out "$OUT/profile-$order"
