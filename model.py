@@ -87,33 +87,18 @@ class AttnContext(NamedTuple):
     """What all layers, and all loops of the recursion, share in one forward pass."""
 
     backend: str  # GPTConfig.attention
-    rope: tuple  # cos (T, D), sin (T, rotary_dim / 2)
+    rope: tuple  # cos and sin, (T, rotary_dim / 2) each
     mask: object  # None: causal; a bool tensor (..., T, S), True where allowed; or a BlockMask
     strict_mask: object  # the same, without the token's own position
     cache: object  # None, or this layer's keys and values so far (nanonexus/generate.py)
     maps: list | None  # manual attention appends its weights to it, (B, H, T, S)
 
 
-class RotaryEmbedding(torch.autograd.Function):
-    """Rotate the first rotary_dim dimensions of each head by the token's position, i paired with
-    i + rotary_dim/2. The gradient is the inverse rotation, twice as fast as autograd's."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        half = sin.size(-1)
-        y = x * cos  # cos is 1 on the dimensions that are not rotated
-        y[..., :half].addcmul_(x[..., half:2 * half], sin, value=-1)
-        y[..., half:2 * half].addcmul_(x[..., :half], sin)
-        return y.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return RotaryEmbedding.apply(grad, cos, -sin), None, None
-
-
-apply_rotary_emb = RotaryEmbedding.apply  # x (B, H, T, D), cos, sin -> (B, H, T, D)
+def apply_rotary_emb(x, cos, sin):
+    """Rotate the first R dimensions of each head by the token's position, dimension i paired with
+    i + R/2. x (B, H, T, D), cos and sin (T, R/2) -> (B, H, T, D), in x's dtype."""
+    a, b, rest = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
 
 
 def attend(q, k, v, ctx, strict=False):
@@ -233,11 +218,9 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # angles in float64: position * rate loses precision in float32 at long contexts
-        R, D = config.rotary_dim, config.n_embd // config.n_head
-        rates = 10000.0 ** (-torch.arange(0, R, 2).double() / R)
+        rates = 10000.0 ** (-torch.arange(0, config.rotary_dim, 2).double() / config.rotary_dim)
         angles = torch.arange(config.block_size).double()[:, None] * rates  # (block_size, R / 2)
-        cos = torch.cat([angles.cos(), angles.cos(), angles.new_ones(len(angles), D - R)], dim=-1)
-        self.register_buffer("cos", cos.to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("cos", angles.cos().to(torch.get_default_dtype()), persistent=False)
         self.register_buffer("sin", angles.sin().to(torch.get_default_dtype()), persistent=False)
         # GPT-NeoX's: small_init, and wang_init for what writes into the residual stream
         small = math.sqrt(2 / (5 * config.n_embd))

@@ -29,6 +29,9 @@ More computation, or more weights, for the same purpose:
   mix        q, k = W x', x' = x + Attn_W(x): projected from a representation refined once
   twice      the attention sublayer of each block applied twice, with the same weights
   separate   inner loops with separate projections, 3 C^2 per stream; needs --nexus_order 2
+Another reading of the paper, without new weights; needs --nexus_order 2:
+  tokens     h <- Attn(h W_q, h W_k, x W_v), from h = x; then q, k = h W_q, h W_k
+  tokens-residual  the same with h <- x + Attn(h W_q, h W_k, x W_v)
 
 Each class gives the forward FLOPs that it adds, per token and layer, in flops(config, T); as in
 GPT.flops_per_token, matrix products count and elementwise operations do not. No control respects
@@ -294,8 +297,47 @@ class Separate(CausalSelfAttention):
         return 2 * (2 * loops + 1) * len(config.nexus_streams) * config.n_embd**2
 
 
+class Tokens(CausalSelfAttention):
+    """The tokens gather, and what they have gathered gives the queries and keys: from h = x,
+    order - 1 times h <- Attn(h W_q, h W_k, x W_v), heads joined, no output projection; then q and k
+    (or the refined one of them) are those of h, and v is that of x. It adds no parameter."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        need_loops(self)
+
+    def keep(self, x):
+        return 0
+
+    def forward(self, x, ctx):
+        q, k, v = self.heads(self.qkv(x)).chunk(3, dim=1)  # (B, H, T, D) each
+        h_q, h_k = q, k
+        rows = 2 * self.config.n_embd
+        for _ in range(self.config.nexus_order - 1):
+            h = self.keep(x) + attend(h_q, h_k, v, ctx).transpose(1, 2).flatten(2)  # (B, T, C)
+            h_q, h_k = self.heads(F.linear(h, self.qkv.weight[:rows], self.qkv.bias[:rows])
+                                  ).chunk(2, dim=1)
+        streams = self.config.nexus_streams
+        q, k = h_q if "q" in streams else q, h_k if "k" in streams else k
+        return self.proj(attend(q, k, v, ctx).transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def flops(config, T):  # one attention a loop, not one per stream; W_q and W_k once more
+        loops = config.nexus_order - 1
+        return loops * (2 * 2 * config.n_embd**2
+                        - 2 * (len(config.nexus_streams) - 1) * config.n_embd * T)
+
+
+class TokensResidual(Tokens):
+    """Tokens with h <- x + Attn(h W_q, h W_k, x W_v): each token keeps what it was."""
+
+    def keep(self, x):
+        return x
+
+
 CONTROLS = {"key-shift": KeyShift, "kv-shift": KVShift, "canon": Canon, "mean": Mean, "bias": Bias,
-            "near": Near, "near-gated": NearGated, "mix": Mix, "twice": Twice, "separate": Separate}
+            "near": Near, "near-gated": NearGated, "mix": Mix, "twice": Twice, "separate": Separate,
+            "tokens": Tokens, "tokens-residual": TokensResidual}
 SCRIPTS = "train.py", "eval_sciq.py", "sample.py"  # that run with a control
 
 

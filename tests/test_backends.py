@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from test_train import run
 from test_train import tokens as tokens_on_disk  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import ModelError
+from model import GPTConfig, ModelError
 from nanonexus.device import fast_attention
 from nanonexus.generate import KVCache, generate
 from nanonexus.loss import TrainingLoss
@@ -158,6 +159,22 @@ def test_recomputed_inner_loops_change_nothing_but_memory(variant):
     assert kept[1] < kept[0]
     for p, r in zip(again.parameters(), gpt.parameters(), strict=True):
         torch.testing.assert_close(p.grad, r.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inner", get_args(GPTConfig.__annotations__["nexus_inner"]))
+def test_compiled_gradients_are_the_eager_ones(inner, dtype):
+    """Where torch's tracer drops a gradient, training goes on without it and says nothing."""
+    torch.set_default_dtype(torch.float32)
+    torch._dynamo.reset()
+    gpt, idx, grads = make(nexus_order=2, nexus_inner=inner), tokens(2, 17), []
+    for forward in (torch.compile(gpt, backend="aot_eager", fullgraph=True), gpt):
+        gpt.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            forward(idx[:, :-1], idx[:, 1:])[1].backward()
+        grads.append([p.grad.clone() for p in gpt.parameters()])
+    for compiled, eager in zip(*grads, strict=True):
+        assert (compiled - eager).norm() < 1e-4 * eager.norm()
 
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")

@@ -20,8 +20,8 @@ SMALL = dict(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotar
              parallel_residual=False)
 NEW = {"key-shift": 2, "kv-shift": 8, "canon": 4 * 96, "mean": 0, "bias": 2 * 2 * 24,
        "near": 4, "near-gated": 6, "mix": 0, "twice": 0,
-       "separate": 2 * 3 * 32 * 32}  # parameters per layer
-LOOPS = "near", "near-gated", "separate"
+       "tokens": 0, "tokens-residual": 0, "separate": 2 * 3 * 32 * 32}  # parameters per layer
+LOOPS = "near", "near-gated", "separate", "tokens", "tokens-residual"
 every = pytest.mark.parametrize("name", CONTROLS)
 
 
@@ -248,6 +248,33 @@ def test_separate_loops_have_their_own_projections(order):
     assert_is(attention, x, *streams, v)
     with pytest.raises(UserError, match="separate needs --nexus_order 2"):
         make("separate", nexus_order=1)
+
+
+@pytest.mark.parametrize("name, streams, order", [
+    ("tokens", "qk", 2), ("tokens", "qk", 3), ("tokens", "k", 3), ("tokens-residual", "qk", 3),
+    ("tokens-residual", "q", 2)])
+def test_tokens_gather_before_they_are_projected(name, streams, order):
+    """In output and in gradients, from the layer's weights alone."""
+    attention, x, q, k, v = layer_and_input(name, nexus_order=order, nexus_streams=streams)
+    h, gpt = x[0], make()
+    for _ in range(order - 1):
+        a, b, _ = attention.qkv(h).view(7, 3, 2, 16).unbind(1)
+        a, b = (apply_rotary_emb(s.transpose(0, 1), gpt.cos[:7], gpt.sin[:7]) for s in (a, b))
+        rows = [torch.cat([(torch.stack([a[i, t] @ b[i, s] / 4 for s in range(t + 1)]).softmax(0)
+                            @ v[:t + 1, i]) for i in range(2)]) for t in range(7)]
+        h = torch.stack(rows) + (x[0] if name == "tokens-residual" else 0)
+    refined = dict(zip("qk", attention.qkv(h).view(7, 3, 2, 16).unbind(1)[:2], strict=True))
+    want = outer(attention, refined["q"] if "q" in streams else q,
+                 refined["k"] if "k" in streams else k, v)
+    got = attention(x, context(gpt, 7))
+    assert torch.allclose(got, want, atol=1e-12)
+    weights = list(attention.parameters())
+    for a, b in zip(torch.autograd.grad(got.square().sum(), weights),
+                    torch.autograd.grad(want.square().sum(), weights), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        assert b.abs().max() > 0
+    with pytest.raises(UserError, match=f"^{name} needs --nexus_order 2"):
+        make(name, nexus_order=1)(tokens())
 
 
 def test_a_shift_comes_before_the_inner_loops():
