@@ -2,74 +2,64 @@
 Generation with a KV cache: what attention remembers, and sampling token by token.
 """
 
+import math
+
 import torch
 
-from model import ModelError, sample
-
-
-class LayerCache:
-    """What one layer's attentions have seen: a tensor (B, H, S, D) for each update of a pass.
-
-    Every pass makes the same updates in the same order, so their order is enough to identify them.
-    """
-
-    def __init__(self, capacity):
-        self.capacity, self.buffers = capacity, []
-
-    def begin(self, past):
-        """Start a pass over tokens that follow `past` others."""
-        self.past, self.updated = past, []
-        return self
-
-    def update(self, x):
-        """Append x (B, H, T, D) to the next buffer; return all of that, (B, H, S, D).
-
-        The same tensor given again in a pass, as the values of a second loop, is stored once.
-        """
-        B, H, T, D = x.shape
-        turn = next((i for i, y in enumerate(self.updated) if y is x), len(self.updated))
-        if turn == len(self.updated):
-            self.updated.append(x)
-            if turn == len(self.buffers):
-                self.buffers.append(x.new_empty(B, H, self.capacity, D))
-            self.buffers[turn][:, :, self.past:self.past + T] = x
-        return self.buffers[turn][:, :, :self.past + T]
+from model import ModelError, check
 
 
 class KVCache:
-    """What a model remembers of earlier tokens, so that nothing is computed twice.
+    """What a model's attentions have seen of earlier tokens, so that nothing is computed twice.
 
-    Standard attention keeps its keys and values: 2 tensors of (B, H, S, D) per layer. Each stream
-    that Nexus refines also keeps the values of its inner loops (the unrefined stream, once) and
-    the keys of every loop: m more tensors. At order m with n streams that is 2 + n m: order 2 on q
-    and k keeps 3 times the baseline's bytes, order 3 keeps 4 times.
+    Every attention of a layer keeps its keys and values, a tensor (B, H, S, D) each: 2 per layer
+    for the baseline, and 2 more for each inner loop of each stream. So order 2 on q and k keeps 3
+    times the baseline's bytes, order 3 keeps 5 times. Controls keep what they need.
     """
 
     def __init__(self, capacity):
-        self.capacity, self.len, self.layers = capacity, 0, []
+        self.capacity, self.len, self.past, self.entries = capacity, 0, 0, {}
 
     def begin(self, T):
         """Make room for T tokens; returns how many came before. ModelError if they do not fit."""
-        past, self.len = self.len, self.len + T
-        if self.len > self.capacity:
-            self.len = past
-            raise ModelError(f"{past + T} tokens are more than the context of {self.capacity}")
-        self.past = past
-        return past
+        check(self.len + T <= self.capacity, f"{self.len + T} tokens are more than the context of "
+              f"{self.capacity}")
+        self.past, self.len = self.len, self.len + T
+        return self.past
 
-    def layer(self, i):
-        """The LayerCache of layer i, at the start of a pass."""
-        if i == len(self.layers):
-            self.layers.append(LayerCache(self.capacity))
-        return self.layers[i].begin(self.past)
+    def update(self, entry, x):
+        """Append x (B, H, T, D) to an entry, (layer, name); returns all of it, (B, H, S, D)."""
+        if entry not in self.entries:
+            self.entries[entry] = x.new_empty(*x.shape[:2], self.capacity, x.size(3))
+        self.entries[entry][:, :, self.past:self.len] = x
+        return self.entries[entry][:, :, :self.len]
 
     def select(self, rows):
         """A copy that continues from these rows of the batch; a row may be repeated."""
         copy = KVCache(self.capacity)
-        copy.len, copy.layers = self.len, [LayerCache(self.capacity) for _ in self.layers]
-        for new, old in zip(copy.layers, self.layers, strict=True):
-            new.buffers = [buffer[rows] for buffer in old.buffers]
+        copy.len, copy.entries = self.len, {name: x[rows] for name, x in self.entries.items()}
         return copy
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw a token for each row of logits (B, V): (B, 1). temperature: 0 takes the most likely;
+    top_k, top_p: only the k most likely, or the most likely that make up this probability."""
+    check(0 <= temperature < math.inf and (top_k is None or top_k >= 1)
+          and (top_p is None or 0 < top_p <= 1),
+          "temperature must be at least 0, top_k at least 1, top_p in (0, 1]")
+    check(logits.isfinite().all(), "the logits are not finite: the model has diverged")
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow when it is tiny
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None:
+        p, order = logits.softmax(-1).sort(descending=True)
+        drop = p.cumsum(-1) - p >= top_p  # the more likely have that mass already
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
 @torch.no_grad()
@@ -84,7 +74,7 @@ def generate_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top
     for _ in range(max_new_tokens):
         if idx.size(1) > size:  # beyond the context all positions shift: slide, recompute
             cache, new = None, idx[:, -size:]
-        logits = model(new if cache else idx[:, -size:], cache=cache)[0][:, -1, :vocab]
+        logits = model(new if cache else idx[:, -size:], cache=cache)[:, -1, :vocab]
         new = sample(logits, temperature, top_k, top_p, generator)
         if stop is not None:
             new = new.masked_fill(done, stop)
@@ -96,9 +86,9 @@ def generate_stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top
 
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, **kwargs):
-    """GPT.generate with a cache: idx (B, T) continued by up to max_new_tokens tokens, (B, T + new).
+    """idx (B, T) continued by up to max_new_tokens tokens, (B, T + new).
 
-    temperature, top_k, top_p, generator: as in model.sample. stop: a token that ends a row (a row
+    temperature, top_k, top_p, generator: as in sample. stop: a token that ends a row (a row
     that ended repeats it until all have). vocab: sample from the first `vocab` ids only (the
     vocabulary is padded). use_cache=False recomputes everything for every token, with the same
     result. Beyond block_size each token sees the last block_size before it, recomputed: correct,
