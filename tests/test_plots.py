@@ -1,11 +1,14 @@
 """Each experiment draws its figure from a small result: every variant has its name, and its colour
 and dash, in the SVG."""
 
+import os
+import re
 import types
 
 import compare
 import figures
 import findings
+import h200
 import induction
 import pytest
 import rank
@@ -77,8 +80,13 @@ def of_retrofit(plt):
     return retrofit.plot(plt, changes, runs), names
 
 
+def of_h200(plt):
+    found = h200.runs(h200.read())
+    return h200.plot(plt, found), list(found)
+
+
 @pytest.mark.parametrize("draw", [of_compare, of_recall, of_rank, of_findings, of_induction,
-                                  of_spectrum, of_stability, of_retrofit])
+                                  of_spectrum, of_stability, of_retrofit, of_h200])
 def test_names_and_colours_are_in_the_figure(draw, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     figure, names = draw(plt)
@@ -93,3 +101,18 @@ def test_names_and_colours_are_in_the_figure(draw, tmp_path):
         if panel.axison and panel.lines:
             assert panel.get_title(), "a panel says what it shows"
             assert panel.get_xlabel() or figure._supxlabel
+
+
+def test_the_gpu_pages_tables_are_the_scripts():
+    with open(os.path.join(h200.ROOT, "docs", "results", "gpu.md"), encoding="utf-8") as f:
+        tables = re.findall(r"(?:^\|.*\n)+", f.read(), re.M)
+    assert [table.rstrip() for table in tables] == h200.tables(h200.read())
+
+
+def test_a_kernel_counts_once_and_all_of_a_step_is_there():
+    for line in h200.read()["speed"]:
+        if line["name"] in ("baseline", "self", "past", "cross"):
+            groups = h200.grouped(line)
+            assert sum(ms for ms, _ in groups.values()) == pytest.approx(
+                sum(ms for ms, _, _ in line["kernels"]))
+            assert groups["attention, forward"][1] == (6 if line["name"] == "baseline" else 18)
