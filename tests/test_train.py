@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ import train
 from model import GPT, PRESETS, GPTConfig, ModelError
 from nanonexus import data
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import UserError
+from nanonexus.cli import UserError, run_script
 from nanonexus.log import Log
 from nanonexus.run import learning_rate, make_optimizer
 
@@ -250,6 +251,15 @@ def test_mistakes_exit_with_status_2_and_one_line(tokens, tmp_path):
     (tmp_path / "file").write_text("")
     result = shell(command(tokens, tmp_path / "file/out", "--max_steps", 1))
     assert result.returncode == 2 and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(2**60), lambda: np.empty(2**50)])
+def test_a_lack_of_memory_names_the_flag_to_lower_first(capsys, ask):
+    with pytest.raises(SystemExit) as end:
+        run_script(ask)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert "out of memory: lower --micro_batch (" in said
 
 
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
