@@ -29,7 +29,6 @@ SLOW = {  # how a command begins that does not run here, and why: minutes are th
     "torchrun": "needs GPUs; two processes on a CPU in test_distributed.py",
     "python experiments/compare.py": "1 to 4 minutes a run; on a text 5 to 45, its token set first",
     "python experiments/cost.py": "1.5 minutes for the variants, more for the contexts",
-    "python experiments/harness.py": "2 minutes, needs the tasks' files",
     "python experiments/induction.py": "30 s to 5 minutes, after compare.py",
     "python experiments/rank.py": "46 minutes",
     "python experiments/recall.py": "3 minutes to an hour",
@@ -115,8 +114,7 @@ def commands():
 
 def test_every_script_is_mentioned():
     assert {"train.py", "sample.py", "prepare_data.py", "eval_sciq.py", "finetune.py",
-            "experiments/compare.py", "experiments/cost.py",
-            "experiments/harness.py"} <= commands().keys()
+            "experiments/compare.py", "experiments/cost.py"} <= commands().keys()
 
 
 @pytest.mark.parametrize("script", sorted(commands()))
