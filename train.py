@@ -22,12 +22,11 @@ from typing import get_args
 import torch
 
 from model import PRESETS, GPTConfig
-from nanonexus.checkpoint import newest_checkpoint
+from nanonexus.checkpoint import check_size, newest_checkpoint
 from nanonexus.cli import Parser, UserError, non_negative, positive, positive_int, run_script, whole
 from nanonexus.data import TokenSet
 from nanonexus.generate import generate
 from nanonexus.log import Log
-from nanonexus.memory import check_size
 from nanonexus.processes import Stop, join_processes
 from nanonexus.run import Run, learning_rate
 from nanonexus.tokenizer import get_tokenizer

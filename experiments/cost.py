@@ -4,40 +4,49 @@ What does Nexus cost in parameters, arithmetic, memory and time, relative to the
     python experiments/cost.py                                     # tiny, contexts 256 to 4096
     python experiments/cost.py --presets pythia-70m --contexts 1024 --tokens 1024 --rounds 12
     python experiments/cost.py --nanogpt ~/nanoGPT/model.py --neox # and other code of that shape
+    python experiments/cost.py --variants all --contexts 256       # compare.py's, controls included
+    python experiments/cost.py --profile --presets pythia-70m --contexts 1024 --orders 1,2
     python experiments/cost.py --quick
 
 A machine's speed drifts, so models take turns, one step each (A B C A B C ...), and what counts is
 the ratio to the baseline within each round: the median over rounds, and its quartiles, next to what
-FLOPs alone predict. The model's own FLOPs are checked against torch's counter, which counts causal
-attention in full: the masked half is added back first. Peak memory is that of a training step,
-weights, gradients, optimizer and activations: on CUDA the allocator's, elsewhere the sum of torch's
-tracker, which computes nothing. On CUDA, models are compiled and multiply in bfloat16,
-FlexAttention and document masks are measured too, and MFU is printed where the peak is known.
-"plain loss" has all logits in memory at once; "recompute" is --checkpoint_attention.
+FLOPs alone predict. Peak memory is that of a training step, weights, gradients, optimizer and
+activations: on CUDA the allocator's, elsewhere the sum of torch's tracker, which computes nothing.
+On CUDA, models are compiled and multiply in bfloat16, FlexAttention and document masks are measured
+too, and MFU is printed where the peak is known. "plain loss" has all logits in memory at once;
+"recompute" is --checkpoint_attention.
+
+--profile asks where the time goes instead: the ten kernels (on a CPU: operators) that take longest
+in three steps of each model, and a trace for chrome://tracing.
 """
 
-import contextlib
 import importlib.util
 import os
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import compare
+import controls
 import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.flop_counter import FlopCounterMode
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from common import pyplot, save, table
 
+import train
 from model import GPT, PRESETS, GPTConfig
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
 from nanonexus.device import fast_attention, keep_freed_memory, peak_flops
 from nanonexus.generate import KVCache, generate
 from nanonexus.loss import TrainingLoss
+
+SKIPPED = "longer", "shift-longer", "deeper"  # others' steps, or one with a layer more
+STEPS = 3  # to warm up before a profile, and in it
 
 
 def nanogpt(path, c):
@@ -70,38 +79,24 @@ def neox(c):
     return Wrapped()
 
 
-def counted_flops(config):
-    """torch's count of a training step's FLOPs per token, causal attention in full. On the "meta"
-    device, where tensors have shapes but no data."""
-    with torch.device("meta"):
-        model = GPT(replace(config, attention="manual"))
-        idx = torch.zeros(2, config.block_size, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
-            model(idx, idx)[1].backward()
-    return counter.get_total_flops() / idx.numel()
+def order(m):
+    return "baseline" if m == 1 else f"order {m}"
 
 
-def own_flops(config):
-    """GPT.flops_per_token, with causal attention in full instead of its half."""
-    with torch.device("meta"):
-        model = GPT(config)
-    weights = model.flops_per_token(0)
-    return weights + 2 * (model.flops_per_token(config.block_size) - weights)
+def make(control, config):
+    """The GPT of a config, with a control of controls.py or None."""
+    with controls.using(control):
+        return GPT(config)
 
 
-def peak_memory(name, config, batch, args):
-    """Peak bytes of the second training step of a model on its own."""
-    cuda = args.device == "cuda"
-    with contextlib.nullcontext() if cuda else FakeTensorMode(), torch.device(args.device):
-        model = GPT(config)
-        idx = torch.zeros(batch, config.block_size, dtype=torch.long)
+def tracked_memory(name, control, config, batch, args):
+    """Peak bytes of the second training step of a model on its own, without computing anything."""
+    with FakeTensorMode():
+        with torch.device(args.device):
+            model = make(control, config)
+        idx = torch.zeros(batch, config.block_size, dtype=torch.long, device=args.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
         step = training_step(name, model, idx, idx, args, optimizer)
-        if cuda:
-            step()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            return torch.cuda.max_memory_allocated()
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
         for _ in range(2):
@@ -111,11 +106,20 @@ def peak_memory(name, config, batch, args):
         return tracker.get_tracker_snapshot("peak")[torch.device(args.device)]["Total"]
 
 
-def largest_batch(name, config, batch, peak, args):
-    """How many windows at once fit into args.gib: memory is linear in the batch, so the
-    peaks of `batch` windows and of twice as many determine it."""
-    window = (peak_memory(name, config, 2 * batch, args) - peak) / batch
-    return max(0, int(batch + (args.gib * 2**30 - peak) / window))
+def allocated_memory(model, step):
+    """Peak bytes of a training step of a model on CUDA, as if it were there on its own."""
+    step()  # compiles, makes AdamW's moments
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    own = 3 * sum(p.nbytes for p in model.parameters())  # weights and moments, all float32
+    return torch.cuda.max_memory_allocated() - before + own
+
+
+def largest_batch(batch, peak, twice, gib):
+    """How many windows at once fit into gib GiB: memory is linear in the batch, so the peaks of
+    `batch` windows and of twice as many determine it."""
+    return max(0, int(batch + (gib * 2**30 - peak) * batch / (twice - peak)))
 
 
 def cache_bytes(model):
@@ -172,52 +176,96 @@ def speeds(seconds, base, count):
     return result
 
 
-def variants(config, args):
-    """{name: config} of our own models, the baseline first; a name also says how it is run."""
-    def order(m):
-        return "baseline" if m == 1 else f"order {m}"
+def read_variant(name, config):
+    """(control or None, config) of a variant of compare.py, in the shape of config."""
+    control, flags = compare.read_variant(name)
+    given = vars(train.build_parser().parse_args(flags))
+    return control, replace(config, **{f.name: given[f.name] for f in fields(config)
+                                       if given[f.name] is not None})
 
+
+def chosen(config, args):
+    """{name: (control or None, config)} of our own models, the baseline first; a name also says how
+    it is run."""
+    if args.variants:
+        return {name: read_variant(name, config) for name in args.variants}
     configs = {order(m): replace(config, nexus_order=m) for m in args.orders}
-    if args.device == "cuda":
-        for m in args.orders[:2]:
+    if not args.profile:
+        for m in args.orders[:2] if args.device == "cuda" else ():
             flex = replace(config, nexus_order=m, attention="flex")
             configs |= {f"{order(m)}, flex": flex, f"{order(m)}, flex, documents": flex}
-    configs["baseline, plain loss"] = config
-    if len(args.orders) > 1:
-        m = args.orders[1]
-        configs[f"{order(m)}, recompute"] = replace(config, nexus_order=m)
-    return configs
+        configs["baseline, plain loss"] = config
+        for m in args.orders[1:2]:
+            configs[f"{order(m)}, recompute"] = replace(config, nexus_order=m)
+    return {name: (None, c) for name, c in configs.items()}
 
 
-def at_context(preset, T, args):
-    """All measurements of one preset and context: {model's name: {measure: value}}"""
+def prepare(preset, T, args):
+    """({name: (control, config)} of ours, {name: model} of all, {name: its training step}, a
+    function that makes such a step, for more windows too, tokens per step)"""
     torch.manual_seed(0)
     config = replace(GPTConfig(**PRESETS[preset]), block_size=T)
-    configs = variants(config, args)
-    batch = max(1, args.tokens // T)
-    peaks = {name: peak_memory(name, c, batch, args) for name, c in configs.items()}
-    fits = {name: largest_batch(name, c, batch, peaks[name], args) if args.gib else None
-            for name, c in configs.items()}
-    models = {name: GPT(c) for name, c in configs.items()}
+    config = replace(config, vocab_size=args.vocab_size or config.vocab_size)
+    configs, batch = chosen(config, args), max(1, args.tokens // T)
+    models = {name: make(*pair) for name, pair in configs.items()}
     if args.nanogpt:
         models["nanoGPT"] = nanogpt(args.nanogpt, config)
     if args.neox:
         models["transformers GPT-NeoX"] = neox(config)
     idx = torch.randint(1, config.vocab_size, (batch, T + 1), device=args.device)
     idx[torch.rand(idx.shape, device=args.device) < 1 / 500] = 0  # opens a document of 500 tokens
-    x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-    jobs = {name: training_step(name, model.to(args.device).train(), x, y, args)
-            for name, model in models.items()}
-    results = speeds(interleave(jobs, args.rounds, f"{preset}, context {T}"), "baseline", x.numel())
-    for name, c in configs.items():
-        flops = models[name].flops_per_token(T)
+
+    def step(name, times=1):
+        x, y = (part.repeat(times, 1) for part in (idx[:, :-1], idx[:, 1:]))
+        return training_step(name, models[name].to(args.device).train(), x, y, args)
+
+    return configs, models, {name: step(name) for name in models}, step, batch * T
+
+
+def at_context(preset, T, args):
+    """All measurements of one preset and context: {model's name: {measure: value}}"""
+    configs, models, jobs, step, tokens = prepare(preset, T, args)
+
+    def peak(name, times):
+        if args.device == "cuda":  # the step that is timed, so that it is compiled once
+            return allocated_memory(models[name], jobs[name] if times == 1 else step(name, times))
+        return tracked_memory(name, *configs[name], times * tokens // T, args)
+
+    peaks = {name: peak(name, 1) for name in configs}
+    fits = {name: largest_batch(tokens // T, peaks[name], peak(name, 2), args.gib)
+            for name in configs if args.gib}
+    results = speeds(interleave(jobs, args.rounds, f"{preset}, context {T}"), "baseline", tokens)
+    base = models["baseline"].flops_per_token(T)
+    for name, (control, c) in configs.items():
+        flops = controls.flops_per_token(control, c, T)
         results[name] |= dict(
             parameters=models[name].num_params(), flops=flops, peak=peaks[name],
-            predicted=models["baseline"].flops_per_token(T) / flops,
-            fits=fits[name],
-            counted=counted_flops(c) / own_flops(c), cache=cache_bytes(models[name].eval()),
+            predicted=base / flops, fits=fits.get(name),
+            cache=cache_bytes(models[name].eval()),
             mfu=results[name]["rate"] * flops / args.peak if args.peak else None)
     return results
+
+
+def profiled(step, path, args):
+    """The ten kernels of a training step that take longest, as rows of a table; its trace goes to
+    the file at path."""
+    cuda = args.device == "cuda"
+    for _ in range(STEPS):  # compiles, fills caches
+        step()
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
+        for _ in range(STEPS):
+            step()
+
+    def own(event):  # microseconds
+        return event.self_device_time_total if cuda else event.self_cpu_time_total
+
+    events = sorted((e for e in profiler.key_averages() if own(e)), key=own, reverse=True)
+    busy = sum(map(own, events))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    profiler.export_chrome_trace(path)
+    yield f"{busy / STEPS / 1e3:.2f} ms busy", "ms per step", "share", "calls"
+    for e in events[:10]:
+        yield e.key[:70], f"{own(e) / STEPS / 1e3:.3f}", f"{own(e) / busy:.1%}", e.count / STEPS
 
 
 def generation(preset, args):
@@ -231,15 +279,14 @@ def generation(preset, args):
         for cached in (True, False):
             def job(model=model, cached=cached):
                 generate(model, prompt, new, use_cache=cached)
-            name = "baseline" if m == 1 else f"order {m}"
-            jobs[name + ("" if cached else ", recomputed")] = job
+            jobs[order(m) + ("" if cached else ", recomputed")] = job
     seconds = interleave(jobs, max(2, args.rounds // 2), f"{preset}, generation")
     return speeds(seconds, "baseline", new)
 
 
 def rows(results):
     ours = "flops" in results["baseline"]  # training, or generation
-    yield ["", *(["parameters", "FLOPs/token", "counted / own", "cache bytes/token", "peak memory",
+    yield ["", *(["parameters", "FLOPs/token", "cache bytes/token", "peak memory",
                    "largest micro-batch"] if ours else []), "tokens/s", "speed ratio (quartiles)",
            *(["FLOPs predict", "MFU"] if ours else [])]
     for name, r in results.items():
@@ -247,16 +294,16 @@ def rows(results):
         speed = [f"{r['rate']:,.0f}", f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})"]
         if "flops" in r:
             yield [name, f"{r['parameters']:,}", f"{r['flops'] / 1e6:,.2f} M",
-                   f"{r['counted']:.4f}", f"{r['cache']:,}", f"{r['peak'] / 2**20:,.0f} MiB",
-                   "" if r["fits"] is None else str(r["fits"]), *speed, f"{r['predicted']:.3f}",
-                   f"{r['mfu']:.1%}" if r["mfu"] else ""]
+                   f"{r['cache']:,}", f"{r['peak'] / 2**20:,.0f} MiB",
+                   "" if r["fits"] is None else r["fits"],
+                   *speed, f"{r['predicted']:.3f}", f"{r['mfu']:.1%}" if r["mfu"] else ""]
         else:
-            yield [name, *[""] * 6 * ours, *speed, *[""] * 2 * ours]
+            yield [name, *[""] * 5 * ours, *speed, *[""] * 2 * ours]
 
 
 def plot(plt, training, orders):
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
-    names = ["baseline" if m == 1 else f"order {m}" for m in orders]
+    names = [order(m) for m in orders]
     for i, ((preset, T), results) in enumerate(training.items()):
         for panel, key in ((panels[0], "rate"), (panels[1], "peak")):
             panel.plot(orders, [results["baseline"][key] / results[name][key] if key == "rate" else
@@ -274,24 +321,22 @@ def plot(plt, training, orders):
 
 
 def main():
-    cuda = torch.cuda.is_available()
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--presets", type=listed(str), default="tiny", help=f"of {', '.join(PRESETS)} "
-        "(default: tiny)")
-    add("--contexts", type=listed(positive_int), default="256,1024,4096", help="(default: "
-        "256,1024,4096)")
+    add("--presets", type=listed(str), default="tiny", help=f"of {', '.join(PRESETS)} (tiny)")
+    add("--contexts", type=listed(positive_int), default="256,1024,4096", help="(256,1024,4096)")
     add("--orders", type=listed(positive_int), default="1,2,3,4", help="1 first (default: 1,2,3,4)")
-    add("--tokens", type=positive_int, default=4096, help="per step, or one window if that is more "
-        "(default: 4096)")
-    add("--rounds", type=number(int, 2, 10**6), default=10, help="measured steps per model "
-        "(default: 10)")
+    add("--variants", type=listed(str), help="these of compare.py instead of orders, or all")
+    add("--vocab_size", type=positive_int, help="(default: the preset's)")
+    add("--profile", action="store_true", help="where the time of a step goes")
+    add("--tokens", type=positive_int, default=4096, help="per step, or one window (default: 4096)")
+    add("--rounds", type=number(int, 2, 10**6), default=10, help="steps per model (default: 10)")
     add("--gib", type=number(float, 0, 1e6, above=True), help="also print how many windows fit at "
         "once into this many GiB of memory (default: not printed)")
     add("--new_tokens", type=positive_int, default=200, help="tokens to generate (default: 200)")
     add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure with ours")
     add("--neox", action="store_true", help="transformers' GPT-NeoX too")
-    add("--device", default="cuda" if cuda else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="short contexts, few rounds: under a minute")
     add("--out", default="out/cost", help="folder (default: out/cost)")
     args = parser.parse_args()
@@ -300,9 +345,15 @@ def main():
             [64, 128], [1, 2, 3], 3, 256, 20
     if args.orders[0] != 1:
         raise UserError(f"--orders must begin with 1, the baseline; got {args.orders[0]}")
-    for preset in args.presets:
-        if preset not in PRESETS:
-            raise UserError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
+    known = [name for name in compare.VARIANTS if name not in SKIPPED]
+    if args.variants:
+        names = known if args.variants == ["all"] else args.variants
+        args.variants = list(dict.fromkeys(["baseline", *names]))
+    for kind, names, choices in (("preset", args.presets, PRESETS),
+                                 ("variant", args.variants or (), known)):
+        for name in names:
+            if name not in choices:
+                raise UserError(f"no {kind} {name!r}: choose from {', '.join(choices)}")
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
     plt, args.compile = pyplot(), args.device == "cuda"
@@ -313,15 +364,24 @@ def main():
     training, generated = {}, {}
     for preset in args.presets:
         for T in args.contexts:
-            training[preset, T] = at_context(preset, T, args)
             print(f"\ntraining {preset}, context {T}, {max(args.tokens, T)} tokens per step, "
-                  f"{args.device}\n{table(rows(training[preset, T]))}", flush=True)
+                  f"{args.device}")
+            if args.profile:
+                for name, step in prepare(preset, T, args)[2].items():
+                    path = os.path.join(args.out, f"{preset}-{T}-{name.replace(' ', '-')}.json")
+                    print(f"{name}, trace in {path}\n{table(profiled(step, path, args))}")
+                continue
+            training[preset, T] = at_context(preset, T, args)
+            print(table(rows(training[preset, T])), flush=True)
+        if args.profile or args.variants:
+            continue
         generated[preset] = generation(preset, args)
         print(f"\n{preset}: generation of {args.new_tokens} tokens after 16\n"
               f"{table(rows(generated[preset]))}", flush=True)
-    results = dict(training={f"{p}, {T}": r for (p, T), r in training.items()},
-                   generation=generated)
-    save(args, "cost", results, plot(plt, training, args.orders))
+    if generated:
+        results = {f"{p}, {T}": r for (p, T), r in training.items()}
+        save(args, "cost", dict(training=results, generation=generated),
+             plot(plt, training, args.orders))
 
 
 if __name__ == "__main__":

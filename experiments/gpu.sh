@@ -10,7 +10,7 @@
 # TOKENS: a token set (GPT-2's tokenizer for the shapes of Pythia), or TOKENS.tar.xz next to it, which
 # is quick to copy: tar -cJf tokens/openstax.tar.xz -C tokens openstax
 # PARTS: tests (of backends and loss, CUDA's included), curve (200 steps, bfloat16 against float32), speed
-# (cost.py, NANOGPT: a copy of nanoGPT's model.py; cost_variants.py), profile (the ten longest
+# (cost.py, NANOGPT: a copy of nanoGPT's model.py), profile (the ten longest
 # kernels), train (VARIANTS x SEEDS at PRESET, STEPS of 524,288 tokens), scores (TASKS of each, paired
 # with the baseline's; DATA: a folder with their files), suite (all tests).
 # DEVICE=cpu PRESET=tiny tries the script without a GPU. Results: OUT/*.json, OUT/*.log and a table.
@@ -69,13 +69,12 @@ for name in $PARTS; do case $name in
         part speed python "$root/experiments/cost.py" --presets "$PRESET" --contexts "$CONTEXT" \
             --tokens $((32 * CONTEXT)) --orders 1,2,3 --device "$DEVICE" --out "$OUT/speed" \
             ${NANOGPT:+--nanogpt "$NANOGPT"} "${neox[@]}"
-        part speed-variants python "$root/experiments/cost_variants.py" --device "$DEVICE" --batch 32 \
-            --variants baseline,self,past,cross,shared,key-shift \
-            -- --preset "$PRESET" --block_size "$CONTEXT" --vocab_size 50304 ;;
-    profile) for order in 1 2; do
-            part "profile-$order" python "$root/experiments/profile_step.py" --preset "$PRESET" \
-                --nexus_order "$order" --device "$DEVICE" --out "$OUT/profile-$order"
-        done ;;
+        part speed-variants python "$root/experiments/cost.py" --presets "$PRESET" \
+            --contexts "$CONTEXT" --tokens $((32 * CONTEXT)) --device "$DEVICE" \
+            --variants self,past,cross,shared,key-shift ;;
+    profile) part profile python "$root/experiments/cost.py" --profile --presets "$PRESET" \
+            --contexts "$CONTEXT" --tokens $((32 * CONTEXT)) --orders 1,2 --device "$DEVICE" \
+            --out "$OUT/profile" ;;
     train) for seed in $SEEDS; do for variant in $VARIANTS; do
             training "$variant-$seed" "$variant" "$STEPS" --seed "$seed" --eval_interval 50 \
                 --save_interval 100

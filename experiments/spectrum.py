@@ -171,12 +171,6 @@ def at_start(inner, T, D, seed, heads=2):
     return shares(model, torch.randperm(T)[None])
 
 
-def expected_share(T, D):
-    """About what `self` gives its own token at initialisation, see above, mean over rows 2 to T."""
-    other = torch.exp(torch.tensor(0.08 - 0.4 * D**0.5))
-    return (1 / (1 + torch.arange(1, T) * other)).mean().item()
-
-
 def lines(results, columns):
     yield ["", "layer", "D", *columns]
     for variant, runs in results.items():

@@ -13,7 +13,6 @@ import torch
 from model import GPT, GPTConfig, ModelError
 from nanonexus.cli import UserError
 from nanonexus.files import replace
-from nanonexus.memory import check_size
 
 
 def older(path, i):
@@ -77,6 +76,15 @@ def load_checkpoint(path, device="cpu", **overrides):
     config = make_config({**saved["config"], "attention": "sdpa", **overrides}, path)
     model = load_weights(GPT(config), saved.pop("model"), path).to(device).eval()
     return model, {key: value for key, value in saved.items() if key != "optimizer"}
+
+
+def check_size(config):
+    """Raises ModelError for a typo that would exhaust the machine's memory."""
+    size = config.n_embd * (12 * config.n_layer * config.n_embd + 2 * config.vocab_size
+                            + config.block_size)
+    if size > 1e12:
+        raise ModelError(f"vocab_size, block_size, n_layer and n_embd make {size:.0e} numbers: "
+                         "more than a trillion")
 
 
 def make_config(values, path):

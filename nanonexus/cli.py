@@ -59,7 +59,8 @@ def run_script(main):
         message = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "out of memory" in message \
                 or "can't allocate memory" in message:  # numpy's, CUDA's, torch's on a CPU
-            message = "out of memory: use a smaller batch, context or model"
+            message = ("out of memory: lower --micro_batch (--batch_size in eval_sciq.py, --batch "
+                       "in finetune.py), then --block_size, --n_embd or --n_layer")
         elif isinstance(error, RuntimeError):  # gloo's are plain, NCCL's a subclass
             if not any(word in message for word in ("gloo", "NCCL")):
                 raise

@@ -1,14 +1,11 @@
 """
-lm-evaluation-harness: any of its tasks on our models, and its own task files on local data.
+lm-evaluation-harness: any of its tasks on our models.
 """
-
-import os
 
 import torch
 
 from nanonexus.cli import UserError
 from nanonexus.generate import generate_stream
-from nanonexus.tasks import TASKS
 from nanonexus.tokenizer import EOT
 
 
@@ -99,32 +96,3 @@ def complete(scorer, context, settings):
     for stop in [*stops, EOT]:
         text = text.split(stop)[0]
     return text
-
-
-def write_tasks(tasks, data, out):
-    """Write the harness's own files for some of TASKS into the folder out, under the names
-    ours_<task>, pointed at <task>_<split>.jsonl in the folder data."""
-    import lm_eval
-
-    packaged = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
-    for task in tasks:
-        kind, split = "arc" if task.startswith("arc") else task, TASKS[task][2]
-        unused = "".join(f"{other}_split: null\n" for other in ("training", "validation", "test")
-                         if other != split)
-        with open(os.path.join(out, f"{task}.yaml"), "w", encoding="utf-8") as f:
-            f.write(f"include: {packaged}/{kind}/{task}.yaml\ntask: ours_{task}\n{unused}"
-                    f"{split}_split: {split}\ndataset_path: json\ndataset_name: null\n"
-                    f"dataset_kwargs:\n  cache_dir: {out}\n  data_files:\n"
-                    f"    {split}: {os.path.abspath(data)}/{task}_{split}.jsonl\n")
-
-
-def score_documents(model, tasks, folder, limit=None):
-    """({task: its metrics}, {task: [(log-likelihoods, acc, acc_norm) of each document]}) of the
-    tasks that write_tasks has written into folder; model as in run_tasks."""
-    results = run_tasks(model, [f"ours_{task}" for task in tasks], folder, limit, bootstrap_iters=1)
-    documents = {}
-    for task in tasks:
-        docs = sorted(results["samples"][f"ours_{task}"], key=lambda doc: doc["doc_id"])
-        documents[task] = [([float(ll) for ll, _ in doc["filtered_resps"]], doc["acc"],
-                            doc["acc_norm"]) for doc in docs]
-    return {task: results["results"][f"ours_{task}"] for task in tasks}, documents

@@ -18,7 +18,6 @@ from nanonexus.checkpoint import save_checkpoint
 from nanonexus.cli import UserError
 from nanonexus.device import fast_attention, peak_flops
 from nanonexus.loss import TrainingLoss
-from nanonexus.memory import check_fits
 from nanonexus.schedule import warmup_cosine
 
 
@@ -54,7 +53,6 @@ class Run:
 
         device, cuda = world.device, world.device.type == "cuda"
         self.bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and cuda)
-        check_fits(config, args.micro_batch, device, self.bf16, args.checkpoint_attention)
         torch.manual_seed(args.seed)
         self.gpt, self.step = GPT(config).to(device), 0
         self.optimizer = make_optimizer(self.gpt, args, device)

@@ -10,10 +10,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # in the scripts that tests run, too
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """train.main installs handlers; give Ctrl-C back to pytest."""
+def as_before():
+    """train.main installs handlers, and --deterministic a mode: give Ctrl-C back to pytest."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM,
                                                             signal.SIGUSR1)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)

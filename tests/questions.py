@@ -1,5 +1,5 @@
 """What several tests score: rows of every task, a small random GPT-NeoX folder, two checkpoints of
-ours, and a choice's log-likelihood without cache or batch."""
+ours, a choice's log-likelihood without cache or batch, and the harness's of the same rows."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
+from nanonexus.lm_eval_adapter import run_tasks
 from nanonexus.tasks import TASKS
 
 # Rows in the hub's columns. Each trap of the scoring rules has a row.
@@ -105,3 +106,32 @@ def plain_ll(scorer, context, continuation):
     rows = lp[-len(continuation):]
     return rows[range(len(continuation)), continuation].sum().item(), \
         rows.argmax(-1).tolist() == continuation
+
+
+def write_tasks(tasks, data, out):
+    """Write the harness's own files for some of TASKS into the folder out, under the names
+    ours_<task>, pointed at <task>_<split>.jsonl in the folder data."""
+    import lm_eval
+
+    packaged = os.path.join(os.path.dirname(lm_eval.__file__), "tasks")
+    for task in tasks:
+        kind, split = "arc" if task.startswith("arc") else task, TASKS[task][2]
+        unused = "".join(f"{other}_split: null\n" for other in ("training", "validation", "test")
+                         if other != split)
+        with open(os.path.join(out, f"{task}.yaml"), "w", encoding="utf-8") as f:
+            f.write(f"include: {packaged}/{kind}/{task}.yaml\ntask: ours_{task}\n{unused}"
+                    f"{split}_split: {split}\ndataset_path: json\ndataset_name: null\n"
+                    f"dataset_kwargs:\n  cache_dir: {out}\n  data_files:\n"
+                    f"    {split}: {os.path.abspath(data)}/{task}_{split}.jsonl\n")
+
+
+def score_documents(model, tasks, folder, limit=None):
+    """({task: its metrics}, {task: [(log-likelihoods, acc, acc_norm) of each document]}) of the
+    tasks that write_tasks has written into folder; model as in run_tasks."""
+    results = run_tasks(model, [f"ours_{task}" for task in tasks], folder, limit, bootstrap_iters=1)
+    documents = {}
+    for task in tasks:
+        docs = sorted(results["samples"][f"ours_{task}"], key=lambda doc: doc["doc_id"])
+        documents[task] = [([float(ll) for ll, _ in doc["filtered_resps"]], doc["acc"],
+                            doc["acc_norm"]) for doc in docs]
+    return {task: results["results"][f"ours_{task}"] for task in tasks}, documents

@@ -1,32 +1,30 @@
-"""cost.py: the arithmetic it reports is torch's count, and its ratios are of the same round."""
+"""cost.py: peaks and caches are what they should be, ratios are of the same round, the variants are
+those that compare.py trains."""
 
 import json
 import sys
 from types import SimpleNamespace
 
+import compare
 import cost
 import pytest
 import torch
 
+import model
 from model import GPT, PRESETS, GPTConfig
 from nanonexus.cli import run_script
 from nanonexus.generate import KVCache
 
-
-@pytest.mark.parametrize("kind", [dict(), dict(nexus_order=3), dict(nexus_order=2,
-                         nexus_inner="shared"), dict(nexus_order=3, nexus_inner="past",
-                         nexus_streams="k"), dict(nexus_order=2, nexus_streams="q")])
-def test_the_models_flops_are_torchs(kind):
-    config = GPTConfig(**PRESETS["tiny"], **kind)
-    assert cost.counted_flops(config) == pytest.approx(cost.own_flops(config), rel=0.01)
+ON_CPU = SimpleNamespace(device="cpu", compile=False)
 
 
-ON_CPU = SimpleNamespace(device="cpu", compile=False, gib=0.25)
+def peak(batch, **kind):
+    return cost.tracked_memory("", None, GPTConfig(**PRESETS["tiny"] | kind), batch, ON_CPU)
 
 
 def test_peak_memory_grows_with_order_by_what_is_kept():
-    small, order2, long = (cost.peak_memory("", GPTConfig(**PRESETS["tiny"] | kind), 2, ON_CPU)
-                           for kind in (dict(), dict(nexus_order=2), dict(block_size=512)))
+    small, order2, long = (peak(2, **kind) for kind in (
+        dict(), dict(nexus_order=2), dict(block_size=512)))
     weights = 4 * 4 * GPT(GPTConfig(**PRESETS["tiny"])).num_params()  # and gradient, two moments
     assert weights < small < order2 < long
     stream = 2 * 256 * 128 * 4  # one (B, T, C) of float32; a layer keeps 2 rotated and 2 new ones
@@ -34,11 +32,9 @@ def test_peak_memory_grows_with_order_by_what_is_kept():
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
-    config = GPTConfig(**PRESETS["tiny"], nexus_order=2)
-    peak = cost.peak_memory("", config, 4, ON_CPU)
-    fits = cost.largest_batch("", config, 4, peak, ON_CPU)
-    assert cost.peak_memory("", config, fits, ON_CPU) <= ON_CPU.gib * 2**30 \
-        < cost.peak_memory("", config, fits + 1, ON_CPU)
+    at4, at8 = (peak(batch, nexus_order=2) for batch in (4, 8))
+    fits = cost.largest_batch(4, at4, at8, 0.25)
+    assert peak(fits, nexus_order=2) <= 2**28 < peak(fits + 1, nexus_order=2)
 
 
 def test_cache_bytes_are_the_generations():
@@ -55,20 +51,58 @@ def test_speeds_pair_within_a_round():
     assert result["ratio"] == 0.5 and result["quartiles"] == [0.5, 0.5] and result["rate"] == 25
 
 
+SHAPE = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32".split()
+
+
+@pytest.mark.parametrize("name", [v for v in compare.VARIANTS if v not in cost.SKIPPED])
+def test_a_variant_is_what_compare_trains(name):
+    own = model.CausalSelfAttention, model.Block
+    plan = compare.Plan(*compare.parse_args(["--", *SHAPE]), 2048).run(name, 0)
+    control, config = cost.read_variant(name, GPTConfig(2048, 32, 1, 2, 32))
+    made = cost.make(control, config)
+    assert (model.CausalSelfAttention, model.Block) == own and control == plan.control
+    found = {type(made.blocks[0].attn), type(made.blocks[0])}
+    assert found - {*own} == ({cost.controls.CONTROLS[control]} if control else set())
+    given = vars(cost.train.build_parser().parse_args(plan.flags))
+    for field in ("nexus_order", "nexus_inner", "nexus_streams"):
+        assert getattr(config, field) == (given[field] or getattr(GPTConfig(), field))
+
+
+TRAINING = "--contexts 16,32 --tokens 64 --rounds 2".split()
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["cost.py", *TRAINING, *argv])
+    run_script(cost.main)
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    argv = "--contexts 16,32 --tokens 64 --orders 1,2 --rounds 2 --new_tokens 4".split()
-    monkeypatch.setattr(sys, "argv", [cost.__file__, *argv, "--out", str(tmp_path)])
-    cost.main()
+    run(monkeypatch, "--orders", "1,2", "--new_tokens", "4", "--out", str(tmp_path))
     results = json.loads((tmp_path / "cost.json").read_text())["results"]
     short, long = (results["training"][f"tiny, {T}"]["order 2"] for T in (16, 32))
     assert short["parameters"] == 875_264 and short["predicted"] > long["predicted"]
     assert "order 2, recomputed" in results["generation"]["tiny"]
     assert (tmp_path / "cost.svg").exists()
     for wrong in (["--orders", "2"], ["--presets", "huge"], ["--nanogpt", "nowhere.py"],
-                  ["--gib", "-1"]):
-        monkeypatch.setattr(sys, "argv", ["cost.py", *wrong])
+                  ["--gib", "-1"], ["--variants", "longer"]):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            run_script(cost.main)
+            run(monkeypatch, *wrong)
         assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_variants_and_profiles(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="extra plots: matplotlib")
+    run(monkeypatch, "--variants", "key-shift,cross", "--vocab_size", "500", "--contexts",
+        "32", "--gib", "1")
+    body = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [line[0] for line in body] == ["baseline", "key-shift", "cross"]
+    parameters, flops = ([line[i] for line in body] for i in (1, 2))
+    assert parameters == ["921,344", "921,360", "921,344"] and flops[0] == flops[1] < flops[2]
+    assert all(100 < int(line[7]) < 10_000 for line in body)  # windows of 32 tokens in 1 GiB
+    run(monkeypatch, "--profile", "--orders", "1,2", "--out", str(tmp_path))
+    said = capsys.readouterr().out
+    assert said.count("ms busy") == 4 and "aten::mm" in said
+    trace = json.loads((tmp_path / "tiny-32-order-2.json").read_text())
+    assert sum(event.get("name") == "aten::mm" for event in trace["traceEvents"]) > 100

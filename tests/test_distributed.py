@@ -1,5 +1,6 @@
 """Several processes, on one node or two, are one; a lost one ends the run and nothing else."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,7 +10,6 @@ import sys
 import pytest
 import torch
 from test_train import ROOT, TINY, command, read_log, run, tokens, weights  # noqa: F401
-from torture import workers
 
 from model import GPT, GPTConfig
 from nanonexus.loss import TrainingLoss
@@ -54,6 +54,17 @@ def test_one_node_is_two(one, tokens, tmp_path):  # noqa: F811
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], outputs
     check_same(one, read_log(tmp_path))
+
+
+def workers(mark):
+    """{rank: pid} of the processes that torchrun has started in an environment with this mark."""
+    found = {}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/environ", "rb") as f:
+            env = dict(pair.split(b"=", 1) for pair in f.read().split(b"\0") if b"=" in pair)
+            if env.get(b"MARK") == os.fsencode(mark) and b"RANK" in env:
+                found[int(env[b"RANK"])] = int(pid)
+    return found
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="finds the process by Linux's /proc")

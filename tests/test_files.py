@@ -1,8 +1,7 @@
-"""Folders and lines that are complete or absent; every call that writes, struck once."""
+"""Folders and lines that are complete or absent."""
 
 import os
 
-import faults
 import pytest
 
 from nanonexus import files
@@ -41,16 +40,6 @@ def test_a_line_cut_short_is_replaced_by_the_next(tmp_path):
     path.write_text('{"i": 0}\n}\n{"i": 2}\n')
     with pytest.raises(UserError, match="lines.jsonl has a damaged line"):
         read_lines(path)
-
-
-def test_whatever_call_fails_or_is_killed_all_is_whole_and_continues(tmp_path):
-    """A part of the points; python tests/faults.py strikes them all."""
-    if not faults.build(tmp_path):
-        pytest.skip("needs Linux and a C compiler, cc")
-    found = faults.run(str(tmp_path), "--every", 53)
-    assert sum(outcomes["struck"] for outcomes in found.values()) >= 15
-    assert {ending for outcomes in found.values() for ending in outcomes} >= {
-        "full: said in one line", "broken: said in one line", "killed: whole"}
 
 
 def test_nobody_enters_a_new_folder_while_it_is_finished(tmp_path, monkeypatch):

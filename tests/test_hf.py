@@ -51,6 +51,21 @@ def test_a_revision_on_the_hub_is_asked_for_and_recorded(neox, tmp_path, monkeyp
     assert open_model(neox)[2]["revision"] is None
 
 
+def test_weights_are_read_from_the_folder_alone(tmp_path):
+    """An index may name a file elsewhere; it is not followed."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="extra hf: safetensors")
+    safetensors.save_file({"embed_out.weight": torch.zeros(64, 16)},
+                          tmp_path / "outside.safetensors")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text(json.dumps(dict(
+        model_type="gpt_neox", vocab_size=64, max_position_embeddings=8, num_hidden_layers=1,
+        num_attention_heads=2, hidden_size=16, intermediate_size=64, hidden_act="gelu")))
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(dict(
+        weight_map={"embed_out.weight": "../outside.safetensors"})))
+    with pytest.raises(ModelError, match="missing"):
+        load_neox(str(tmp_path / "model"))
+
+
 def test_old_configs_name_rotary_otherwise(neox, tmp_path):
     for name in ("model.safetensors", "tokenizer.json"):
         os.symlink(neox / name, tmp_path / name)

@@ -101,6 +101,21 @@ def test_training_needs_torch_and_numpy_alone():
     assert packages - set(sys.stdlib_module_names) <= {"torch", "numpy", "model", "nanonexus"}
 
 
+def test_nothing_runs_text_as_code():
+    """No eval, exec or compile of text, no pickle, no trust_remote_code."""
+    for path in sources().values():
+        with open(path, encoding="utf-8") as f:
+            tree = ast.parse(f.read())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), path
+            if isinstance(node, ast.keyword):
+                assert node.arg not in ("trust_remote_code", "shell"), path
+                assert node.arg != "weights_only" or node.value.value is True, path
+        top, inner = imports(path)
+        assert not {"pickle", "marshal", "shelve", "dill"} & (top | inner), path
+
+
 def test_no_two_modules_have_one_name_and_no_file_is_long():
     modules = sources()
     assert len(set(modules)) == len(modules)

@@ -4,11 +4,11 @@ import json
 import sys
 
 import pytest
-from questions import LONG, ROWS, plain_ll
+from questions import LONG, ROWS, plain_ll, score_documents, write_tasks
 
 import eval_sciq
 from nanonexus.cli import UserError
-from nanonexus.lm_eval_adapter import adapt, run_tasks, score_documents, write_tasks
+from nanonexus.lm_eval_adapter import adapt, run_tasks
 from nanonexus.scoring import Scorer, evaluate
 from nanonexus.tasks import read_task
 

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as nn
 from model import GPT, PRESETS, AttnContext, GPTConfig, ModelError, apply_rotary_emb
+from nanonexus.checkpoint import check_size
 from nanonexus.generate import KVCache, generate
-from nanonexus.memory import check_size
 
 SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
                   parallel_residual=False)

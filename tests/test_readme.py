@@ -1,21 +1,100 @@
-"""The documents' commands name scripts and flags that exist, and their code is model.py's."""
+"""The documents' commands run as printed, or are listed here with a reason; they name scripts and
+flags that exist, the documents' links lead somewhere, and their code is model.py's."""
 
 import glob
 import os
 import re
 import runpy
+import shlex
 import sys
 
 import pytest
 
+import train
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCUMENTS = [os.path.join(ROOT, name) for name in ("README.md", "RESULTS.md")] + glob.glob(
     f"{ROOT}/docs/**/*.md", recursive=True)
+SLOW = {  # how a command begins that does not run here, and why: minutes are those of two CPU cores
+    "python -m venv": "makes an environment of its own",
+    "OUT=out/70m experiments/reproduce_70m.sh": "needs the hub and a GPU; test_reproduce.py",
+    "python eval_sciq.py --checkpoint EleutherAI": "needs the hub",
+    "python eval_sciq.py --checkpoint MODEL": "needs the tasks' files; 15 and 6 minutes",
+    "python eval_sciq.py --checkpoint out/base/ckpt.pt": "needs the hub, or 20 minutes with --data",
+    "python finetune.py": "needs the hub and a GPU; tiny in test_finetune.py",
+    "python prepare_data.py --dataset fineweb-edu": "needs the hub",
+    "python prepare_data.py --dataset text": "needs a text; 4 s in bytes to a minute for a BPE",
+    "python train.py": "two minutes; the others need a token set, or a GPU",
+    "srun": "needs GPUs; two processes on a CPU in test_distributed.py",
+    "torchrun": "needs GPUs; two processes on a CPU in test_distributed.py",
+    "python experiments/compare.py": "1 to 4 minutes a run; on a text 5 to 45, its token set first",
+    "python experiments/cost.py": "1.5 minutes for the variants, more for the contexts",
+    "python experiments/induction.py": "30 s to 5 minutes, after compare.py",
+    "python experiments/rank.py": "46 minutes",
+    "python experiments/recall.py": "3 minutes to an hour",
+    "python experiments/retrofit.py": "13 minutes to pretrain, then 2 to 3 a run; needs a text",
+    "python experiments/spectrum.py": "a minute, after compare.py",
+    "python experiments/stability.py": "25 minutes",
+}
 
 
 def read(path):
     with open(path, encoding="utf-8") as f:
         return f.read()
+
+
+def documented():
+    """Every command line of the documents: of fenced sh blocks, and indented ones."""
+    found = set()
+    for path in [*DOCUMENTS, os.path.join(ROOT, "CONTRIBUTING.md")]:
+        text = read(path).replace("\\\n", " ")
+        blocks = re.findall(r"```sh\n(.*?)```", text, re.S) + re.findall(r"(?m)^    (\S.*)$", text)
+        for line in "\n".join(blocks).splitlines():
+            line = re.sub(r"\s+#.*", "", line).strip()
+            if re.match(r"(?:[A-Z]+=\S+ )*(?:python|torchrun|srun|bash|experiments/\S+sh)\b", line):
+                found.add(re.sub(r"\s+", " ", line))
+    return found
+
+
+def fast():
+    """The documented commands that run here: all that SLOW does not list, and every --show."""
+    return sorted(c for c in documented() if "--show" in c or not c.startswith(tuple(SLOW)))
+
+
+def test_what_is_listed_as_slow_is_documented():
+    assert len(fast()) > 10
+    for start in SLOW:
+        assert any(c.startswith(start) for c in documented() - {*fast()}), start
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A folder with what a clone holds, and a run of two steps in out/ and in out/past/."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in os.listdir(ROOT):
+        if name not in ("out", "tokens", ".git", "exported", "view.html"):
+            os.symlink(os.path.join(ROOT, name), folder / name)
+    train.main(["--max_steps", "2", "--eval_windows", "8", "--device", "cpu", "--no-sample",
+                "--out", str(folder / "out")])
+    (folder / "out/past").mkdir()
+    os.symlink(folder / "out/ckpt.pt", folder / "out/past/ckpt.pt")
+    return folder
+
+
+@pytest.mark.parametrize("command", fast())
+def test_it_runs_as_printed(clone, command, monkeypatch, capsys):
+    for package in ["scipy", "matplotlib"] * ("experiments" in command) + \
+            ["safetensors"] * ("export" in command):
+        pytest.importorskip(package, reason=f"the command needs {package}")
+    python, *argv = shlex.split(command)
+    assert python == "python", "add it to SLOW, with a reason"
+    monkeypatch.chdir(clone)
+    monkeypatch.setattr(sys, "argv", argv[argv[0] == "-m":])
+    if argv[0] == "-m":
+        runpy.run_module(argv[1], run_name="__main__")
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
+    assert capsys.readouterr().out.strip()
 
 
 def commands():
@@ -35,8 +114,7 @@ def commands():
 
 def test_every_script_is_mentioned():
     assert {"train.py", "sample.py", "prepare_data.py", "eval_sciq.py", "finetune.py",
-            "experiments/compare.py", "experiments/cost.py",
-            "experiments/harness.py"} <= commands().keys()
+            "experiments/compare.py", "experiments/cost.py"} <= commands().keys()
 
 
 @pytest.mark.parametrize("script", sorted(commands()))

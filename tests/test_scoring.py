@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from questions import ROWS, plain_ll
+from questions import ROWS, plain_ll, score_documents, write_tasks
 
 from nanonexus.cli import UserError
-from nanonexus.lm_eval_adapter import score_documents, write_tasks
 from nanonexus.scoring import Scorer, evaluate
 from nanonexus.tasks import Doc, read_task
 

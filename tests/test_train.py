@@ -1,22 +1,25 @@
 """Resume is exact, processes agree, and a user's mistakes are reported in one line."""
 
+import argparse
 import json
 import os
-import resource
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import torch
-from torture import same
 
 import train
 from model import GPT, PRESETS, GPTConfig, ModelError
 from nanonexus import data
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import UserError
+from nanonexus.cli import UserError, run_script
+from nanonexus.log import Log
 from nanonexus.run import learning_rate, make_optimizer
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
@@ -60,6 +63,17 @@ def weights(out):
     return torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
 
 
+def same(a, b):
+    """Whether two nested dicts and lists of tensors and values are bit for bit the same."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 @pytest.mark.parametrize("n, flags", [(6, []), (4, ["--dropout", "0.2", "--nexus_order", "3"])])
 def test_n_plus_m_steps_are_n_stop_resume_m(tokens, tmp_path, n, flags):
     whole = run(tokens, tmp_path / "whole", "--max_steps", 10, *flags)
@@ -87,8 +101,8 @@ def test_resuming_a_finished_run_changes_nothing(tokens, tmp_path):
 
 
 def test_same_seed_same_run_and_it_learns(tokens, tmp_path):
-    logs = [run(tokens, tmp_path / str(i), "--max_steps", 60, "--seed", seed, "--lr", 1e-2)
-            for i, seed in enumerate((0, 0, 1))]
+    logs = [run(tokens, tmp_path / str(i), "--max_steps", 60, "--lr", 1e-2, *flags.split())
+            for i, flags in enumerate(("--seed 0", "--seed 0 --deterministic", "--seed 1"))]
     assert numbers(logs[0]) == numbers(logs[1]) != numbers(logs[2])
     assert logs[0][0]["val_loss"] == pytest.approx(torch.tensor(320.0).log().item(), abs=0.3)
     assert logs[0][-1]["val_loss"] < 3.2  # bytes of English, from 5.8
@@ -136,22 +150,47 @@ def test_presets_and_model_flags(tokens, tmp_path):
     assert meta["step"] == 1 and meta["tokens"] == 256 and meta["tokenizer"] == "bytes"
 
 
-def test_an_interrupt_saves_and_resume_continues(tokens, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_resume_continues(tokens, tmp_path, number):
     argv = command(tokens, tmp_path / "run", "--max_steps", 100_000, "--decay_steps", 100)
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 5/"):
-            process.send_signal(signal.SIGINT)
+            if number == signal.SIGINT:  # while it runs, no other run may write there
+                with pytest.raises(UserError, match="another run is writing"):
+                    run(tokens, tmp_path / "run", "--max_steps", 1)
+            process.send_signal(number)
             break
     try:
-        rest, _ = process.communicate(timeout=60)
+        rest, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130 and "--resume" in rest
+    assert process.returncode == 128 + number and errors == ""
     step = weights(tmp_path / "run")["step"]
-    assert 5 <= step < 1000 and read_log(tmp_path / "run")[-1]["step"] == step
+    assert f"stopped at step {step}, saved in" in rest and "--resume" in rest
+    assert 5 <= step < 10_000 and read_log(tmp_path / "run")[-1]["step"] == step
     log = run(tokens, tmp_path / "run", "--resume", "--max_steps", step + 3)
     assert [event["step"] for event in log] == list(range(step + 4))
+
+
+def test_a_second_interrupt_stops_at_once(tokens, tmp_path):
+    """While the first one waits for a step that takes hours."""
+    argv = command(tokens, tmp_path / "long", "--batch_tokens", 2**24, "--micro_batch", 8)
+    job = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout.readline() and job.stdout.readline().startswith("step 0/")
+    job.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert job.poll() is None  # it wants to finish the step
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=20)
+    assert job.returncode == 130 and errors == "interrupted\n"
+
+
+def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
+    log = run(tokens, tmp_path, "--max_steps", 10**6, "--eval_interval", 10**6,
+              "--max_minutes", 0.01)
+    assert "stopped at step" in capsys.readouterr().out
+    assert weights(tmp_path)["step"] == log[-1]["step"] < 10**5
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -214,27 +253,55 @@ def test_mistakes_exit_with_status_2_and_one_line(tokens, tmp_path):
     assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tokens, tmp_path):
-    run(tokens, tmp_path / "run", "--max_steps", 2)
-    before = (tmp_path / "run/ckpt.pt").read_bytes()
-
-    def small_disk():  # no file may grow past half a checkpoint
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
-
-    result = shell(command(tokens, tmp_path / "run", "--resume", "--max_steps", 4),
-                   preexec_fn=small_disk)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "is the disk full?" in result.stderr and "the last one is untouched" in result.stderr
-    assert (tmp_path / "run/ckpt.pt").read_bytes() == before
-    assert sorted(os.listdir(tmp_path / "run")) == [".lock", "ckpt.pt", "log.jsonl"]
-    log = run(tokens, tmp_path / "run", "--resume", "--max_steps", 4)  # and the run continues
-    assert [event["step"] for event in log] == [0, 1, 2, 3, 4]
+@pytest.mark.parametrize("ask", [lambda: torch.empty(2**60), lambda: np.empty(2**50)])
+def test_a_lack_of_memory_names_the_flag_to_lower_first(capsys, ask):
+    with pytest.raises(SystemExit) as end:
+        run_script(ask)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert "out of memory: lower --micro_batch (" in said
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(tokens, tmp_path):
-    with pytest.raises(UserError, match="norm is nan at step 2, windows"):
-        run(tokens, tmp_path, "--max_steps", 50, "--lr", 1e30, "--grad_clip", "inf")
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_gradient_that_is_not_a_number_stays_out_of_the_weights(
+        tokens, tmp_path, monkeypatch, capsys, on_nan):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, most):
+        calls.append(parameters := list(parameters))
+        if len(calls) == 4:
+            parameters[0].grad[0] = float("nan")
+        return clip(parameters, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    flags = ["--max_steps", 9, "--save_interval", 2, "--on_nan", on_nan]
+    said = r"norm is nan at step 4, windows \d+"
+    if on_nan == "stop":
+        with pytest.raises(UserError, match=said + ".*on_nan skip"):
+            run(tokens, tmp_path, *flags)
+    else:
+        assert run(tokens, tmp_path, *flags)[-1]["step"] == 9
+        assert re.search(said, capsys.readouterr().out)
+    assert weights(tmp_path)["step"] == (2 if on_nan == "stop" else 9)
+    assert all(p.isfinite().all() for p in weights(tmp_path)["model"].values())
+
+
+def test_a_spike_is_marked(tmp_path, capsys):
+    log = Log(argparse.Namespace(out=str(tmp_path), max_steps=20, wandb=None, tensorboard=False),
+              None)
+    for step, loss in enumerate([3.0] * 10 + [3.9, 4.1, 3.0], 1):
+        log.write(dict(step=step, train_loss=loss))
+    assert [event["step"] for event in read_log(tmp_path) if event.get("spike")] == [12]
+    assert "jumped to 4.10" in capsys.readouterr().out
+
+
+def test_a_damaged_line_of_the_log(tokens, tmp_path):
+    run(tokens, tmp_path, "--max_steps", 3, "--decay_steps", 9)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines(True)
+    (tmp_path / "log.jsonl").write_text("".join([lines[0], "}garbage{\n", *lines[2:]]))
+    with pytest.raises(UserError, match="damaged in line 2"):
+        run(tokens, tmp_path, "--resume", "--max_steps", 5)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == len(lines)  # untouched
 
 
 def test_with_no_arguments_it_prepares_trains_and_samples(tmp_path):
