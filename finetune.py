@@ -28,8 +28,8 @@ from nanonexus.files import write_json
 from nanonexus.hf import commit_of, fetch
 from nanonexus.lm_eval_adapter import check_tasks, run_tasks
 from nanonexus.retrofit import INNERS, load, nexus
-from nanonexus.schedule import warmup_cosine
 from nanonexus.stats import mcnemar, stderr
+from train import warmup_cosine
 
 
 def read_examples(path, tokenizer, max_length):
@@ -122,7 +122,7 @@ def make_scheduler(optimizer, steps, warmup):
     """train.py's schedule, down to 0 at the last step; warmup in steps or, if < 1, a fraction."""
     warmup = int(warmup) if warmup >= 1 else math.ceil(warmup * steps)
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, 1.0, warmup, steps, floor=0.0))
+        optimizer, lambda step: warmup_cosine(step, warmup, steps, floor=0.0))
 
 
 def sft(args):

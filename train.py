@@ -3,6 +3,7 @@ Train a GPT or its Nexus counterpart, on one device or many.
 
     python train.py                                    # tiny, order 2, minutes on a laptop
     python train.py --nexus_order 1 --out out/base     # its baseline
+    python train.py --control key-shift --out out/shift
     python train.py --resume --out out/base --max_steps 2000
     torchrun --standalone --nproc_per_node=8 train.py --preset pythia-70m --dataset tokens/fw
 
@@ -10,201 +11,167 @@ Everything is written to --out: ckpt.pt, and log.jsonl with a line per log step.
 step, saves and stops; --resume continues as if nothing had happened, bit for bit.
 """
 
-import argparse
+import itertools
 import math
 import os
 import subprocess
 import sys
 import time
-from dataclasses import fields
-from typing import get_args
+from dataclasses import asdict
 
 import torch
 
-from model import PRESETS, GPTConfig
-from nanonexus.checkpoint import check_size, newest_checkpoint
-from nanonexus.cli import Parser, UserError, non_negative, positive, positive_int, run_script, whole
-from nanonexus.data import TokenSet
+from nanonexus import data
+from nanonexus.checkpoint import probe, restore_weights, save_checkpoint
+from nanonexus.cli import UserError, run_script
+from nanonexus.controls import build, describe
+from nanonexus.device import peak_flops
+from nanonexus.flags import make_config, parse_args, split_batch
 from nanonexus.generate import generate
 from nanonexus.log import Log
 from nanonexus.processes import Stop, join_processes
-from nanonexus.run import Run, learning_rate
 from nanonexus.tokenizer import get_tokenizer
 
-# Good settings for each size: Pythia's learning rates, and a quarter of its batch of 2M tokens.
-RECIPES = {
-    "tiny": dict(lr=3e-3, batch_tokens=2048, micro_batch=8, max_steps=800, warmup_steps=50,
-                 eval_interval=100, save_interval=200),
-    "pythia-70m": dict(lr=1e-3), "pythia-160m": dict(lr=6e-4),
-    "pythia-410m": dict(lr=3e-4), "pythia-1b": dict(lr=2.5e-4),
-}
-# A resumed run must agree with its checkpoint on these, or it would not be the same run.
-FIXED = ["batch_tokens", "doc_mask", "decay_steps", "lr", "warmup_steps", "weight_decay",
-         "grad_clip", "seed"]
-HELP = dict(
-    vocab_size="default: the token set's", block_size="context, in tokens", n_layer="blocks",
-    n_head="attention heads", n_embd="width of the residual stream",
-    rotary_pct="fraction of each head's dimensions that are rotated",
-    parallel_residual="attention and MLP in parallel, as Pythia, or sequential",
-    dropout="dropout rate",
-    gelu="tanh or erf", attention="sdpa; flex, on CUDA; or manual (slow, explicit softmax)",
-    nexus_order="1 is the baseline, 2 (default) refines once, 3 twice, ...",
-    nexus_streams="which streams are refined", nexus_inner="how: cross "
-    "(default), past, self (the paper's, as far as its text is known) or shared",
-)
+
+def make_optimizers(model, args):
+    """AdamW with Pythia's settings: decay on matrices, none on biases and LayerNorms. Any torch
+    optimizers will do, on any groups of parameters: each group's own lr is its peak."""
+    params = list(model.parameters())
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=args.weight_decay),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8,
+                              fused=params[0].device.type in ("cuda", "cpu"))]
 
 
-def build_parser():
-    parser = Parser(__doc__)
-    flag = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("data and output").add_argument
-    add("--dataset", default="pydocs", metavar="DIR_OR_NAME", help="a folder that prepare_data.py "
-        "wrote, or pydocs (default), prepared on first use")
-    add("--verify", action="store_true", help="first read the whole token set to check its "
-        "sha256 and ids")
-    add("--out", default="out", help="folder for checkpoint and log (default: out)")
-    add("--resume", action="store_true", help="continue from OUT/ckpt.pt; flags not given keep "
-        "the checkpoint's values")
-    add("--doc_mask", action=flag, default=False, help="no token attends beyond its own document; "
-        "meant for --attention flex")
-    add = parser.add_argument_group("model (fields not given are the preset's)").add_argument
-    add("--preset", choices=PRESETS, default="tiny", help="size (default: tiny)")
-    for f in fields(GPTConfig):
-        kind = dict(choices=get_args(f.type)) if get_args(f.type) else \
-            dict(action=flag) if f.type is bool else dict(type=f.type)
-        add(f"--{f.name}", default=2 if f.name == "nexus_order" else None, help=HELP[f.name],
-            **kind)
-    add = parser.add_argument_group("optimisation (defaults depend on the preset)").add_argument
-    add("--batch_tokens", type=positive_int, default=2**19, help="tokens per step, over all "
-        "processes and micro-steps")
-    add("--micro_batch", type=positive_int, default=16, help="windows per forward pass of a "
-        "process; smaller needs less memory, the result is the same")
-    add("--max_steps", type=positive_int, default=3000, help="total number of steps")
-    add("--decay_steps", type=positive_int, help="step at which the cosine reaches 10%% of the "
-        "peak (default: max_steps)")
-    add("--lr", type=non_negative, default=1e-3, help="peak learning rate")
-    add("--warmup_steps", type=whole, help="linear warm-up (default: 1%% of max_steps)")
-    add("--weight_decay", type=non_negative, default=0.1, help="on matrices and embeddings")
-    add("--grad_clip", type=positive, default=1.0, help="maximum gradient norm (inf: no clipping)")
-    add("--seed", type=whole, default=0, help="for weights, data order and dropout")
-    add = parser.add_argument_group("running").add_argument
-    add("--eval_interval", type=positive_int, default=250, help="steps between validations")
-    add("--eval_windows", type=positive_int, default=96, help="windows of validation text")
-    add("--save_interval", type=positive_int, default=500, help="steps between checkpoints")
-    add("--log_interval", type=positive_int, default=10, help="steps between log lines")
-    add("--keep", type=positive_int, default=2, help="checkpoints to keep: ckpt.pt and the "
-        "previous ones, ckpt.1.pt, ... (default: 2)")
-    add("--max_minutes", type=positive, default=math.inf, help="save and stop after this long, "
-        "e.g. before a job's time limit (default: never)")
-    add("--on_nan", default="stop", choices=["stop", "skip"], help="if a gradient is not finite: "
-        "stop (default), or skip that step")
-    add("--deterministic", action="store_true", help="bit-identical runs on the same device, "
-        "slower on CUDA")
-    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the matrix "
-        "products (default: bfloat16 on CUDA, else float32)")
-    add("--compile", action=flag, help="torch.compile (default: on CUDA only)")
-    add("--checkpoint_attention", action=flag, help="recompute inner loops in the backward pass: "
-        "less memory, more time")
-    add("--sample", action=flag, default=True, help="end with a sample of text")
-    add("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
-    add("--tensorboard", action="store_true", help="also log to TensorBoard")
-    return parser
+def warmup_cosine(step, warmup, decay, floor=0.1):
+    """The share of the peak learning rate at a step: a linear rise over `warmup` steps, a cosine
+    down to `floor` at step `decay`, constant from there on."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, decay - warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def parse_args(argv=None):
-    """(args, the checkpoint to resume from or None). Defaults: the recipe's, or the saved ones."""
-    parser = build_parser()
-    args, _ = parser.parse_known_args(argv)
-    path, saved = os.path.join(args.out, "ckpt.pt"), None
-    if args.resume:
-        saved = newest_checkpoint(path)
-        keep = {k: v for k, v in saved["args"].items() if k not in ("resume", "out", "device")}
-        parser.set_defaults(**keep)
-    else:
-        if os.path.exists(path):
-            raise UserError(f"{path} exists: --resume continues it, another --out starts a new run")
-        parser.set_defaults(**RECIPES[args.preset])
-    args = parser.parse_args(argv)
-    if args.warmup_steps is None:
-        args.warmup_steps = max(1, args.max_steps // 100)
-    if args.decay_steps is None:
-        args.decay_steps = args.max_steps
+def pick_dtype(name, device):
+    """The torch dtype of the matrix products; "auto": bfloat16 on CUDA devices that compute in it
+    (compute capability 8.0: a T4 does not), float16 on others, float32 elsewhere."""
+    if name == "auto":
+        name = "float32" if device.type != "cuda" else \
+            "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    return getattr(torch, name)
+
+
+def train(args, config, tokens, world, saved, stop):
+    """Train until max_steps, or until stop asks for an end; returns the GPT and the last step."""
+    device, T = world.device, config.block_size
+    micro_batch, micro_steps = split_batch(args, T, world)
+    n_train, n_val = data.windows(tokens.train, T), data.windows(tokens.val, T)
+    torch.manual_seed(args.seed)
+    gpt = build(config).to(device)
+    optimizers, step = make_optimizers(gpt, args), 0
+    dtype = pick_dtype(args.dtype, device)
+    # float16's small gradients vanish unless the loss is scaled; else the scaler does nothing
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     if saved:
-        agree(vars(args), saved["args"], FIXED)
-    return args, saved
+        step = saved["step"]
+        restore_weights(gpt, saved, os.path.join(args.out, "ckpt.pt"))
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            # the groups are this run's own: some of their settings depend on the device
+            optimizer.load_state_dict(state | dict(
+                param_groups=optimizer.state_dict()["param_groups"]))
+        scaler.load_state_dict(saved["scaler"])
 
+    model, block_masks = gpt, gpt.attention_mask
+    if device.type == "cuda" if args.compile is None else args.compile:
+        model = torch.compile(gpt, fullgraph=True, dynamic=False)
+        block_masks = torch.compile(block_masks, fullgraph=True, dynamic=False)
+    if world.size > 1:
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
 
-def agree(given, saved, names):
-    for name in names:
-        if given[name] != saved.get(name, given[name]):  # an older file may lack a new name
-            raise UserError(f"--{name} {given[name]} contradicts the checkpoint's {saved[name]}: "
-                            "drop the flag, or start a new run in another --out")
+    def masks(x):
+        """Arguments of the model: with --doc_mask each token's document; with flex the masks, made
+        once for all layers."""
+        docs = (x == tokens.eot).cumsum(1) if args.doc_mask else None
+        flex = config.attention == "flex"
+        return dict(docs=docs, mask=block_masks(T, 0, docs, device)) if flex else dict(docs=docs)
 
+    def loss_of(x, y):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return model(x, y, **masks(x))
 
-def open_dataset(args, world):
-    """The token set; pydocs is prepared on first use, by the first process while others wait."""
-    if args.dataset != "pydocs":
-        if not os.path.isdir(args.dataset):
-            raise UserError(f"no token set {args.dataset}: use pydocs, or a folder made by "
-                            f"prepare_data.py --out {args.dataset}")
-        return TokenSet(args.dataset, verify=args.verify)
-    folder = os.path.join(args.out, "pydocs")
-    if world.rank == 0 and not os.path.exists(os.path.join(folder, "meta.json")):
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_data.py")
-        subprocess.run([sys.executable, script, "--dataset", "pydocs", "--out", folder], check=True)
-    world.wait()
-    return TokenSet(folder, verify=args.verify)
+    @torch.no_grad()
+    def validate():
+        """The mean loss on a fixed list of windows, in nats per token."""
+        model.eval()
+        windows = data.val_indices(n_val, args.eval_windows, world.rank, world.size)
+        total = torch.zeros((), device=device)
+        for part in data.split(windows, micro_batch):
+            x, y = tokens.load("val", T, part, device)
+            short = (0, 0, 0, micro_batch - len(x))  # one shape, one compilation
+            pad = torch.nn.functional.pad
+            total += loss_of(pad(x, short), pad(y, short, value=-1)) * len(x)
+        model.train()
+        return world.mean(total, len(windows))
 
+    def windows_of(step):
+        return data.train_indices(n_train, args.seed, step, args.batch_tokens // T, world.rank,
+                                  world.size)
 
-def make_config(args, tokens, device, saved):
-    """The GPTConfig given by preset, flags and token set; a resumed run's must not change."""
-    given = {f.name: getattr(args, f.name) for f in fields(GPTConfig)
-             if getattr(args, f.name) is not None}
-    config = GPTConfig(**{**PRESETS[args.preset], "vocab_size": tokens.vocab_size, **given})
-    check_size(config)
-    if config.attention == "flex" and device.type != "cuda":
-        raise UserError("--attention flex trains on CUDA only: use --attention sdpa")
-    if args.doc_mask and config.attention != "flex" and device.type == "cuda":
-        raise UserError("--doc_mask on CUDA needs --attention flex: others would store T x T masks")
-    if config.vocab_size < tokens.vocab_size:
-        raise UserError(f"--vocab_size {config.vocab_size} is less than the token set's "
-                        f"{tokens.vocab_size}")
-    if saved:
-        free = {"attention", "checkpoint_attention"}  # how, not what
-        agree(vars(config), saved["config"], saved["config"].keys() - free)
-        if saved["data"] != tokens.fingerprint:
-            raise UserError(f"{tokens.folder} is not the token set that the checkpoint was "
-                            "trained on")
-    return config
+    def save():
+        save_checkpoint(os.path.join(args.out, "ckpt.pt"), dict(
+            model=gpt.state_dict(), probe=probe(gpt), config=asdict(config),
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            scaler=scaler.state_dict(), step=step, tokens=step * args.batch_tokens,
+            tokenizer=tokens.tokenizer, tokenizer_json=tokens.tokenizer_json,
+            data=tokens.fingerprint, args=vars(args), torch=str(torch.__version__)), args.keep)
 
-
-def train(run, log, stop):
-    """Take steps until max_steps, or until stop asks for an end."""
-    args, world, batches, unread = run.args, run.world, run.micro_batches(), None
-    timer, timed_from, first = None, None, run.step + 1  # the first step here is not timed
-    while run.step < args.max_steps:
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, args)
+    log = Log(args, step if saved else None) if world.rank == 0 else None
+    if log:
+        log.say(f"{args.preset}, {describe(config)}, {gpt.num_params():,} parameters; {world.size} "
+                f"{device.type}, {str(dtype).removeprefix('torch.')}; {n_train * T:,} tokens of "
+                f"{tokens.meta['dataset']}, {args.batch_tokens:,} per step"
+                + (f"; resumed at step {step}" if saved else ""))
+    if not saved and (val_loss := validate()) and log:
+        log.write(dict(step=0, tokens=0, train_loss=None, val_loss=val_loss, lr=None,
+                       grad_norm=None, tokens_per_sec=None, mfu=None))
+    peak = peak_flops() if device.type == "cuda" and dtype != torch.float32 else None
+    flops = gpt.flops_per_token(T) if peak else None
+    parts = (part for later in itertools.count(step)
+             for part in data.split(windows_of(later), micro_batch))
+    batches = data.ahead(lambda part: tokens.load("train", T, part, device), parts)
+    first, norms, timer, timed_from = step + 1, [], None, None  # the first step is not timed
+    while step < args.max_steps:
+        for optimizer, lrs in zip(optimizers, peaks, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * warmup_cosine(step, args.warmup_steps, args.decay_steps)
         # dropout too is a pure function of seed, step and rank: resuming needs no RNG state
-        torch.manual_seed((args.seed * 1_000_003 + run.step) * world.size + world.rank)
-        total = torch.zeros((), device=world.device)
-        for micro in range(1, run.accumulate + 1):
+        torch.manual_seed((args.seed * 1_000_003 + step) * world.size + world.rank)
+        total = torch.zeros((), device=device)
+        for micro_step in range(1, micro_steps + 1):
             x, y = next(batches)
             if world.size > 1:  # must be set before the forward pass
-                run.model.require_backward_grad_sync = micro == run.accumulate
-            with run.precision():
-                loss = run.model(*run.inputs(x, y))
-            (loss / run.accumulate).backward()
+                model.require_backward_grad_sync = micro_step == micro_steps
+            loss = loss_of(x, y)
+            scaler.scale(loss / micro_steps).backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(run.gpt.parameters(), args.grad_clip)
-        run.update(norm)
-        if unread:  # the previous step's: by now the device has computed it
-            run.check(*unread, log)
-        unread = run.step, norm
-        run.step += 1
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), args.grad_clip)
+        for optimizer in optimizers:
+            skips = optimizer.defaults.get("fused") or scaler.is_enabled()  # a bad update, unasked
+            if skips and not scaler.is_enabled():
+                optimizer.found_inf = (~norm.isfinite()).float()
+            if skips or norm.isfinite():  # isfinite waits for the device
+                scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        norms.append(norm)
+        step += 1
 
-        step, last = run.step, run.step == args.max_steps
+        last = step == args.max_steps
         if step == first:  # compiled, caches filled
             world.synchronize()
             timer, timed_from = time.perf_counter(), step
@@ -215,25 +182,51 @@ def train(run, log, stop):
             stopping = step % args.log_interval == 0 and world.any(stopping)
         logging = last or step % args.log_interval == 0 or step % args.eval_interval == 0
         saving = last or stopping or step % args.save_interval == 0
-        if logging or saving:
-            run.check(*unread, log)  # waits for the device
-            unread = None
+        if logging or saving:  # waits for the device
+            check_gradients(norms, step, windows_of, args, scaler, log)
+            norms = []
         if logging:
-            train_loss = world.mean(total, run.accumulate)
+            train_loss = world.mean(total, micro_steps)
             seconds, steps = time.perf_counter() - timer, step - timed_from
             speed = steps * args.batch_tokens / seconds if steps else None
-            val_loss = run.validate() if last or step % args.eval_interval == 0 else None
+            val_loss = validate() if last or step % args.eval_interval == 0 else None
             if log:
                 log.write(dict(step=step, tokens=step * args.batch_tokens, train_loss=train_loss,
                                val_loss=val_loss, lr=group["lr"], grad_norm=norm.item(),
-                               tokens_per_sec=speed and round(speed, 1), mfu=run.mfu(speed)))
-        if saving:
-            run.save()
+                               tokens_per_sec=speed and round(speed, 1),
+                               mfu=speed * flops / (peak * world.size) if speed and peak else None))
+        if saving and log:
+            save()
         if logging or saving:
             timer, timed_from = time.perf_counter(), step
         if stopping:
             break
     batches.close()
+    if log:
+        log.close()
+    return gpt, step
+
+
+def check_gradients(norms, step, windows_of, args, scaler, log):
+    """Report those of the last steps whose gradient was not finite, which changed nothing; a
+    UserError unless they are to be skipped, or if they go on."""
+    bad = [i for i, norm in enumerate(torch.stack(norms).tolist(), step - len(norms))
+           if not math.isfinite(norm)]
+    if not bad:
+        return
+    if scaler.is_enabled() and scaler.get_scale() >= 1:  # float16's range was exceeded, not ours
+        if log:
+            log.say(f"{len(bad)} steps skipped up to step {step}: gradients beyond float16, whose "
+                    f"scale is now {scaler.get_scale():g}")
+        return
+    windows = windows_of(bad[0])
+    wrong = (f"the gradient's norm is {norms[bad[0] - step].item()} at step {bad[0] + 1}, windows "
+             f"{' '.join(map(str, windows[:8]))}{' ...' if len(windows) > 8 else ''}")
+    if args.on_nan == "stop" or len(bad) == len(norms) >= 10:
+        raise UserError(f"{wrong}: the last checkpoint is kept; try a smaller --lr"
+                        + ", or --on_nan skip" * (args.on_nan == "stop"))
+    if log:
+        log.say(f"{wrong}: skipped" + f", and {len(bad) - 1} more" * (len(bad) > 1))
 
 
 def show_sample(model, tokens, path):
@@ -251,9 +244,24 @@ def show_sample(model, tokens, path):
           f"{path} --prompt 'The ' --max_new_tokens 300")
 
 
+def open_dataset(args, world):
+    """The token set; pydocs is prepared on first use, by the first process while others wait."""
+    if args.dataset != "pydocs":
+        if not os.path.isdir(args.dataset):
+            raise UserError(f"no token set {args.dataset}: use pydocs, or a folder made by "
+                            f"prepare_data.py --out {args.dataset}")
+        return data.TokenSet(args.dataset, verify=args.verify)
+    folder = os.path.join(args.out, "pydocs")
+    if world.rank == 0 and not os.path.exists(os.path.join(folder, "meta.json")):
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_data.py")
+        subprocess.run([sys.executable, script, "--dataset", "pydocs", "--out", folder], check=True)
+    world.wait()
+    return data.TokenSet(folder, verify=args.verify)
+
+
 def main(argv=None):
     began = time.monotonic()
-    args, saved = parse_args(argv)
+    args, saved = parse_args(__doc__, argv)
     world = join_processes(args.device)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -261,33 +269,17 @@ def main(argv=None):
     os.makedirs(args.out, exist_ok=True)
     tokens = open_dataset(args, world)
     config = make_config(args, tokens, world.device, saved)
-    run = Run(args, config, tokens, world)
-    if saved:
-        run.restore(saved)
     stop = Stop(began + 60 * args.max_minutes)
-    log = Log(args, run.step if saved else None) if world.rank == 0 else None
-    if log:
-        log.say(f"{args.preset}, Nexus order {config.nexus_order}, {run.gpt.num_params():,} "
-                f"weights; {world.size} {world.device.type}, "
-                f"{'bfloat16' if run.bf16 else 'float32'}; {run.n_train * config.block_size:,} "
-                f"tokens of {tokens.meta['dataset']}, {args.batch_tokens:,} per step"
-                + (f"; resumed at step {run.step}" if saved else ""))
-    if not saved:
-        val_loss = run.validate()
-        if log:
-            log.write(dict(step=0, tokens=0, train_loss=None, val_loss=val_loss, lr=None,
-                           grad_norm=None, tokens_per_sec=None, mfu=None))
-    train(run, log, stop)
-    if log:
-        log.close()
+    gpt, step = train(args, config, tokens, world, saved, stop)
+    if world.rank == 0:
         path = os.path.join(args.out, "ckpt.pt")
-        if run.step < args.max_steps:
-            print(f"stopped at step {run.step}, saved in {path}; continue with: "
+        if step < args.max_steps:
+            print(f"stopped at step {step}, saved in {path}; continue with: "
                   f"python train.py --resume --out {args.out}")
         elif args.sample:
-            show_sample(run.gpt, tokens, path)
+            show_sample(gpt, tokens, path)
     world.leave()
-    if stop.signal and run.step < args.max_steps:
+    if stop.signal and step < args.max_steps:
         sys.exit(128 + stop.signal)
 
 

@@ -7,12 +7,16 @@ import os
 import shutil
 import sys
 import zipfile
+from dataclasses import asdict, fields
 
 import torch
 
-from model import GPT, GPTConfig, ModelError
+from model import GPTConfig, ModelError
 from nanonexus.cli import UserError
+from nanonexus.controls import build
 from nanonexus.files import replace
+
+FORMAT = 2  # of checkpoints, see docs/formats.md
 
 
 def older(path, i):
@@ -27,7 +31,7 @@ def save_checkpoint(path, state, keep=1):
     partial = path + ".partial"
     try:
         with open(partial, "wb") as f:
-            torch.save(state, f)
+            torch.save(dict(format=FORMAT) | state, f)
             f.flush()
             os.fsync(f.fileno())
         for i in range(keep - 2, 0, -1):
@@ -64,18 +68,50 @@ def load_weights(model, state, path):
     return model
 
 
+def probe(model):
+    """What a model answers to a short fixed sequence: logits (T, V) in float32, on the CPU."""
+    c, training = model.config, model.training
+    idx = torch.arange(min(16, c.block_size)) * 37 % c.vocab_size
+    with torch.no_grad():
+        logits = model.eval()(idx[None].to(next(model.parameters()).device))[0]
+    model.train(training)
+    return logits.float().cpu()
+
+
+def restore_weights(model, saved, path):
+    """Give the model the weights of a checkpoint that read_checkpoint has read, and check that it
+    still answers as it did when they were saved; ModelError, with what differs, if not."""
+    load_weights(model, saved["model"], path)
+    if saved["format"] == 1:
+        return
+    gap, scale = (probe(model) - saved["probe"]).abs().max(), saved["probe"].abs().max()
+    if not gap <= 1e-3 * scale:  # devices differ by 1e-5 of it
+        lacking = [f.name for f in fields(GPTConfig) if f.name not in saved["config"]]
+        raise ModelError(f"{path}: model.py has changed since: its logits differ by {gap:.2g} from "
+                         f"those saved, of up to {scale:.2g}"
+                         + f"; the file knows nothing of {', '.join(lacking)}" * bool(lacking))
+
+
 def load_checkpoint(path, device="cpu", **overrides):
     """Read what train.py saved; returns (model, meta), the model in eval mode.
 
     meta holds everything but the tensors: config, step, tokens, tokenizer, data, args.
     overrides change fields of the config, e.g. nexus_order=2. attention is sdpa, however it was
     trained (the result is the same), unless overridden.
-    Raises ModelError with the reason if the file is missing, damaged or not ours.
+    Raises ModelError with the reason if the file is missing, damaged or not ours, or if it was
+    trained with another model.py than this one.
     """
     saved = read_checkpoint(path, device)
-    config = make_config({**saved["config"], "attention": "sdpa", **overrides}, path)
-    model = load_weights(GPT(config), saved.pop("model"), path).to(device).eval()
-    return model, {key: value for key, value in saved.items() if key != "optimizer"}
+    attention = overrides.pop("attention", "sdpa")
+    config = make_config(saved["config"] | dict(attention=attention), path)
+    model = build(config).to(device)
+    restore_weights(model, saved, path)
+    if overrides:
+        other = build(make_config(asdict(config) | overrides, path)).to(device)
+        model = load_weights(other, model.state_dict(), path)
+    saved["config"] = asdict(config)
+    return model.eval(), {key: value for key, value in saved.items()
+                          if key not in ("model", "probe", "optimizers", "optimizer", "scaler")}
 
 
 def check_size(config):
@@ -89,8 +125,6 @@ def check_size(config):
 
 def make_config(values, path):
     """The GPTConfig of a checkpoint at path; ModelError if it is not ours, or absurdly large."""
-    values = {"nexus_inner": "self"} | values  # formerly the only one
-    values.pop("checkpoint_attention", None)  # formerly a field
     try:
         config = GPTConfig(**values)
     except TypeError as error:  # a field of another version
@@ -114,6 +148,22 @@ def read_checkpoint(path, device="cpu"):
                          f"and plain values ({type(error).__name__})") from error
     if not isinstance(saved, dict) or not {"model", "config", "step", "tokenizer"} <= saved.keys():
         raise ModelError(f"{path} is not a checkpoint of ours: it was not written by train.py")
+    return upgrade(saved, path)
+
+
+def upgrade(saved, path):
+    """A checkpoint in today's format. Format 1 has no logits to compare with, so a note says that
+    it is taken for what its config says. ModelError for a format of a later version."""
+    saved.setdefault("format", 1)
+    if saved["format"] not in (1, FORMAT):
+        raise ModelError(f"{path} has the format {saved['format']}, written by a later version; "
+                         f"this one reads up to {FORMAT}")
+    if saved["format"] == 1:
+        saved["config"] = {"nexus_inner": "self"} | saved["config"]  # formerly the only one
+        saved["config"].pop("checkpoint_attention", None)  # formerly a field
+        print(f"note: {path} was written by an earlier version, which did not record changes of "
+              "model.py nor controls without weights: it is taken for what its config says",
+              file=sys.stderr)
     return saved
 
 

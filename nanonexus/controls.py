@@ -74,6 +74,16 @@ def replaces_loops(control):
         base.refine, base.inner_step)
 
 
+def describe(config):
+    """What a model is, in a few words, such as "order 2, cross on k" or "order 1, key-shift"."""
+    words = [f"order {config.nexus_order}", config.control]
+    if config.nexus_order > 1:
+        on = "" if config.nexus_streams == "qk" else f" on {config.nexus_streams}"
+        own = config.control and replaces_loops(config.control)
+        words[1:] = [config.control + on] if own else [config.control, config.nexus_inner + on]
+    return ", ".join(word for word in words if word)
+
+
 def one_document(ctx):
     """For controls that reach back without regard to documents: ModelError if there are some."""
     if ctx.docs is not None:

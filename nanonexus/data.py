@@ -13,6 +13,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from nanonexus.cli import UserError
 from nanonexus.files import sha256
@@ -103,6 +104,18 @@ class TokenSet:
         with open(path, encoding="utf-8") as f:
             return f.read()
 
+    def load(self, split, block_size, indices, device):
+        """Windows `indices` of "train" or "val" as int64 tensors (len(indices), block_size) on the
+        device: inputs, and the tokens after them. UserError if one is beyond the vocabulary."""
+        rows = torch.from_numpy(read_windows(getattr(self, split), block_size, indices))
+        if (top := int(rows.max())) >= self.vocab_size:  # opening a set checks its beginning
+            raise UserError(f"{self.folder} holds the id {top}, beyond the vocabulary of "
+                            f"{self.vocab_size}: prepare it again")
+        if device.type == "cuda":  # pinned, the copy runs while the device computes
+            rows = rows.pin_memory()
+        rows = rows.to(device, non_blocking=True)  # one copy, split there
+        return rows[:, :-1], rows[:, 1:]
+
     @property
     def fingerprint(self):
         """Identifies this set, for a checkpoint to compare on resume."""
@@ -145,6 +158,11 @@ def batch(tokens, block_size, indices):
     """Windows `indices` as int64 arrays (len(indices), T): inputs, and the tokens after them."""
     rows = read_windows(tokens, block_size, indices)
     return rows[:, :-1], rows[:, 1:]
+
+
+def split(items, size):
+    """The items in lists of at most this size."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def ahead(make, items):

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanonexus.cli import UserError
 
@@ -24,15 +23,6 @@ PEAK_FLOPS = {
 def peak_flops():
     """The current CUDA device's, or None if unknown."""
     return PEAK_FLOPS.get(torch.cuda.get_device_name())
-
-
-def fast_attention(device):
-    """A context in which scaled_dot_product_attention prefers cuDNN's kernel: faster than
-    FlashAttention-2, which torch prefers."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
-                        SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 def check_device(name):

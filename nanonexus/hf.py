@@ -6,9 +6,10 @@ Hugging Face, whose weights, config and tokenizer are converted to ours here.
 import json
 import os
 
-from model import GPT, GPTConfig, ModelError
+from model import GPTConfig, ModelError
 from nanonexus.checkpoint import check_size, load_checkpoint, load_weights
 from nanonexus.cli import UserError
+from nanonexus.controls import build
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer, printable
 
 # their names -> ours, in this order: some contain others
@@ -98,7 +99,7 @@ def load_neox(path_or_name, **overrides):
             raise
         raise ModelError(f"{path_or_name} is not a complete GPT-NeoX model with safetensors "
                          f"({error!r})") from error
-    return load_weights(GPT(config), weights, path_or_name)
+    return load_weights(build(config), weights, path_or_name)
 
 
 def rename(name, w, config):

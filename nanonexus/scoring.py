@@ -10,6 +10,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from model import output_layer
 from nanonexus.cli import UserError
 from nanonexus.files import sha256
 from nanonexus.generate import KVCache
@@ -88,7 +89,8 @@ class Scorer:
         cache = KVCache(length + longest - 1)
         x = torch.tensor(contexts, device=self.device)  # (B, length)
         with self.autocast:  # the output layer on the last token alone: it predicts the next
-            last = self.model.head(self.model.hidden_states(x, cache=cache)[:, -1:])  # (B, 1, V)
+            h = self.model.hidden_states(x, cache=cache)[:, -1:]
+            last = output_layer(h, *self.model.output_weights())  # (B, 1, V)
         rows.sort(key=lambda row: len(row[1]))  # little padding per part
         step = max(1, budget // 2 // longest)
         for part in (rows[i:i + step] for i in range(0, len(rows), step)):
@@ -98,7 +100,7 @@ class Scorer:
             scored = [log_probabilities(last[owners], ids[:, :1])]
             if width > 1:
                 with self.autocast:  # padding is on the right: causal, so without effect
-                    logits = self.model(ids[:, :-1], cache=cache.select(owners))[0]
+                    logits = self.model(ids[:, :-1], cache=cache.select(owners))
                 scored.append(log_probabilities(logits, ids[:, 1:]))
             chosen, greedy = (torch.cat(s, dim=1) for s in zip(*scored, strict=True))
             for (i, c), lp, hit in zip(part, chosen, greedy, strict=True):
