@@ -4,11 +4,12 @@ ours, a choice's log-likelihood without cache or batch, and the harness's of the
 import json
 import os
 from dataclasses import asdict, replace
+from typing import Literal, get_args
 
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.checkpoint import probe, save_checkpoint
 from nanonexus.lm_eval_adapter import run_tasks
 from nanonexus.tasks import TASKS
@@ -82,6 +83,21 @@ def neox(tmp_path_factory):
         torch.nn.init.normal_(p, std=0.3)  # scores that differ clearly
     model.save_pretrained(folder)
     return folder
+
+
+def add_inner_step(monkeypatch, name="again"):
+    """What a student writes into model.py: a word in the type and a case, here `past`'s own."""
+    field, step = GPTConfig.__dataclass_fields__["nexus_inner"], CausalSelfAttention.inner_step
+
+    def with_case(self, n, h, s, ctx, loop):
+        if self.config.nexus_inner == name:
+            return s + attend(h[n], h[n], s, ctx, loop, strict=True)
+        return step(self, n, h, s, ctx, loop)
+
+    longer = Literal[(*get_args(field.type), name)]
+    monkeypatch.setattr(field, "type", longer)
+    monkeypatch.setitem(GPTConfig.__annotations__, "nexus_inner", longer)
+    monkeypatch.setattr(CausalSelfAttention, "inner_step", with_case)
 
 
 def save(gpt, path, **others):

@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+from questions import add_inner_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, AttnContext, GPTConfig, ModelError, apply_rotary_emb
@@ -193,6 +194,27 @@ def test_cache_keeps_what_its_docstring_says(variant):
     assert heads == SMALL.n_layer * SMALL.n_head * (2 + 2 * n * (m - 1))
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "manual", "flex"])
+def test_an_added_step_has_all_that_past_has(monkeypatch, backend):
+    """Its strict mask, in documents and in a cache, its maps and its FLOPs, with nothing else to
+    write than the step itself."""
+    add_inner_step(monkeypatch, "again")
+    models = [make(attention=backend, nexus_order=3, nexus_inner=inner)
+              for inner in ("past", "again")]
+    models[1].load_state_dict(models[0].state_dict())
+    idx, docs = tokens(2, 20), (torch.arange(20) > 6).long().expand(2, -1)
+    found = []
+    for gpt in models:
+        maps, cache = {} if backend == "manual" else None, KVCache(24)
+        with torch.no_grad():
+            outputs = [gpt(idx), gpt(idx, docs=docs), gpt(idx, maps=maps)]
+            outputs += [gpt(part, cache=cache) for part in idx.split([7, 1, 12], 1)]
+        found.append((outputs, list(maps or {}), list(cache.entries), gpt.flops_per_token(24)))
+    assert all(map(torch.equal, found[0][0], found[1][0])) and found[0][1:] == found[1][1:]
+    with pytest.raises(ModelError, match="self, past, cross, shared, again"):
+        make(nexus_inner="another")
+
+
 def test_a_cache_refuses_more_than_it_holds():
     gpt, cache = make(), KVCache(10)
     gpt(tokens(1, 8), cache=cache)
@@ -362,7 +384,7 @@ def test_nothing_to_continue():
 # --- configurations -------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(n_layer=0), "n_layer must be int, at least 1"), (dict(nexus_order=0), "nexus_order must be"),
+    (dict(n_layer=0), "n_layer must be int, at least 1"), (dict(nexus_order=0), "at least 1"),
     (dict(n_head=3), "multiple of n_head"), (dict(rotary_pct=0.0), "rotary_pct"),
     (dict(rotary_pct=1.5), "rotary_pct"), (dict(rotary_pct=0.2), "even"),
     (dict(dropout=1.0), "dropout"), (dict(attention="flash"), "sdpa, flex, manual"),

@@ -365,7 +365,7 @@ def test_weights_that_are_not_numbers_are_not_skipped_for_ever(tokens, tmp_path,
         return [torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)]
 
     monkeypatch.setattr(train, "make_optimizers", broken)
-    with pytest.raises(UserError, match="norm is nan at step 1, .*and so are weights: the last checkpoint"):
+    with pytest.raises(UserError, match="norm is nan at step 1, .*and so are weights"):
         run(tokens, tmp_path, "--max_steps", 40, "--on_nan", "skip", "--log_interval", 10)
     assert not (tmp_path / "ckpt.pt").exists()
 
@@ -401,7 +401,8 @@ def test_with_no_arguments_it_prepares_trains_and_samples(tmp_path):
     result = shell([sys.executable, os.path.join(ROOT, "train.py"), "--max_steps", "2"],
                    cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "tiny, order 2, cross, 875,264 parameters" in result.stdout and "python sample.py --checkpoint" in result.stdout
+    assert "tiny, order 2, cross, 875,264 parameters" in result.stdout
+    assert "python sample.py --checkpoint" in result.stdout
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert sorted(os.listdir(tmp_path / "out")) == [".lock", "ckpt.pt", "log.jsonl", "pydocs"]
 
