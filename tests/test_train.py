@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import train
-from model import GPT, PRESETS, GPTConfig, ModelError
+from model import GPT, ModelError
 from nanonexus import data
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import UserError, run_script
+from nanonexus.flags import build_parser, preset_config
 from nanonexus.log import Log
-from nanonexus.run import learning_rate, make_optimizer
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
 TINY = """--n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 256 --micro_batch 4
@@ -82,7 +82,7 @@ def test_n_plus_m_steps_are_n_stop_resume_m(tokens, tmp_path, n, flags):
     assert numbers(parts) == numbers(whole)
     assert [event["step"] for event in whole] == list(range(11))
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    assert all(same(a[key], b[key]) for key in ("model", "optimizers", "scaler"))
 
 
 def test_steps_after_the_checkpoint_are_taken_and_logged_again(tokens, tmp_path):
@@ -123,21 +123,89 @@ def test_micro_batches_do_not_change_the_result(tokens, tmp_path):
 
 
 def test_learning_rate_schedule():
-    args = train.build_parser().parse_args(["--lr", "1", "--warmup_steps", "10", "--decay_steps",
-                                            "110"])
-    rates = [learning_rate(step, args) for step in range(150)]
+    rates = [train.warmup_cosine(step, 10, 110) for step in range(150)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[60] == pytest.approx(0.55) and rates[110:] == pytest.approx([0.1] * 40)
     assert rates[10:111] == sorted(rates[10:111], reverse=True)
 
 
 def test_decay_only_on_matrices():
-    model = GPT(GPTConfig(**PRESETS["tiny"]))
-    args = train.build_parser().parse_args(["--weight_decay", "0.1"])
-    decayed, other = make_optimizer(model, args, torch.device("cpu")).param_groups
+    model = GPT(preset_config("tiny"))
+    args = build_parser("").parse_args(["--weight_decay", "0.1"])
+    optimizer, = train.make_optimizers(model, args)
+    decayed, other = optimizer.param_groups
     assert decayed["weight_decay"] == 0.1 and other["weight_decay"] == 0.0
     assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in other["params"]} == {1}
     assert sum(len(g["params"]) for g in (decayed, other)) == len(list(model.parameters()))
+
+
+def muon_and_adamw(model, args):
+    """What a student puts in make_optimizers' place."""
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    own = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in own]
+    return [torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1),
+            torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.95))]
+
+
+def test_other_optimizers_need_one_function(tokens, tmp_path, monkeypatch):
+    """Muon and an AdamW that is not fused: each at its own rate, saved, resumed, and kept from a
+    gradient that is not finite."""
+    monkeypatch.setattr(train, "make_optimizers", muon_and_adamw)
+    whole = run(tokens, tmp_path / "whole", "--max_steps", 30, "--decay_steps", 30)
+    run(tokens, tmp_path / "parts", "--max_steps", 6, "--decay_steps", 30)
+    parts = run(tokens, tmp_path / "parts", "--max_steps", 30, "--resume")
+    assert numbers(parts) == numbers(whole) and whole[-1]["val_loss"] < 4
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
+    rates = [o["param_groups"][0]["lr"] for o in a["optimizers"]]
+    share = train.warmup_cosine(29, 2, 30)
+    assert rates == pytest.approx([0.02 * share, 3e-3 * share])
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_gpu_without_bfloat16_trains_in_float16(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert train.pick_dtype("auto", torch.device("cuda")) == dtype
+    assert train.pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_float16_scales_its_loss_and_resumes(tokens, tmp_path, capsys):
+    flags = ["--dtype", "float16", "--decay_steps", 8]
+    exact = run(tokens, tmp_path / "exact", "--max_steps", 8)
+    whole = run(tokens, tmp_path / "whole", "--max_steps", 8, *flags)
+    run(tokens, tmp_path / "parts", "--max_steps", 3, *flags)
+    parts = run(tokens, tmp_path / "parts", "--max_steps", 8, "--resume")
+    assert numbers(parts) == numbers(whole) and "float16" in capsys.readouterr().out
+    for a, b in zip(whole, exact, strict=True):
+        assert a["train_loss"] == b["train_loss"] or abs(a["train_loss"] - b["train_loss"]) < 0.01
+    saved = weights(tmp_path / "parts")
+    assert saved["scaler"]["scale"] == 65536 and saved["scaler"]["_growth_tracker"] == 8
+
+
+def test_an_overflow_of_float16_is_no_reason_to_stop(tokens, tmp_path, capsys, monkeypatch):
+    scaler = torch.amp.GradScaler
+
+    def too_large(*args, **kwargs):
+        return scaler(*args, init_scale=2.0**40, **kwargs)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", too_large)
+    run(tokens, tmp_path, "--max_steps", 40, "--dtype", "float16", "--log_interval", 10)
+    said, saved = capsys.readouterr().out, weights(tmp_path)
+    assert "steps skipped up to step 10: gradients beyond float16" in said
+    assert saved["scaler"]["scale"] < 2**30 and read_log(tmp_path)[-1]["train_loss"] < 5.7
+
+
+def test_a_checkpoint_moves_between_kinds_of_optimizer(tokens, tmp_path):
+    """What fused and foreach are depends on the device: a file from another brings its moments
+    along, not its flags."""
+    run(tokens, tmp_path, "--max_steps", 2, "--decay_steps", 4)
+    saved = weights(tmp_path)
+    for group in saved["optimizers"][0]["param_groups"]:
+        group["fused"] = False  # as on MPS
+    torch.save(saved, tmp_path / "ckpt.pt")
+    run(tokens, tmp_path, "--max_steps", 4, "--resume")
+    assert weights(tmp_path)["optimizers"][0]["param_groups"][0]["fused"] is True
 
 
 def test_presets_and_model_flags(tokens, tmp_path):
@@ -194,11 +262,14 @@ def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--batch_tokens", "300"], "multiple of .* = 32 x 4 x 1 = 128: use 256"),
+    (["--batch_tokens", "300"], "multiple of block_size x processes x micro_batch = 128: use 256"),
     (["--dataset", "{}/pydoc"], "no token set .*pydoc: use pydocs, or"),
     (["--max_steps", "0"], "max_steps"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "fast"], "--lr"),
-    (["--preset", "tinny"], "tiny"), (["--nexus_order", "0"], "nexus_order"),
+    (["--preset", "tinny"], "tiny"), (["--control", "shift"], "key-shift"),
+    (["--control", "near", "--nexus_order", "1"], "near needs nexus_order 2"),
+    (["--doc_mask", "--control", "mean"], "reaches across documents"),
+    (["--nexus_order", "0"], "nexus_order"),
     (["--nexus_inner", "own"], "nexus_inner"),
     (["--vocab_size", "100"], "less than the token set's 320"), (["--n_head", "3"], "n_head"),
     (["--block_size", "50000", "--batch_tokens", "200000"], "fewer than one window"),
@@ -286,6 +357,27 @@ def test_a_gradient_that_is_not_a_number_stays_out_of_the_weights(
     assert all(p.isfinite().all() for p in weights(tmp_path)["model"].values())
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_weights_that_are_not_numbers_are_not_skipped_for_ever(tokens, tmp_path, monkeypatch,
+                                                               fused):
+    def broken(model, args):
+        model.head.weight.data[0] = float("nan")
+        return [torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)]
+
+    monkeypatch.setattr(train, "make_optimizers", broken)
+    with pytest.raises(UserError, match="norm is nan at step 1, .*and so are weights"):
+        run(tokens, tmp_path, "--max_steps", 40, "--on_nan", "skip", "--log_interval", 10)
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_the_largest_micro_batch_that_fits_is_chosen(tokens, tmp_path):
+    """tiny's is 8 sequences; 256 tokens are 4 of them at a context of 64."""
+    argv = [flag for i, flag in enumerate(TINY) if "--micro_batch" not in TINY[max(0, i - 1):i + 1]]
+    train.main(["--dataset", str(tokens), "--out", str(tmp_path), *argv, "--block_size", "64",
+                "--max_steps", "1"])
+    assert weights(tmp_path)["step"] == 1
+
+
 def test_a_spike_is_marked(tmp_path, capsys):
     log = Log(argparse.Namespace(out=str(tmp_path), max_steps=20, wandb=None, tensorboard=False),
               None)
@@ -309,7 +401,8 @@ def test_with_no_arguments_it_prepares_trains_and_samples(tmp_path):
     result = shell([sys.executable, os.path.join(ROOT, "train.py"), "--max_steps", "2"],
                    cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "Nexus order 2" in result.stdout and "python sample.py --checkpoint" in result.stdout
+    assert "tiny, order 2, cross, 875,264 parameters" in result.stdout
+    assert "python sample.py --checkpoint" in result.stdout
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert sorted(os.listdir(tmp_path / "out")) == [".lock", "ckpt.pt", "log.jsonl", "pydocs"]
 
