@@ -4,18 +4,17 @@ import base64
 import json
 import os
 import sys
-from dataclasses import asdict
 from html.parser import HTMLParser
 from types import SimpleNamespace
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from questions import add_inner_step
+from questions import save as save_model
 
 from model import CausalSelfAttention, GPTConfig, ModelError, attend
 from nanonexus import view
-from nanonexus.checkpoint import probe, save_checkpoint
 from nanonexus.cli import run_script
 from nanonexus.controls import CONTROLS, build, describe, replaces_loops
 from nanonexus.files import write_text
@@ -33,8 +32,7 @@ def save(path, seed=0, tokenizer="bytes", **config):
     for p in model.parameters():
         if p.dim() == 2:
             p.data.mul_(8)
-    save_checkpoint(str(path), dict(model=model.state_dict(), probe=probe(model), step=7,
-                                    config=asdict(model.config), tokenizer=tokenizer))
+    save_model(model, path, step=7, tokenizer=tokenizer)
     return str(path)
 
 
@@ -166,7 +164,7 @@ def own_name(n, h, s, ctx, name):  # in the second layer alone
     (own_name, ["q to all", "k to all", "outer"], "It gathers from those before it, and from")])
 def test_an_added_inner_step_is_shown(step, titles, legend, tmp_path, monkeypatch):
     """As one adds it to model.py: a word of nexus_inner and a case of inner_step."""
-    monkeypatch.setattr(GPTConfig.__dataclass_fields__["nexus_inner"], "type", Literal["new"])
+    add_inner_step(monkeypatch, "new")
     monkeypatch.setattr(CausalSelfAttention, "inner_step", lambda self, *args: step(*args))
     path, out = save(tmp_path / "ckpt.pt", nexus_order=2, nexus_inner="new"), \
         str(tmp_path / "view.html")
