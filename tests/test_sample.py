@@ -4,10 +4,10 @@ import io
 import os
 import subprocess
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
+from questions import save
 
 import sample
 from model import GPT, GPTConfig
@@ -23,8 +23,7 @@ def checkpoint(tmp_path_factory):
     model = GPT(GPTConfig(vocab_size=320, block_size=32, n_layer=1, n_head=2, n_embd=32,
                           rotary_pct=1.0, nexus_order=2))
     path = tmp_path_factory.mktemp("sample") / "ckpt.pt"
-    torch.save(dict(model=model.state_dict(), config=asdict(model.config), step=1, tokens=0,
-                    tokenizer="bytes"), path)
+    save(model, path)
     return path, model.eval()
 
 

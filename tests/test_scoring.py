@@ -5,6 +5,7 @@ import torch
 from questions import ROWS, plain_ll, score_documents, write_tasks
 
 from nanonexus.cli import UserError
+from nanonexus.generate import generate
 from nanonexus.scoring import Scorer, evaluate
 from nanonexus.tasks import Doc, read_task
 
@@ -45,7 +46,7 @@ def test_shared_contexts_and_batches_change_nothing(neox, order):
 def test_greedy_is_seen(neox):
     scorer = Scorer(str(neox))
     context = scorer.tokenizer.encode_ordinary("The river")
-    best = scorer.model.generate(torch.tensor([context]), 3, temperature=0)[0, -3:].tolist()
+    best = generate(scorer.model, torch.tensor([context]), 3, temperature=0)[0, -3:].tolist()
     wrong = [*best[:2], (best[2] + 1) % 400]
     (_, yes), (_, no) = scorer.loglikelihoods([(context, best), (context, wrong)])
     assert yes and not no
