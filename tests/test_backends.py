@@ -13,7 +13,7 @@ from test_train import run
 from test_train import tokens as tokens_on_disk  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPTConfig, ModelError
+from model import GPTConfig
 from nanonexus.generate import KVCache, generate
 
 warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")

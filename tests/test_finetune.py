@@ -14,7 +14,7 @@ import finetune  # noqa: E402
 from finetune import read_examples  # noqa: E402
 from nanonexus.cli import UserError, run_script  # noqa: E402
 from nanonexus.retrofit import load  # noqa: E402
-from nanonexus.schedule import warmup_cosine  # noqa: E402
+from train import warmup_cosine  # noqa: E402
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -133,7 +133,7 @@ def test_the_learning_rate_is_that_of_training(epochs, accumulate, warmup, steps
     log = sft(monkeypatch, base, tmp_path / "out", "--epochs", epochs, "--batch", 3,
               "--accumulate", accumulate, "--warmup", warmup, "--log_interval", 1)
     rates = [event["learning_rate"] for event in log if "learning_rate" in event]
-    assert rates == pytest.approx([warmup_cosine(i, 3e-3, rise, steps, 0) for i in range(steps)])
+    assert rates == pytest.approx([3e-3 * warmup_cosine(i, rise, steps, 0) for i in range(steps)])
 
 
 def test_order_1_is_the_control(base, tmp_path, monkeypatch):

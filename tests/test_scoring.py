@@ -100,7 +100,7 @@ def test_rows_that_do_not_fit_are_counted_from_one(neox):
     docs = [Doc("Q:", ["a", "b"], 0), Doc("Q:", ["a", LONG * 3], 0), Doc("Q:", [LONG * 4, LONG], 0)]
     longest = [len(scorer.tokenizer.encode_ordinary(" " + LONG * n)) for n in (3, 4)]
     assert longest[0] > 96 and scorer.misfits(docs) == dict(zip((2, 3), longest, strict=True))
-    assert scorer.misfits([Doc("\ud83d" * 99, ["a"], 0)]) == {}  # half a character, as JSON may have
+    assert scorer.misfits([Doc("\ud83d" * 99, ["a"], 0)]) == {}  # JSON can have half a character
     assert scorer.misfits(read_task("sciq", neox)[0]) == {}  # a long context loses its beginning
 
 
