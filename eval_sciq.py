@@ -27,6 +27,7 @@ import sys
 import torch
 
 from nanonexus.cli import Parser, UserError, positive_int, run_script
+from nanonexus.controls import describe
 from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import write_json
 from nanonexus.lm_eval_adapter import run_tasks
@@ -172,7 +173,7 @@ def score(path, entry, scorer, data, args):
     """Score the tasks into a model's entry, unless it was read; prints its table line by line.
     data: {task: (documents, sha256)}."""
     model = entry["checkpoint"]["path"] if scorer is None else \
-        f"{entry['checkpoint']['model']}, {scorer.model.num_params():,} parameters"
+        f"{describe(scorer.model.config)}, {scorer.model.num_params():,} parameters"
     print(f"\n{path}: {model}, {args.dtype}" + ", scored before" * (scorer is None)
           + f"\n{'task':15}{'n':>6}  {'acc':>15}  {'acc_norm':>15}  {'chance':>6}")
     for name, (docs, digest) in data.items():

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from model import check, output_layer
 from nanonexus.cli import UserError
-from nanonexus.controls import describe
 from nanonexus.files import sha256
 from nanonexus.generate import KVCache
 from nanonexus.hf import open_model
@@ -31,7 +30,7 @@ class Scorer:
         self.device, self.batch_size = torch.device(device), batch_size
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, dtype == "bfloat16")
         self.model, self.tokenizer, meta = open_model(path, device, **overrides)
-        self.identity = dict(path=path, model=describe(self.model.config))
+        self.identity = dict(path=path)
         if os.path.isfile(path):  # a checkpoint of ours
             self.identity |= dict(sha256=sha256(path), step=meta["step"])
         elif meta["revision"]:
