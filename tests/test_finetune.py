@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="extra retrofit: transformers")
+pytest.importorskip("accelerate", reason="extra retrofit: accelerate, which its Trainer needs")
+pytest.importorskip("jinja2", reason="extra retrofit: jinja2, for chat templates")
 from test_retrofit import make  # noqa: E402
 
 import finetune  # noqa: E402
@@ -137,6 +139,7 @@ def test_the_learning_rate_is_that_of_training(epochs, accumulate, warmup, steps
 
 
 def test_order_1_is_the_control(base, tmp_path, monkeypatch):
+    pytest.importorskip("peft", reason="extra retrofit: peft")
     """Plain fine-tuning by transformers; with adapters, merged at the end."""
     sft(monkeypatch, base, tmp_path / "out", "--max_steps", 2, "--order", 1, "--lora", 2)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
