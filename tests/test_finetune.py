@@ -139,8 +139,8 @@ def test_the_learning_rate_is_that_of_training(epochs, accumulate, warmup, steps
 
 
 def test_order_1_is_the_control(base, tmp_path, monkeypatch):
-    pytest.importorskip("peft", reason="extra retrofit: peft")
     """Plain fine-tuning by transformers; with adapters, merged at the end."""
+    pytest.importorskip("peft", reason="extra retrofit: peft")
     sft(monkeypatch, base, tmp_path / "out", "--max_steps", 2, "--order", 1, "--lora", 2)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     own = load(base / "model").state_dict()
@@ -149,7 +149,7 @@ def test_order_1_is_the_control(base, tmp_path, monkeypatch):
 
 
 def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval.tasks", reason="extra retrofit: lm-eval")
     sft(monkeypatch, base, tmp_path / "tuned", "--max_steps", 60, "--order", 2)
     command(monkeypatch, "eval", "--model", base / "model", "--versus", tmp_path / "tuned",
             "--tasks", "add", "--include_path", base, "--json", tmp_path / "scores.json",
