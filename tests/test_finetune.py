@@ -158,7 +158,9 @@ def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys)
     [gap] = scores["paired"]
     assert gap["metric"] == "exact_match" and gap["difference"] > 0.5 and gap["p"] < 0.2
     assert scores[str(base / "model")]["add"]["exact_match,none"] == 0
-    assert "paired by document" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "paired by document" in out and f"{base / 'model'}: order 1\n" in out
+    assert f"\n{tmp_path / 'tuned'}: order 2, streams qk, inner self\n" in out
     with pytest.raises(UserError, match="no such task.*nonsense"):
         command(monkeypatch, "eval", "--model", base / "model", "--tasks", "nonsense",
                 "--include_path", base, "--device", "cpu")
