@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="extra retrofit: transformers")
+pytest.importorskip("accelerate", reason="extra retrofit: accelerate, which its Trainer needs")
+pytest.importorskip("jinja2", reason="extra retrofit: jinja2, for chat templates")
 from test_retrofit import make  # noqa: E402
 
 import finetune  # noqa: E402
@@ -138,6 +140,7 @@ def test_the_learning_rate_is_that_of_training(epochs, accumulate, warmup, steps
 
 def test_order_1_is_the_control(base, tmp_path, monkeypatch):
     """Plain fine-tuning by transformers; with adapters, merged at the end."""
+    pytest.importorskip("peft", reason="extra retrofit: peft")
     sft(monkeypatch, base, tmp_path / "out", "--max_steps", 2, "--order", 1, "--lora", 2)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     own = load(base / "model").state_dict()
@@ -146,7 +149,7 @@ def test_order_1_is_the_control(base, tmp_path, monkeypatch):
 
 
 def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval.tasks", reason="extra retrofit: lm-eval")
     sft(monkeypatch, base, tmp_path / "tuned", "--max_steps", 60, "--order", 2)
     command(monkeypatch, "eval", "--model", base / "model", "--versus", tmp_path / "tuned",
             "--tasks", "add", "--include_path", base, "--json", tmp_path / "scores.json",

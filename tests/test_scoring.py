@@ -15,7 +15,7 @@ from nanonexus.tasks import Doc, read_task
 
 @pytest.mark.parametrize("batch_size", ["auto", 1])
 def test_scores_are_the_harnesss(neox, tmp_path, batch_size):
-    pytest.importorskip("lm_eval", reason="extra test: lm-eval")
+    pytest.importorskip("lm_eval.tasks", reason="extra hf: lm-eval")
     from lm_eval.models.huggingface import HFLM
 
     write_tasks(ROWS, neox, tmp_path)

@@ -181,7 +181,7 @@ def test_a_second_interrupt_stops_at_once(tokens, tmp_path):
     assert job.poll() is None  # it wants to finish the step
     job.send_signal(signal.SIGINT)
     _, errors = job.communicate(timeout=20)
-    assert job.returncode == 130 and errors == "interrupted\n"
+    assert errors == "interrupted\n" and job.returncode == 130
 
 
 def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
