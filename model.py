@@ -47,6 +47,13 @@ def apply_rotary_emb(x, cos, sin):
     a, b, rest = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
 
+def rotary_table(config):
+    """cos and sin for every position of the context, (2, block_size, R / 2)."""
+    # angles in float64: position * rate loses precision in float32 at long contexts
+    rates = 10000.0 ** (-torch.arange(0, config.rotary_dim, 2).double() / config.rotary_dim)
+    angles = torch.arange(config.block_size).double()[:, None] * rates  # (block_size, R / 2)
+    return torch.stack([angles.cos(), angles.sin()]).to(torch.get_default_dtype())
+
 def attend(q, k, v, ctx, name="outer", strict=False):
     """Attn(q, k, v) = softmax(mask + rope(q) rope(k)^T / sqrt(D)) v, the one primitive of the
     baseline and of every inner loop. q, k, v (B, H, T, D) -> (B, H, T, D). name: which one of its
@@ -213,11 +220,7 @@ class GPT(nn.Module):
             self.blocks = nn.ModuleList(block(config, attention) for _ in range(config.n_layer))
             self.norm = nn.LayerNorm(config.n_embd)
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # angles in float64: position * rate loses precision in float32 at long contexts
-        rates = 10000.0 ** (-torch.arange(0, config.rotary_dim, 2).double() / config.rotary_dim)
-        angles = torch.arange(config.block_size).double()[:, None] * rates  # (block_size, R / 2)
-        rope = torch.stack([angles.cos(), angles.sin()]).to(torch.get_default_dtype())
-        self.register_buffer("rope", rope, persistent=False)  # (2, block_size, R / 2)
+        self.register_buffer("rope", rotary_table(config), persistent=False)
         self.init_weights()
 
     def init_weights(self):
