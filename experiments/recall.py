@@ -64,8 +64,8 @@ VARIANTS = {  # fields of GPTConfig: compare.py's variants, of one layer
     # starts at a tenth, since GPT-NeoX's initialisation is made for many layers
     "two-layers": dict(n_layer=2), "two-layers-small": dict(n_layer=2),
 }
-MEASURED = ("baseline,self,self-3,self-q,self-k,shared,past,past-k,cross,cross-k,key-shift,kv-shift,"
-            "canon,mean,bias,near-k,near-gated-k,two-layers,two-layers-small")
+MEASURED = ("baseline,self,self-3,self-q,self-k,shared,past,past-k,cross,cross-k,key-shift,"
+            "kv-shift,canon,mean,bias,near-k,near-gated-k,two-layers,two-layers-small")
 LR_SEED = 1000  # for the runs that choose the learning rate
 
 
@@ -326,8 +326,8 @@ def main():
     print("p: exact permutation test of the areas under the curves")
     save(args, "recall", found, plot(plt, found))
     if args.maps:
-        run = RecallRun("one-hop", args.maps, 0, 3e-3, args.pairs or 6, args.steps or 400, args.width,
-                        args.heads, args.batch)
+        run = RecallRun("one-hop", args.maps, 0, 3e-3, args.pairs or 6, args.steps or 400,
+                        args.width, args.heads, args.batch)
         plot_maps(plt, run, os.path.join(args.out, "maps.svg"))
 
 
