@@ -12,16 +12,22 @@ fraction of questions whose correct choice has the highest; acc_norm first divid
 length in characters. The two are not comparable. Tasks come from the hub, or from --data DIR as
 DIR/<task>_<split>.jsonl with the hub's columns. `demo` is 60 questions in SciQ's format written for
 this project: it shows that scoring works and is not a benchmark.
+
+Before any is scored, a task with a choice that is longer than the model's context is left out, with
+its rows named; it is an error (exit status 2) if no task is left. Whatever ends the scoring, --json
+has the tasks that were finished.
 """
 
 import argparse
 import difflib
 import json
 import platform
+import sys
 
 import torch
 
 from nanonexus.cli import Parser, UserError, positive_int, run_script
+from nanonexus.controls import describe
 from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import write_json
 from nanonexus.lm_eval_adapter import run_tasks
@@ -75,14 +81,18 @@ def main():
     plt = pyplot() if args.versus else None  # fail before scoring if it or the data is missing
     data = {name: read_task(name, args.data, args.limit) for name in names}
     paths = [args.checkpoint, args.versus] if args.versus else [args.checkpoint]
-    entries = [(read_scores if path.endswith(".json") else score)(path, data, args)
-               for path in paths]
-    result = report(entries, args)
+    entries, scorers = zip(*((read_scores if path.endswith(".json") else start)(path, data, args)
+                             for path in paths), strict=True)
+    data = leave_out(data, paths, entries)
+    try:
+        for path, entry, scorer in zip(paths, entries, scorers, strict=True):
+            score(path, entry, scorer, data, args)
+    finally:  # whatever ends it, what has been scored is written
+        result = report(entries, args)
+        if args.json and result["tasks"]:
+            write_json(args.json, result)
     if args.versus:
         print_gaps(result["paired"], args)
-    if args.json:
-        write_json(args.json, result)
-    if args.versus:
         plot(plt, entries, args.plot)
 
 
@@ -110,41 +120,66 @@ def load(path, args):
     return Scorer(path, args.device, args.dtype, args.batch_size, **overrides)
 
 
-def score(path, data, args):
-    """One model's entry of the JSON file, every document's log-likelihoods included; prints its
-    table. data: {task: (documents, sha256)}."""
+def start(path, data, args):
+    """(a model's entry of the JSON file, no task scored yet; the Scorer that will score them).
+    left_out: of each task that cannot be scored, the rows that do not fit the context."""
     scorer = load(path, args)
-    config = scorer.model.config
-    tasks = {name: evaluate(scorer, name, docs) | dict(data_sha256=digest)
-             for name, (docs, digest) in data.items()}
-    print_scores(f"{path}: order {config.nexus_order}, {scorer.model.num_params():,} parameters, "
-                 f"{args.dtype}", tasks)
-    return dict(checkpoint=scorer.identity, config=vars(config), tasks=tasks)
+    misfits = {name: scorer.misfits(docs) for name, (docs, _) in data.items()}
+    return dict(checkpoint=scorer.identity, config=vars(scorer.model.config), tasks={},
+                left_out={name: rows for name, rows in misfits.items() if rows}), scorer
 
 
 def read_scores(path, data, args):
-    """score's entry, from a JSON file of an earlier call with --save_docs. UserError unless it has
-    the same documents, scored in the same dtype."""
+    """start's entry, all tasks scored, from a JSON file of an earlier call with --save_docs; None.
+    UserError unless it has the same documents, scored in the same dtype."""
     try:
         with open(path, encoding="utf-8") as f:
             entry = json.load(f)
-        tasks = {name: entry["tasks"][name] for name in data}
+        left_out = {name: {int(row): int(tokens) for row, tokens in rows.items()}
+                    for name, rows in entry.get("left_out", {}).items() if name in data and rows}
+        tasks = {name: entry["tasks"][name] for name in data if name not in left_out}
         same = entry["dtype"] == args.dtype and all(
-            (task["data_sha256"], len(task["docs"])) == (digest, len(docs))
-            for task, (docs, digest) in zip(tasks.values(), data.values(), strict=True))
-    except (ValueError, TypeError, KeyError) as error:
+            (task["data_sha256"], len(task["docs"])) == (data[name][1], len(data[name][0]))
+            for name, task in tasks.items())
+        entry = dict(checkpoint=entry["checkpoint"], config=entry["config"], tasks=tasks,
+                     left_out=left_out)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} does not have the documents of {', '.join(data)}: score that "
                         "model with the same --tasks, --json FILE and --save_docs") from error
     if not same:
         raise UserError(f"{path} scored other documents, or in another dtype: use the same --data, "
                         "--limit and --dtype")
-    print_scores(f"{path}: {entry['checkpoint']['path']}, {args.dtype}, scored before", tasks)
-    return dict(checkpoint=entry["checkpoint"], config=entry["config"], tasks=tasks)
+    return entry, None
 
 
-def print_scores(heading, tasks):
-    print(f"\n{heading}\n{'task':15}{'n':>6}  {'acc':>15}  {'acc_norm':>15}  {'chance':>6}")
-    for name, r in tasks.items():
+def leave_out(data, paths, entries):
+    """data without the tasks that one of the models cannot score, each told in a line; UserError if
+    none is left."""
+    lines = {}
+    for path, entry in zip(paths, entries, strict=True):
+        for name, rows in entry["left_out"].items():
+            named = ", ".join(map(str, list(rows)[:10])) + ", ..." * (len(rows) > 10)
+            lines[name] = (f"{name} is left out: choices of up to {max(rows.values())} tokens "
+                           f"exceed the context of {path} in {len(rows)} of its "
+                           f"{len(data[name][0])} rows: {named}")
+    if len(lines) == len(data):
+        raise UserError("; ".join(lines.values()))
+    for line in lines.values():
+        print(line, file=sys.stderr)
+    return {name: task for name, task in data.items() if name not in lines}
+
+
+def score(path, entry, scorer, data, args):
+    """Score the tasks into a model's entry, unless it was read; prints its table line by line.
+    data: {task: (documents, sha256)}."""
+    model = entry["checkpoint"]["path"] if scorer is None else \
+        f"{describe(scorer.model.config)}, {scorer.model.num_params():,} parameters"
+    print(f"\n{path}: {model}, {args.dtype}" + ", scored before" * (scorer is None)
+          + f"\n{'task':15}{'n':>6}  {'acc':>15}  {'acc_norm':>15}  {'chance':>6}")
+    for name, (docs, digest) in data.items():
+        if scorer:
+            entry["tasks"][name] = evaluate(scorer, name, docs) | dict(data_sha256=digest)
+        r = entry["tasks"][name]
         print(f"{name:15}{r['n']:>6}  {r['acc']:.4f} ± {r['acc_stderr']:.4f}"
               f"  {r['acc_norm']:.4f} ± {r['acc_norm_stderr']:.4f}  {r['chance']:6.4f}")
 
@@ -159,7 +194,8 @@ def report(entries, args):
         python=platform.python_version(), torch=str(torch.__version__)))
     if second:
         a, b = (entry["tasks"] for entry in entries)
-        result |= dict(versus=second[0], paired={name: compare(a[name], b[name]) for name in a})
+        result |= dict(versus=second[0], paired={name: compare(a[name], b[name])
+                                                 for name in a if name in b})
     return result
 
 

@@ -98,6 +98,12 @@ def pretrained(loader, path, **kwargs):
         raise UserError(f"cannot load {path}: it is not a transformers model ({reason})") from error
 
 
+def describe(model):
+    """What nexus() has made of a transformers model, e.g. "order 2, streams qk, inner self"."""
+    settings = getattr(model.config, "nexus", None) or dict(order=1)
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
 def make_optimizer(model, args):
     """AdamW with weight decay for the matrices and a separate learning rate for the gates."""
     gates, matrices, rest = [], [], []
@@ -149,6 +155,7 @@ def sft(args):
     if commit := commit_of(folder):
         model.config.base_model = f"{args.model.partition('@')[0]}@{commit}"
     nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
+    what = describe(model)
     if args.lora:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(
@@ -175,7 +182,7 @@ def sft(args):
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     trainer.save_state()  # trainer_state.json: every logged loss
-    print(f"wrote {args.out}; score it with: python finetune.py eval --model {args.out}")
+    print(f"wrote {args.out} ({what}); score it with: python finetune.py eval --model {args.out}")
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -191,6 +198,7 @@ def score(path, args):
     model = pretrained(load, folder, dtype=args.dtype).to(args.device).eval()
     if args.order is not None:
         nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
+    print(f"{path}: {describe(model)}")
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch)
     results = run_tasks(harness, args.tasks, args.include_path, args.limit,
                         num_fewshot=args.fewshot, apply_chat_template=args.chat, log_samples=True,

@@ -1,20 +1,25 @@
 """
-Sample text from a model, streamed as it is generated.
+Sample text from a model, streamed as it is generated to standard output; standard error says which
+model it is. In a prompt, <|endoftext|> is the token that ends a text: alone, it begins a new one.
 
     python sample.py --checkpoint out/ckpt.pt --prompt "The class statement" --num_samples 3
+    python sample.py --prompt "<|endoftext|>"
     echo "Once upon a time" | python sample.py --checkpoint out/ckpt.pt --temperature 0
     python sample.py --checkpoint EleutherAI/pythia-70m --prompt "The class statement"
 """
 
 import codecs
+import itertools
 import sys
 
 import torch
 
 from nanonexus.cli import Parser, UserError, non_negative, number, positive_int, run_script, whole
+from nanonexus.controls import describe
 from nanonexus.device import check_device
 from nanonexus.generate import generate_stream
 from nanonexus.hf import open_model
+from nanonexus.tokenizer import read_prompt
 
 
 def parse_args():
@@ -38,40 +43,32 @@ def parse_args():
 def main():
     args = parse_args()
     check_device(args.device)
+    if args.prompt is None and sys.stdin.isatty():
+        raise UserError("no prompt: give --prompt TEXT, or text on standard input")
     model, tokenizer, _ = open_model(args.checkpoint, args.device)
-    ids = read_prompt(args.prompt, tokenizer, model.config.block_size)
+    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    ids = read_prompt(prompt, tokenizer, model.config.block_size)
     for i in range(args.num_samples):
+        stream = generate_stream(
+            model, torch.tensor([ids], device=args.device), args.max_new_tokens, args.temperature,
+            args.top_k, args.top_p, stop=tokenizer.eot_token, vocab=tokenizer.n_vocab,
+            generator=torch.Generator(args.device).manual_seed(args.seed + i))
+        first = next(stream)  # a model that has diverged is refused here, with nothing printed
         if i:
             print("---")
-        print_sample(model, tokenizer, ids, args, args.seed + i)
+        else:
+            print(f"{args.checkpoint}: {describe(model.config)}", file=sys.stderr)
+        print_sample(tokenizer, ids, itertools.chain([first], stream))
 
 
-def read_prompt(text, tokenizer, block_size):
-    """Token ids of text or, if it is None, of standard input; UserError if there are none or too
-    many."""
-    if text is None and sys.stdin.isatty():
-        raise UserError("no prompt: give --prompt TEXT, or text on standard input")
-    ids = tokenizer.encode_ordinary(sys.stdin.read() if text is None else text)
-    if not ids:
-        raise UserError("the prompt is empty: give --prompt TEXT")
-    if len(ids) > block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {block_size}: "
-                        "shorten it")
-    return ids
-
-
-def print_sample(model, tokenizer, ids, args, seed):
-    """Print the prompt and the model's continuation, token by token."""
+def print_sample(tokenizer, ids, stream):
+    """Print the prompt and its continuation, token by token; stream yields tensors (1, 1)."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end mid-character
 
     def show(tokens):
         print(decoder.decode(tokenizer.decode_bytes(tokens)), end="", flush=True)
 
     show(ids)
-    stream = generate_stream(
-        model, torch.tensor([ids], device=args.device), args.max_new_tokens, args.temperature,
-        args.top_k, args.top_p, stop=tokenizer.eot_token, vocab=tokenizer.n_vocab,
-        generator=torch.Generator(args.device).manual_seed(seed))
     for new in stream:
         if new.item() != tokenizer.eot_token:
             show([new.item()])

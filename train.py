@@ -183,7 +183,7 @@ def train(args, config, tokens, world, saved, stop):
         logging = last or step % args.log_interval == 0 or step % args.eval_interval == 0
         saving = last or stopping or step % args.save_interval == 0
         if logging or saving:  # waits for the device
-            check_gradients(norms, step, windows_of, args, scaler, log)
+            check_gradients(gpt, norms, step, windows_of, args, scaler, log)
             norms = []
         if logging:
             train_loss = world.mean(total, micro_steps)
@@ -207,9 +207,9 @@ def train(args, config, tokens, world, saved, stop):
     return gpt, step
 
 
-def check_gradients(norms, step, windows_of, args, scaler, log):
+def check_gradients(gpt, norms, step, windows_of, args, scaler, log):
     """Report those of the last steps whose gradient was not finite, which changed nothing; a
-    UserError unless they are to be skipped, or if they go on."""
+    UserError unless they are to be skipped, or if the weights are not finite either."""
     bad = [i for i, norm in enumerate(torch.stack(norms).tolist(), step - len(norms))
            if not math.isfinite(norm)]
     if not bad:
@@ -222,9 +222,11 @@ def check_gradients(norms, step, windows_of, args, scaler, log):
     windows = windows_of(bad[0])
     wrong = (f"the gradient's norm is {norms[bad[0] - step].item()} at step {bad[0] + 1}, windows "
              f"{' '.join(map(str, windows[:8]))}{' ...' if len(windows) > 8 else ''}")
-    if args.on_nan == "stop" or len(bad) == len(norms) >= 10:
-        raise UserError(f"{wrong}: the last checkpoint is kept; try a smaller --lr"
-                        + ", or --on_nan skip" * (args.on_nan == "stop"))
+    if not all(p.isfinite().all() for p in gpt.parameters()):
+        raise UserError(f"{wrong}, and so are weights: the last checkpoint is kept")
+    if args.on_nan == "stop":
+        raise UserError(f"{wrong}: the last checkpoint is kept; try a smaller --lr, or --on_nan "
+                        "skip")
     if log:
         log.say(f"{wrong}: skipped" + f", and {len(bad) - 1} more" * (len(bad) > 1))
 

@@ -84,6 +84,8 @@ def restore_weights(model, saved, path):
     load_weights(model, saved["model"], path)
     if saved["format"] == 1:
         return
+    if not saved["probe"].isfinite().all():
+        raise ModelError(f"{path}: the model has diverged, its logits are not finite")
     gap, scale = (probe(model) - saved["probe"]).abs().max(), saved["probe"].abs().max()
     if not gap <= 1e-3 * scale:  # devices differ by 1e-5 of it
         lacking = [f.name for f in fields(GPTConfig) if f.name not in saved["config"]]

@@ -223,6 +223,8 @@ class Near(CausalSelfAttention):
             seen = distance > 0
             seen[:, 0] = True  # token 0 sees itself
             weights = scores.masked_fill(~seen, -math.inf).softmax(-1).to(q.dtype)
+            if ctx.maps is not None:
+                ctx.maps[ctx.layer, f"h{loop}"] = weights.detach()
             h = h | {n: torch.lerp(s[n], weights @ past[n], a)
                      for n in self.config.nexus_streams}
         return h["q"], h["k"]

@@ -51,7 +51,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # no overflow when it is tiny
+    logits = logits - logits.amax(-1, keepdim=True)  # no overflow when the temperature is tiny,
+    logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)  # nor 0 / 0
     if top_k is not None:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

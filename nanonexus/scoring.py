@@ -10,7 +10,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from model import output_layer
+from model import check, output_layer
 from nanonexus.cli import UserError
 from nanonexus.files import sha256
 from nanonexus.generate import KVCache
@@ -52,6 +52,19 @@ class Scorer:
         start = encode(context)
         return start, encode(context + continuation)[len(start):]
 
+    def misfits(self, docs):
+        """{row: tokens of its longest choice} of those documents, rows from 1, of which a choice is
+        longer than the model's context: they cannot be scored."""
+        size, found = self.model.config.block_size, {}
+        for row, doc in enumerate(docs, 1):
+            for choice in doc.choices:
+                both = f"{doc.context} {choice}".encode("utf-8", "surrogatepass")
+                if len(both) > size:  # a token has at least one byte
+                    tokens = len(self.encode_pair(doc.context, " " + choice)[1])
+                    if tokens > size:
+                        found[row] = max(tokens, found.get(row, 0))
+        return found
+
     @torch.no_grad()
     def loglikelihoods(self, pairs, say="scoring"):
         """For each (context ids, continuation ids): (sum of log-probabilities, whether greedy).
@@ -59,14 +72,18 @@ class Scorer:
         Requests with the same context share a pass: it is computed once, into a cache, which is
         copied to all its continuations. Equal requests are computed once, so that they tie exactly.
         Contexts of equal length form a batch; a request that is too long loses its beginning.
-        say: the progress bar's label. Raises UserError for a continuation that does not fit.
+        say: the progress bar's label. Raises UserError, before any is computed, for a context
+        without tokens or a continuation that does not fit; ModelError for a diverged model.
         """
         size, budget = self.model.config.block_size, 1 << (16 if self.device.type == "cuda" else 12)
         groups, requests = {}, []  # context -> {continuation: result}
         for context, continuation in pairs:
-            if not 0 < len(continuation) <= size:
-                raise UserError(f"a continuation has {len(continuation)} tokens; it must have at "
-                                f"least 1 and fit the context of {size}")
+            if not 0 < len(continuation) <= size or not context:
+                text = self.tokenizer.decode(continuation)
+                raise UserError(
+                    f"the continuation {text[:40]!r} has {len(continuation)} tokens; it must have "
+                    f"at least 1 and fit the context of {size}" if context else
+                    f"the context of {text[:40]!r} has no tokens: it must not be blank")
             context = tuple(context[-(size + 1 - len(continuation)):])
             requests.append((context, tuple(continuation)))
             groups.setdefault(context, {})[tuple(continuation)] = None
@@ -103,6 +120,7 @@ class Scorer:
                     logits = self.model(ids[:, :-1], cache=cache.select(owners))
                 scored.append(log_probabilities(logits, ids[:, 1:]))
             chosen, greedy = (torch.cat(s, dim=1) for s in zip(*scored, strict=True))
+            check(chosen.isfinite().all(), "log-likelihoods are not finite: the model has diverged")
             for (i, c), lp, hit in zip(part, chosen, greedy, strict=True):
                 n = len(c)
                 groups[contexts[i]][c] = (lp[:n].sum().item(), bool(hit[:n].all()))

@@ -105,6 +105,20 @@ def printable(text):
     return text
 
 
+def read_prompt(text, tokenizer, most, bound="the model's context is"):
+    """Token ids of a prompt, in which <|endoftext|> is the one token that ends a text, whatever the
+    tokenizer (encode_ordinary, for training data, takes it for text). UserError if there are no
+    tokens, or more than `most`, the bound."""
+    eot, ids = tokenizer.eot_token, []
+    for i, part in enumerate([text] if eot is None else text.split(EOT)):
+        ids += [eot] * (i > 0) + tokenizer.encode_ordinary(part)
+    if not ids:
+        raise UserError("the prompt is empty: give --prompt TEXT")
+    if len(ids) > most:
+        raise UserError(f"the prompt has {len(ids)} tokens, {bound} {most}: shorten it")
+    return ids
+
+
 def padded_vocab(tokenizer):
     """The model's vocabulary: the tokenizer's, up to the next multiple of 64 (faster products)."""
     return (tokenizer.n_vocab + 63) // 64 * 64

@@ -10,28 +10,26 @@ The weights are those of manual attention in float32, to within 0.00025: two cha
 """
 
 import json
+import math
 import os
+import re
 
 import numpy as np
 import torch
 
+from model import check
 from nanonexus.cli import Parser, UserError, listed, positive_int, run_script
+from nanonexus.controls import describe
 from nanonexus.files import write_text
 from nanonexus.hf import open_model
+from nanonexus.tokenizer import read_prompt
 
 MOST_TOKENS = 256  # a page with the maps of more is slow to load, and too wide to read
 DIGITS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/",
                        np.uint8)
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "view.html")
+KINDS = "q", "k", "outer", "baseline"  # with colours of their own
 WHITE = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
-
-INNER = {  # what an inner loop does, in a beginner's words
-    "self": "A token gathers from those before it and from itself.",
-    "past": "A token keeps what it is and gathers from those before it, never from itself.",
-    "cross": "One map, from queries to keys, says from which; a token keeps what it is and gathers "
-             "from those before it, never from itself.",
-    "shared": "The layer's own weights are applied again to do so; a token gathers from those "
-              "before it and from itself."}
 
 
 def parse_args():
@@ -51,54 +49,86 @@ def parse_args():
 def main():
     args = parse_args()
     model, tokenizer, meta = open_model(args.checkpoint, attention="manual")
-    ids = read_prompt(args.prompt, tokenizer, model.config.block_size)
+    c = model.config
+    ids = read_prompt(args.prompt, tokenizer, c.block_size)
+    read_prompt(args.prompt, tokenizer, MOST_TOKENS, "a page shows at most")
+    layers = args.layers or range(1, c.n_layer + 1)
+    if max(layers) > c.n_layer:
+        raise UserError(f"--layers: the model has {c.n_layer} layers, there is no {max(layers)}")
     maps = attention_maps(model, ids)
+    legend = explain(maps)
     if args.baseline is not None:
-        maps.append(baseline_map(args.baseline, model.config, args.prompt, ids))
-    layers = args.layers or range(1, model.config.n_layer + 1)
-    if max(layers) > model.config.n_layer:
-        raise UserError(f"--layers: the model has {model.config.n_layer} layers, there is no "
-                        f"{max(layers)}")
+        maps["baseline"] = baseline_map(args.baseline, c, args.prompt, ids)
+    steps = f", training step {meta['step']:,}" if "step" in meta else ""
     html = page(dict(
-        tokens=[spell(tokenizer.decode_bytes([i])) for i in ids], heads=model.config.n_head,
-        layers=list(layers), about=describe(model.config, meta), legend=explain(model.config),
-        maps=[dict(kind=kind, title=title, code=pack(weights[[n - 1 for n in layers]]))
-              for kind, title, weights in maps]))
+        tokens=[spell(tokenizer.decode_bytes([i])) for i in ids], heads=c.n_head,
+        layers=list(layers), legend=legend,
+        about=f"{describe(c)}; {c.n_layer} layers of {c.n_head} heads{steps}.",
+        maps=[dict(kind=stream(name) if stream(name) in KINDS else "inner", title=title(name),
+                   code=pack(weights[[n - 1 for n in layers]])) for name, weights in maps.items()]))
     write_text(args.out, html)
     print(f"{args.out}: {len(ids)} tokens, {len(maps)} maps in each of {len(layers)} layers and "
-          f"{model.config.n_head} heads, {len(html) / 1e6:.2f} MB")
-
-
-def read_prompt(text, tokenizer, block_size):
-    """Token ids of text; UserError if there are none, or too many for the model or for a page."""
-    ids = tokenizer.encode_ordinary(text)
-    if not ids:
-        raise UserError("the prompt is empty: give --prompt TEXT")
-    if len(ids) > block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens, the model's context is {block_size}: "
-                        "shorten it")
-    if len(ids) > MOST_TOKENS:
-        raise UserError(f"the prompt has {len(ids)} tokens, a page shows at most {MOST_TOKENS}: "
-                        "shorten it")
-    return ids
+          f"{c.n_head} heads, {len(html) / 1e6:.2f} MB")
 
 
 @torch.no_grad()
 def attention_maps(model, ids):
-    """[(kind, title, weights (n_layer, H, T, T))] of a manual-attention model on T token ids: those
-    of the inner loops, first to last, then the outer one. kind: "q" or "k", the stream that a loop
-    refines, "both" for the one map of inner attention `cross`, or "outer"."""
-    c, found = model.config, []
+    """{name: weights (n_layer, H, T, T)} of a manual-attention model on T token ids, as it names
+    them, the outer one last; where a layer has no such map, 0. "q1" and "k1" become "qk1" if they
+    are equal; those of an attention before a block's own get ", before". ModelError for weights
+    that cannot be shown."""
+    c, T, found, maps = model.config, len(ids), {}, {}
     model.hidden_states(torch.tensor([ids]), maps=found)
-    names = [(n, f"inner {n}, loop {i}") for i in range(1, c.nexus_order) for n in c.nexus_streams]
-    names += [("outer", "outer")]
-    # found: all maps of the first layer, then all of the next
-    maps = [(*name, torch.cat(found[i::len(names)])) for i, name in enumerate(names)]
-    if c.nexus_inner != "cross":
-        return maps
-    once = c.nexus_streams[0]  # both streams have the same map, computed for each
-    return [("both", title.replace(f"inner {once}", "inner q to k"), weights) if kind == once
-            else (kind, title, weights) for kind, title, weights in maps if kind in (once, "outer")]
+    for (layer, name), weights in found.items():
+        check(weights.shape == (1, c.n_head, T, T) and 0 <= weights.min() <= weights.max() < 1.001,
+              f"the map {name} cannot be shown: it must have a weight from 0 to 1 for each of "
+              f"{c.n_head} heads and each pair of {T} tokens")
+        block = math.ceil(layer)
+        name += ", before" * (layer < block)
+        maps.setdefault(name, torch.zeros(c.n_layer, c.n_head, T, T))[block] = weights[0]
+    check("outer" in maps, "nothing to show: the model's outer attention is not model.attend's")
+    outer = maps.pop("outer")
+    for q, k in [(n, "k" + n[1:]) for n in maps if n[0] == "q" and "k" + n[1:] in maps]:
+        if T > 2 and torch.equal(maps[q], maps[k]):  # strict maps of two tokens are all equal
+            del maps[k]
+            maps = {"qk" + n[1:] if n == q else n: weights for n, weights in maps.items()}
+    return maps | {"outer": outer}
+
+
+def title(name):
+    """"q1" -> "inner q, loop 1"; a name of another form is its own title."""
+    words = re.sub(r"^([a-z]+)(\d+)", r"inner \1, loop \2", name)
+    return words.replace("inner qk,", "inner q and k,")
+
+
+def stream(name):
+    """"q1" -> "q": what a map's loop refines, or "outer" or "baseline"."""
+    return re.match("[a-z]*", name)[0]
+
+
+def explain(maps):
+    """What the maps of attention_maps show, in a beginner's words, all of it seen from them."""
+    inner = {name: weights for name, weights in maps.items() if stream(name) != "outer"}
+    streams = {stream(name) for name in inner}
+    who = [words for n, words in (("q", "query (what it looks for)"),
+                                  ("k", "key (what it is found by)")) if streams & {n, "qk"}]
+    apart = [title(n) for n, weights in inner.items() if not weights.diagonal(0, -2, -1).any()]
+    if not inner:
+        text = "The maps are of outer attention, where a token reads; the model records no others."
+    else:
+        subject = "token's " + " and its ".join(who) if who else "token"
+        text = (f"Here a {subject} {'gather' if who[1:] else 'gathers'} from other tokens first: "
+                "inner attention shows from which, outer attention where the token then reads. ")
+        if 0 < len(apart) < len(inner):
+            text += (f"In {', in '.join(apart)}, it gathers from those before it, in the others "
+                     "from itself as well.")
+        else:
+            text += f"It gathers from those before it, {'never' if apart else 'and'} from itself."
+    if "qk" in streams:
+        text += " Query and key have the same map."
+    if any(name.endswith(", before") for name in maps):
+        text += " “Before” is an attention that a layer applies before its own."
+    return text
 
 
 def baseline_map(path, config, prompt, ids):
@@ -110,35 +140,10 @@ def baseline_map(path, config, prompt, ids):
         if ours != theirs:
             raise UserError(f"--baseline: {path} has {name} {theirs}, the checkpoint {ours}: only "
                             "models with equally many layers and heads can be compared")
-    if other.encode_ordinary(prompt) != ids:
+    if read_prompt(prompt, other, model.config.block_size, f"the context of {path} is") != ids:
         raise UserError(f"--baseline: {path} has a different tokenizer from the checkpoint: only "
                         "models that read the same tokens can be compared")
-    if len(ids) > model.config.block_size:
-        raise UserError(f"--baseline: the prompt has {len(ids)} tokens, the context of {path} is "
-                        f"{model.config.block_size}: shorten it")
-    return "baseline", "baseline", attention_maps(model, ids)[-1][-1]
-
-
-def describe(config, meta):
-    """A sentence on what the checkpoint is."""
-    what = "standard attention (order 1)"
-    if config.nexus_order > 1:
-        streams = {"qk": "queries and keys", "q": "queries", "k": "keys"}[config.nexus_streams]
-        what = (f"Nexus, order {config.nexus_order}, inner attention “{config.nexus_inner}”, "
-                f"refines {streams}")
-    steps = f", training step {meta['step']:,}" if "step" in meta else ""
-    return f"{what}; {config.n_layer} layers of {config.n_head} heads{steps}."
-
-
-def explain(config):
-    """What its maps show, in a beginner's words."""
-    if config.nexus_order == 1:
-        return "All maps are of outer attention, where the token reads; there is no inner one."
-    query, key = "query (what it looks for)", "key (what it is found by)"
-    streams = {"qk": f"{query} and its {key} gather", "q": f"{query} gathers",
-               "k": f"{key} gathers"}[config.nexus_streams]
-    return (f"Here a token's {streams} from other tokens first: inner attention shows from which, "
-            f"outer attention where the token then reads. {INNER[config.nexus_inner]}")
+    return attention_maps(model, ids)["outer"]
 
 
 def spell(token):

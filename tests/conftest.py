@@ -9,6 +9,13 @@ torch.set_num_threads(1)  # the models here are tiny: more threads would only wa
 os.environ["OMP_NUM_THREADS"] = "1"  # in the scripts that tests run, too
 
 
+@pytest.fixture
+def plots():
+    """Skips a test of what needs the extra plots."""
+    for name in ("matplotlib", "scipy"):
+        pytest.importorskip(name, reason=f"extra plots: {name}")
+
+
 @pytest.fixture(autouse=True)
 def as_before():
     """train.main installs handlers, and --deterministic a mode: give Ctrl-C back to pytest."""

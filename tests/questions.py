@@ -3,12 +3,14 @@ ours, a choice's log-likelihood without cache or batch, and the harness's of the
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Literal, get_args
 
 import pytest
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, CausalSelfAttention, GPTConfig, attend
+from nanonexus.checkpoint import probe, save_checkpoint
 from nanonexus.lm_eval_adapter import run_tasks
 from nanonexus.tasks import TASKS
 
@@ -83,6 +85,27 @@ def neox(tmp_path_factory):
     return folder
 
 
+def add_inner_step(monkeypatch, name="again"):
+    """What a student writes into model.py: a word in the type and a case, here `past`'s own."""
+    field, step = GPTConfig.__dataclass_fields__["nexus_inner"], CausalSelfAttention.inner_step
+
+    def with_case(self, n, h, s, ctx, loop):
+        if self.config.nexus_inner == name:
+            return s + attend(h[n], h[n], s, ctx, loop, strict=True)
+        return step(self, n, h, s, ctx, loop)
+
+    longer = Literal[(*get_args(field.type), name)]
+    monkeypatch.setattr(field, "type", longer)
+    monkeypatch.setitem(GPTConfig.__annotations__, "nexus_inner", longer)
+    monkeypatch.setattr(CausalSelfAttention, "inner_step", with_case)
+
+
+def save(gpt, path, **others):
+    """A checkpoint as train.py writes it, as far as readers need it."""
+    save_checkpoint(str(path), dict(model=gpt.state_dict(), probe=probe(gpt),
+                                    config=asdict(gpt.config), step=0, tokenizer="bytes") | others)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Two checkpoints of ours, on bytes: order 1 and order 2."""
@@ -93,8 +116,7 @@ def checkpoints(tmp_path_factory):
         torch.manual_seed(order)
         c = replace(config, nexus_order=order)
         paths.append(str(folder / f"order{order}.pt"))
-        torch.save(dict(model=GPT(c).state_dict(), config=vars(c), step=0, tokenizer="bytes"),
-                   paths[-1])
+        save(GPT(c), paths[-1])
     return paths
 
 
@@ -102,7 +124,7 @@ def plain_ll(scorer, context, continuation):
     """One choice, by the rules, without cache or batch."""
     seq = (context + continuation)[-(scorer.model.config.block_size + 1):]
     with torch.no_grad():
-        lp = scorer.model(torch.tensor([seq[:-1]]))[0][0].log_softmax(-1)
+        lp = scorer.model(torch.tensor([seq[:-1]]))[0].log_softmax(-1)
     rows = lp[-len(continuation):]
     return rows[range(len(continuation)), continuation].sum().item(), \
         rows.argmax(-1).tolist() == continuation

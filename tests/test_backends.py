@@ -13,10 +13,8 @@ from test_train import run
 from test_train import tokens as tokens_on_disk  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPTConfig, ModelError
-from nanonexus.device import fast_attention
+from model import GPTConfig
 from nanonexus.generate import KVCache, generate
-from nanonexus.loss import TrainingLoss
 
 warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -37,12 +35,12 @@ def test_packed_documents_are_as_if_alone(variant, backend):
     lengths, idx = (7, 1, 12), tokens(2, 20)
     docs = torch.arange(3).repeat_interleave(torch.tensor(lengths)).expand(2, -1)
     with torch.no_grad():
-        packed = gpt(idx, docs=docs)[0]
+        packed = gpt(idx, docs=docs)
         for part, out in zip(idx.split(lengths, 1), packed.split(lengths, 1), strict=True):
-            torch.testing.assert_close(out, gpt(part)[0], rtol=0, atol=1e-9)
+            torch.testing.assert_close(out, gpt(part), rtol=0, atol=1e-9)
         idx[:, :7] = tokens(2, 7)  # another first document
-        torch.testing.assert_close(gpt(idx, docs=docs)[0][:, 7:], packed[:, 7:], rtol=0, atol=0)
-        assert not torch.equal(gpt(idx)[0][:, 7:], packed[:, 7:])  # unlike without docs
+        torch.testing.assert_close(gpt(idx, docs=docs)[:, 7:], packed[:, 7:], rtol=0, atol=0)
+        assert not torch.equal(gpt(idx)[:, 7:], packed[:, 7:])  # unlike without docs
 
 
 @pytest.mark.parametrize("variant", [dict(nexus_order=1), VARIANTS[0], VARIANTS[1],
@@ -55,7 +53,7 @@ def test_flex_equals_manual_forward(variant, width):
     flex = same_weights(gpt, attention="flex")
     with torch.no_grad():
         for d in (None, docs):
-            torch.testing.assert_close(flex(idx, docs=d)[0], gpt(idx, docs=d)[0], rtol=0, atol=1e-9)
+            torch.testing.assert_close(flex(idx, docs=d), gpt(idx, docs=d), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("inner", ["self", "past"])
@@ -67,22 +65,37 @@ def test_flex_generates_with_the_cache_of_sdpa(inner):
     assert torch.equal(generate(gpt, want[:, :5], 8, temperature=0), want)
 
 
+@pytest.mark.parametrize("variant", ALL, ids=name)
+def test_a_cache_works_with_documents(variant):
+    """Padding on the left is a document of its own: the rest is as if alone."""
+    gpt, idx = make(**variant), tokens(3, 20)
+    docs = (torch.arange(20) >= torch.tensor([0, 3, 7])[:, None]).long()
+    with torch.no_grad():
+        full = gpt(idx, docs=docs)
+        for split in ([20], [8, 1, 1, 10], [1] * 20):
+            cache, parts, end = KVCache(24), [], 0
+            for part in idx.split(split, 1):
+                end += part.size(1)
+                parts.append(gpt(part, cache=cache, docs=docs[:, :end]))
+            torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
+        for row, pad in enumerate((0, 3, 7)):
+            torch.testing.assert_close(full[row, pad:], gpt(idx[row:row + 1, pad:])[0],
+                                       rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("variant", VARIANTS[:3], ids=name)
 def test_masks_made_beforehand_are_those_made_inside(variant):
     gpt, idx = make(attention="flex", **variant), tokens(2, 20)
-    idx[:, 7] = 0
-    loss = TrainingLoss(gpt, eot=0)
+    docs = (idx == idx[0, 7]).cumsum(1)
     with torch.no_grad():
-        masks = gpt.attention_masks(20, 0, loss.documents(idx), idx.device)
-        assert torch.equal(loss(idx, idx, masks), loss(idx, idx))
-        assert not torch.equal(loss(idx, idx), TrainingLoss(gpt)(idx, idx))
+        mask = gpt.attention_mask(20, 0, docs, idx.device)
+        assert torch.equal(gpt(idx, idx, mask=mask), gpt(idx, idx, docs=docs))
+        assert not torch.equal(gpt(idx, idx), gpt(idx, idx, docs=docs))
 
 
-def test_what_a_backend_cannot_do_is_said():
-    with pytest.raises(ModelError, match="trains on CUDA only: use attention sdpa"):
-        make(attention="flex")(tokens(1, 4))
-    with pytest.raises(ModelError, match="holds one document"):
-        make()(tokens(1, 4), cache=KVCache(8), docs=torch.zeros(1, 4))
+def test_a_document_for_each_token_is_needed():
+    with pytest.raises(AssertionError, match="one for each token seen"):
+        make()(tokens(1, 4), docs=torch.zeros(1, 3))
 
 
 @CUDA
@@ -99,11 +112,12 @@ def test_outputs_and_gradients_on_cuda(variant, backend, dtype, error):
     gpt = make(attention="manual", **variant, **shape).cuda()
     other = same_weights(gpt, attention=backend).cuda()
     run = torch.compile(other, fullgraph=True)
-    want, loss = gpt(idx[:, :-1], idx[:, 1:], docs=None if docs is None else docs[:, :-1])
+    x, y = idx[:, :-1], idx[:, 1:]
+    kwargs = dict(docs=None if docs is None else docs[:, :-1])
+    want, loss = gpt(x, **kwargs), gpt(x, y, **kwargs)
     loss.backward()
-    with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32), \
-            fast_attention(idx.device):
-        got, loss = run(idx[:, :-1], idx[:, 1:], docs=None if docs is None else docs[:, :-1])
+    with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+        got, loss = run(x, **kwargs), run(x, y, **kwargs)
     loss.backward()
     assert (got - want).norm() < error * want.norm()
     for p, r in zip(other.parameters(), gpt.parameters(), strict=True):
@@ -117,7 +131,7 @@ def test_sdpa_runs_flash_on_cuda(order):
     gpt, idx = make(nexus_order=order).cuda(), tokens(2, 24).cuda()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION), \
             torch.autocast("cuda", torch.bfloat16):  # any other kernel would raise
-        gpt(idx, idx)[1].backward()
+        gpt(idx, idx).backward()
 
 
 @pytest.mark.parametrize("order", [1, 3])
@@ -136,29 +150,8 @@ def test_no_square_of_the_context_is_ever_in_memory(order):
     for backend, square in (("sdpa", False), ("manual", True)):
         gpt, idx, largest[0] = make(attention=backend, **shape), tokens(1, T), 0
         with Watch():
-            gpt(idx, idx)[1].backward()
+            gpt(idx, idx).backward()
         assert (largest[0] >= T * T) is square  # logits, 61 T, and MLP, 64 T, are smaller
-
-
-@pytest.mark.parametrize("variant", VARIANTS[::5], ids=name)
-def test_recomputed_inner_loops_change_nothing_but_memory(variant):
-    gpt, idx = make(**variant), tokens(2, 24)
-    again = same_weights(gpt)
-    kept = []
-    for model in (TrainingLoss(gpt), TrainingLoss(again, recompute=True)):
-        sizes = {}
-
-        def pack(x, sizes=sizes):
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = model(idx, idx)
-        loss.backward()
-        kept.append(sum(sizes.values()))
-    assert kept[1] < kept[0]
-    for p, r in zip(again.parameters(), gpt.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, r.grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -171,7 +164,7 @@ def test_compiled_gradients_are_the_eager_ones(inner, dtype):
     for forward in (torch.compile(gpt, backend="aot_eager", fullgraph=True), gpt):
         gpt.zero_grad()
         with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
-            forward(idx[:, :-1], idx[:, 1:])[1].backward()
+            forward(idx[:, :-1], idx[:, 1:]).backward()
         grads.append([p.grad.clone() for p in gpt.parameters()])
     for compiled, eager in zip(*grads, strict=True):
         assert (compiled - eager).norm() < 1e-4 * eager.norm()
@@ -192,7 +185,7 @@ def test_compiles_to_one_graph_and_stays(kind):
         idx, grads = tokens(2, 17), []
         for model in (run, gpt):
             gpt.zero_grad()
-            model(idx[:, :-1], idx[:, 1:])[1].backward()
+            model(idx[:, :-1], idx[:, 1:]).backward()
             grads.append([p.grad.clone() for p in gpt.parameters()])
         for compiled, eager in zip(*grads, strict=True):
             torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)

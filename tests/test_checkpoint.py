@@ -1,21 +1,32 @@
 """A checkpoint comes back as it was; a damaged, foreign or hostile file is refused in one line."""
 
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 import torch
+from questions import save as save_gpt
 
-from model import GPT, GPTConfig, ModelError
-from nanonexus.checkpoint import load_checkpoint, save_checkpoint
+import model as ours
+from model import CausalSelfAttention, GPTConfig, ModelError
+from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import UserError
+from nanonexus.controls import CONTROLS, build, replaces_loops
+
+SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5)
+
+
+def make(**changes):
+    """A model whose logits are as large as trained ones, up to about 15."""
+    torch.manual_seed(0)
+    gpt = build(replace(SMALL, **changes))
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return gpt
 
 
 def save(path, **changes):
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32,
-                        rotary_pct=0.5, **changes))
-    save_checkpoint(str(path), dict(model=gpt.state_dict(), config=asdict(gpt.config), step=3,
-                                    tokenizer="bytes"))
+    gpt = make(**changes)
+    save_gpt(gpt, path, step=3)
     return gpt
 
 
@@ -23,9 +34,85 @@ def test_checkpoint_round_trip_with_overrides(tmp_path):
     gpt, idx = save(tmp_path / "c.pt"), torch.randint(61, (1, 9))
     loaded, meta = load_checkpoint(tmp_path / "c.pt")
     assert meta["step"] == 3 and meta["tokenizer"] == "bytes" and not loaded.training
-    assert torch.equal(loaded(idx)[0], gpt(idx)[0])
-    nexus, _ = load_checkpoint(tmp_path / "c.pt", nexus_order=2, attention="manual")
-    assert not torch.allclose(nexus(idx)[0], gpt(idx)[0])
+    assert torch.equal(loaded(idx), gpt(idx))
+    nexus, meta = load_checkpoint(tmp_path / "c.pt", nexus_order=2, attention="manual")
+    assert not torch.allclose(nexus(idx), gpt(idx)) and meta["config"]["nexus_order"] == 1
+    manual, _ = load_checkpoint(tmp_path / "c.pt", attention="manual")
+    torch.testing.assert_close(manual(idx), gpt(idx), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_comes_back_as_itself(tmp_path, name):
+    """Also one without weights of its own, and never as the plain baseline."""
+    gpt = save(tmp_path / "c.pt", control=name, nexus_order=1 + replaces_loops(name))
+    loaded, _ = load_checkpoint(tmp_path / "c.pt")
+    idx = torch.randint(61, (1, 9))
+    assert torch.equal(loaded(idx), gpt(idx)) and type(loaded.blocks[0]) is type(gpt.blocks[0])
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    saved["config"]["control"] = ""
+    torch.save(saved, tmp_path / "d.pt")
+    with pytest.raises(ModelError, match="logits differ by|the weight .* is missing, unknown"):
+        load_checkpoint(tmp_path / "d.pt")
+
+
+def edits():
+    """Changes of model.py that add no weight: {what: (object, attribute, new value)}."""
+    layer, attend, project = ours.output_layer, ours.attend, CausalSelfAttention.project
+
+    def normed(self, x, parts="qkv"):
+        return [torch.nn.functional.rms_norm(s, s.shape[-1:]) if n in "qk" else s
+                for n, s in zip(parts, project(self, x, parts), strict=True)]
+
+    return {
+        "a soft-cap of 30": (ours, "output_layer",
+                             lambda h, w: 30 * torch.tanh(layer(h, w) / 30)),
+        "another mask": (ours, "attend", lambda *args, **kwargs: attend(
+            *args, **kwargs | dict(strict=True))),
+        "QK-norm": (CausalSelfAttention, "project", normed)}
+
+
+@pytest.mark.parametrize("what", edits())
+def test_a_changed_model_is_refused(tmp_path, monkeypatch, what):
+    save(tmp_path / "c.pt")
+    load_checkpoint(tmp_path / "c.pt")
+    monkeypatch.setattr(*edits()[what])
+    with pytest.raises(ModelError, match="model.py has changed since: its logits differ by"):
+        load_checkpoint(tmp_path / "c.pt")
+    save(tmp_path / "d.pt")  # and its own is taken
+    load_checkpoint(tmp_path / "d.pt")
+
+
+def test_another_dtype_is_no_change_of_the_model(tmp_path):
+    gpt = make()
+    save_gpt(gpt.double(), tmp_path / "c.pt")  # loaded in float32
+    load_checkpoint(tmp_path / "c.pt")
+
+
+def test_a_field_that_the_file_lacks_must_have_had_its_default(tmp_path):
+    save(tmp_path / "c.pt", nexus_order=2, nexus_inner="self")
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    for lost, fine in (("gelu", True), ("nexus_inner", False)):
+        config = {key: value for key, value in saved["config"].items() if key != lost}
+        torch.save(saved | dict(config=config), tmp_path / "d.pt")
+        if fine:
+            load_checkpoint(tmp_path / "d.pt")
+        else:
+            with pytest.raises(ModelError, match="logits differ .* knows nothing of nexus_inner"):
+                load_checkpoint(tmp_path / "d.pt")
+
+
+def test_the_first_format_loads_with_a_note_and_a_later_one_does_not(tmp_path, capsys):
+    gpt = make(nexus_order=2, nexus_inner="self")
+    config = {key: value for key, value in vars(gpt.config).items()
+              if key not in ("nexus_inner", "control")} | dict(checkpoint_attention=False)
+    old = dict(model=gpt.state_dict(), config=config, step=3, tokenizer="bytes")
+    torch.save(old, tmp_path / "old.pt")
+    loaded, meta = load_checkpoint(tmp_path / "old.pt")
+    assert loaded.config == gpt.config and meta["step"] == 3
+    assert "written by an earlier version" in capsys.readouterr().err
+    torch.save(old | dict(format=3), tmp_path / "new.pt")
+    with pytest.raises(ModelError, match="has the format 3, written by a later version"):
+        load_checkpoint(tmp_path / "new.pt")
 
 
 class Evil:
@@ -56,6 +143,8 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path):
     save(tmp_path / "c.pt")
     with pytest.raises(ModelError, match="the weight embed.weight is missing, unknown or"):
         load_checkpoint(tmp_path / "c.pt", vocab_size=62)
+    with pytest.raises(ModelError, match="no control 'shift': choose from key-shift"):
+        load_checkpoint(tmp_path / "c.pt", control="shift")
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     for change in (lambda w: w.update(extra=torch.zeros(1)), lambda w: w.pop("norm.bias")):
         weights = dict(saved["model"])

@@ -7,13 +7,12 @@ import pytest
 
 import common
 
-pytest.importorskip("scipy")
-
 
 def test_table():
     assert common.table([["", "x"], ["long name", 1]]) == "           x\nlong name  1"
 
 
+@pytest.mark.usefixtures("plots")
 def test_save_writes_settings_seeds_and_versions(tmp_path, capsys):
     figure, _ = common.pyplot().subplots()
     args = SimpleNamespace(out=str(tmp_path / "new"), seeds=3)

@@ -58,8 +58,8 @@ def lines(path):
     return [json.loads(line) for line in path.open()]
 
 
+@pytest.mark.usefixtures("plots")
 def test_compare_and_continue(tmp_path, dataset):
-    pytest.importorskip("matplotlib")
     pair = "--variants", "baseline,cross", "--dataset", dataset
     first = run(tmp_path, *pair, "--seeds", "1", "--max_steps", "4", "--eval_interval", "2",
                 *SMALL)
@@ -96,8 +96,8 @@ def test_compare_and_continue(tmp_path, dataset):
     assert other.returncode == 2 and "other settings" in other.stderr
 
 
+@pytest.mark.usefixtures("plots")
 def test_rates_are_chosen_on_a_separate_seed_and_controls_are_trained(tmp_path, dataset):
-    pytest.importorskip("matplotlib")
     results = tmp_path / "docs" / "text.jsonl"
     results.parent.mkdir()
     argv = ["--seeds", "1", "--max_steps", "16", "--eval_interval", "8", "--lrs", "1e-6,1e-2",
@@ -137,9 +137,9 @@ def line(variant, seed, loss, flops=10):
                 tokens_per_sec=7.0, val_loss=loss, curve=[[0, 9.0], [100, loss]])
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_order_is_all_grids_then_seed_by_seed(tmp_path, monkeypatch, dataset):
     """Whenever it stops, what exists are paired comparisons: with the training replaced."""
-    pytest.importorskip("matplotlib")
     order = []
 
     def finished(study, made, dataset, number):
@@ -217,8 +217,8 @@ def test_controls_of_equal_compute_spend_it():
     assert min(gaps, key=gaps.get) == layers > 21  # several layers at a long context
 
 
+@pytest.mark.usefixtures("plots")
 def test_an_interrupt_saves_and_the_same_command_continues(tmp_path, dataset):
-    pytest.importorskip("matplotlib")
     argv = ["--dataset", dataset, "--variants", "baseline", "--seeds", "1", "--max_steps", "4000",
             "--eval_interval", "2000", *SMALL, "--log_interval", "1"]
     process = subprocess.Popen([sys.executable, SCRIPT, "--out", str(tmp_path), *argv], text=True,
@@ -257,7 +257,9 @@ def test_a_damaged_file_of_results_is_named(tmp_path):
     (["--variants", "nexus2"], "no variant 'nexus2'"), (["--seeds", "0"], "--seeds"),
     (["--lrs", "0"], "--lrs"), (["--jobs", "0"], "--jobs"),
     (["--scale", "text"], "needs --dataset"), (["--show"], "has lines of 0 token sets")])
-def test_mistakes(tmp_path, argv, message):
+def test_mistakes(tmp_path, argv, message, request):
+    if "--show" in argv:
+        request.getfixturevalue("plots")
     out = run(tmp_path, *argv)
     assert out.returncode == 2 and message in out.stderr and out.stderr.count("\n") == 1
 

@@ -1,27 +1,21 @@
 """Each control is causal, is its formula, is the baseline where it says so, costs what it says."""
 
-import json
 import math
 
-import controls
-import numpy as np
 import pytest
 import torch
-from controls import CONTROLS
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from model import GPT, GPTConfig, ModelError, apply_rotary_emb
-from nanonexus.cli import UserError
-from nanonexus.files import sha256
-from nanonexus.generate import generate
+from model import GPTConfig, ModelError, apply_rotary_emb
+from nanonexus.controls import CONTROLS, build, describe, replaces_loops
+from nanonexus.generate import KVCache, generate
 
 SMALL = dict(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
              parallel_residual=False)
 NEW = {"key-shift": 2, "kv-shift": 8, "canon": 4 * 96, "mean": 0, "bias": 2 * 2 * 24,
        "near": 4, "near-gated": 6, "mix": 0, "twice": 0,
        "tokens": 0, "tokens-residual": 0, "separate": 2 * 3 * 32 * 32}  # parameters per layer
-LOOPS = "near", "near-gated", "separate", "tokens", "tokens-residual"
 every = pytest.mark.parametrize("name", CONTROLS)
 
 
@@ -36,10 +30,9 @@ def clean():
 def make(name=None, spread=False, **kwargs):
     """A GPT with the control; spread: its own parameters redrawn, away from their start."""
     if name:
-        kwargs = dict(nexus_order=2 if name in LOOPS else 1) | kwargs
+        kwargs = dict(nexus_order=1 + replaces_loops(name), control=name) | kwargs
     torch.manual_seed(0)
-    with controls.using(name):
-        gpt = GPT(GPTConfig(**SMALL | kwargs))
+    gpt = build(GPTConfig(**SMALL | kwargs))
     if spread:
         for p in own(gpt):
             p.data.normal_()
@@ -65,11 +58,11 @@ def test_no_token_knows_of_later_ones(name):
     gpt, idx = make(name, spread=True), tokens()
     other = idx.clone()
     other[:, 12:] = (other[:, 12:] + 1) % 61
-    change = (gpt(idx)[0] - gpt(other)[0]).detach().abs().amax((0, 2))
+    change = (gpt(idx) - gpt(other)).detach().abs().amax((0, 2))
     assert change[:12].max() == 0 and change[12:].min() > 1e-6
     other = idx.clone()
     other[:, 4] = (other[:, 4] + 1) % 61  # and all know of the earlier one
-    assert (gpt(idx)[0] - gpt(other)[0]).detach().abs().amax((0, 2))[4:].min() > 1e-6
+    assert (gpt(idx) - gpt(other)).detach().abs().amax((0, 2))[4:].min() > 1e-6
 
 
 @every
@@ -88,10 +81,9 @@ def test_parameters_start_where_they_should_and_learn(name):
     base, gpt = make(), make(name)
     new = sum(p.numel() for p in own(gpt))
     assert new == 2 * NEW[name] == gpt.num_params() - base.num_params()
-    if name != "separate":  # its matrices are drawn among the others
-        for key, value in base.state_dict().items():
-            assert torch.equal(gpt.state_dict()[key], value), key
-    gpt(tokens(), tokens().roll(-1, 1))[1].backward()
+    for key, value in base.state_dict().items():
+        assert torch.equal(gpt.state_dict()[key], value), key
+    gpt(tokens(), tokens().roll(-1, 1)).backward()
     for p in own(gpt):
         assert p.grad.abs().max() > 1e-9 and p.isfinite().all()
         assert p.dim() == 1 or name in ("canon", "separate")  # 1-D: without weight decay
@@ -105,13 +97,13 @@ def test_parameters_start_where_they_should_and_learn(name):
 
 def test_each_shift_is_the_baseline_at_its_neutral_value():
     base, idx = make(), tokens()
-    plain = base(idx)[0]
+    plain = base(idx)
     for name, neutral in (("key-shift", [-math.inf]), ("kv-shift", [1, 0, 1, 0]), ("canon", [0])):
         gpt = make(name)
-        assert not torch.allclose(gpt(idx)[0], plain)
+        assert not torch.allclose(gpt(idx), plain)
         for i, p in enumerate(own(gpt)):
             p.data.fill_(neutral[i % len(neutral)])
-        assert torch.equal(gpt(idx)[0], plain), name
+        assert torch.equal(gpt(idx), plain), name
 
 
 # --- the formulas, token by token in plain loops --------------------------------------------------
@@ -126,7 +118,7 @@ def layer_and_input(name, **kwargs):
 def outer(attention, q, k, v):
     """Standard attention of q, k, v (T, H, D) by loops, and the output projection."""
     gpt, out = make(), torch.zeros(7, 2, 16)
-    q, k = (apply_rotary_emb(s.transpose(0, 1), gpt.cos[:7], gpt.sin[:7]) for s in (q, k))
+    q, k = (apply_rotary_emb(s.transpose(0, 1), *gpt.rope[:, :7]) for s in (q, k))
     for h in range(2):
         for t in range(7):
             weights = torch.stack([q[h, t] @ k[h, s] / 4 for s in range(t + 1)]).softmax(0)
@@ -135,7 +127,7 @@ def outer(attention, q, k, v):
 
 
 def context(gpt, T):
-    return model.AttnContext("sdpa", (gpt.cos[:T], gpt.sin[:T]), None, None, None, None)
+    return model.AttnContext(0, "sdpa", gpt.rope[:, :T], None, None, None, None)
 
 
 def assert_is(attention, x, q, k, v):
@@ -193,7 +185,7 @@ def test_near_is_its_formula(name, order):
     a = [1 / (1 + math.exp(-p)) for p in attention.shift.tolist()]
     h_q, h_k = q, k
     for _ in range(order - 1):
-        turned = [apply_rotary_emb(s.transpose(0, 1), gpt.cos[:7], gpt.sin[:7])
+        turned = [apply_rotary_emb(s.transpose(0, 1), *gpt.rope[:, :7])
                   for s in (h_q, h_k)]
         near_q, near_k = q.clone(), k.clone()  # as the first token keeps them
         for t in range(1, 7):
@@ -212,9 +204,7 @@ def test_near_contains_the_key_shift(name):
     for ours, its in zip(near.blocks, shift.blocks, strict=True):
         ours.attn.shift.data.copy_(its.attn.shift)
         ours.attn.slope.data.fill_(math.log(1e4))
-    assert torch.allclose(near(tokens())[0], shift(tokens())[0], atol=1e-12)
-    with pytest.raises(UserError, match=f"^{name} needs --nexus_order 2"):
-        make(name, nexus_order=1)
+    assert torch.allclose(near(tokens()), shift(tokens()), atol=1e-12)
 
 
 def test_mix_projects_a_representation_refined_once():
@@ -241,13 +231,11 @@ def test_separate_loops_have_their_own_projections(order):
         A, B, C = attention.inner[name].weight.chunk(3)
         h = s.flatten(1)  # (T, C)
         for _ in range(order - 1):
-            parts = [attention.heads((y @ weight.T)[None])
+            parts = [(y @ weight.T).view(7, 2, 16).transpose(0, 1)[None]
                      for y, weight in ((h, A), (h, B), (s.flatten(1), C))]
             h = model.attend(*parts, ctx).transpose(1, 2).flatten(2)[0]
         streams.append(h.view(7, 2, 16))
     assert_is(attention, x, *streams, v)
-    with pytest.raises(UserError, match="separate needs --nexus_order 2"):
-        make("separate", nexus_order=1)
 
 
 @pytest.mark.parametrize("name, streams, order", [
@@ -259,7 +247,7 @@ def test_tokens_gather_before_they_are_projected(name, streams, order):
     h, gpt = x[0], make()
     for _ in range(order - 1):
         a, b, _ = attention.qkv(h).view(7, 3, 2, 16).unbind(1)
-        a, b = (apply_rotary_emb(s.transpose(0, 1), gpt.cos[:7], gpt.sin[:7]) for s in (a, b))
+        a, b = (apply_rotary_emb(s.transpose(0, 1), *gpt.rope[:, :7]) for s in (a, b))
         rows = [torch.cat([(torch.stack([a[i, t] @ b[i, s] / 4 for s in range(t + 1)]).softmax(0)
                             @ v[:t + 1, i]) for i in range(2)]) for t in range(7)]
         h = torch.stack(rows) + (x[0] if name == "tokens-residual" else 0)
@@ -273,8 +261,6 @@ def test_tokens_gather_before_they_are_projected(name, streams, order):
                     torch.autograd.grad(want.square().sum(), weights), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
         assert b.abs().max() > 0
-    with pytest.raises(UserError, match=f"^{name} needs --nexus_order 2"):
-        make(name, nexus_order=1)(tokens())
 
 
 def test_a_shift_comes_before_the_inner_loops():
@@ -291,59 +277,47 @@ def test_a_shift_comes_before_the_inner_loops():
 @every
 def test_flops_are_those_that_torch_counts(name):
     gpt, T = make(name, attention="manual"), 24
-    c = gpt.config
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         gpt(tokens(1, T))
     # forward is a third; torch counts the attention that the causal mask hides, we do not
-    weights = controls.flops_per_token(name, c, 0) / 3
-    expected = T * (weights + 2 * (controls.flops_per_token(name, c, T) / 3 - weights))
+    weights = (4 * gpt.flops_per_token(T // 2) - 2 * gpt.flops_per_token(T)) / 2 / 3
+    expected = T * (weights + 2 * (gpt.flops_per_token(T) / 3 - weights))
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-9)
-    assert controls.flops_per_token(None, c, T) == gpt.flops_per_token(T)
+    base = make(nexus_order=gpt.config.nexus_order, nexus_inner="self")
+    assert gpt.flops_per_token(T) >= base.flops_per_token(T) * (1 if not replaces_loops(name)
+                                                                else 0.9)
 
 
-@pytest.fixture
-def token_set(tmp_path):
-    """A folder of random bytes as a token set."""
-    folder, rng = tmp_path / "set", np.random.default_rng(0)
-    folder.mkdir()
-    for split in ("train", "val"):
-        rng.integers(0, 256, 500).astype(np.uint16).tofile(folder / f"{split}.bin")
-    (folder / "meta.json").write_text(json.dumps(dict(
-        version=1, dtype="uint16", tokens=dict(train=500, val=500), tokenizer="bytes",
-        vocab_size=320, dataset="x", source="x", revision=None,
-        sha256={split: sha256(folder / f"{split}.bin") for split in ("train", "val")})))
-    return str(folder)
+@every
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_control_says_what_it_is_and_what_it_needs(name, order):
+    config = GPTConfig(**SMALL, control=name, nexus_order=order, nexus_inner="past")
+    if replaces_loops(name) and order == 1:
+        with pytest.raises(ModelError, match=f"the control {name} needs nexus_order 2 or more"):
+            build(config)
+        return
+    build(config)
+    inner = ", past" if order == 2 and not replaces_loops(name) else ""
+    assert describe(config) == f"order {order}, {name}{inner}"
 
 
-def test_the_script_trains_the_control_and_resumes(tmp_path, token_set, monkeypatch, capsys):
-    torch.set_default_dtype(torch.float32)
-    flags = ("--n_layer 1 --n_head 2 --n_embd 32 --block_size 32 --batch_tokens 128 --device cpu "
-             "--micro_batch 4 --eval_windows 4 --nexus_order 1 --no-sample --dataset").split()
+@every
+def test_documents_are_kept_apart_or_refused(name):
+    gpt, idx = make(name, spread=True), tokens(2, 20)
+    docs = (torch.arange(20) > 6).long().expand(2, -1)
+    try:
+        packed = gpt(idx, docs=docs)
+    except ModelError as error:
+        assert "reaches across documents" in str(error)
+        cache = KVCache(24)
+        with pytest.raises(ModelError, match="reaches across documents"):
+            gpt(idx, cache=cache, docs=docs)
+        return
+    assert torch.allclose(packed[:, 7:], gpt(idx[:, 7:]), atol=1e-10)
 
-    def run(*argv):
-        monkeypatch.setattr(controls.sys, "argv", ["controls.py", *argv])
-        controls.main()
 
-    run("key-shift", *flags, token_set, "--out", str(tmp_path), "--max_steps", "2",
-        "--decay_steps", "4")
-    run("key-shift", "--out", str(tmp_path), "--resume", "--max_steps", "4")
-    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert saved["step"] == 4 and saved["model"]["blocks.0.attn.shift"].abs().min() > 0
-    assert [json.loads(line)["step"] for line in open(tmp_path / "log.jsonl")][-1] == 4
-    scores, checkpoint = tmp_path / "scores.json", ["--checkpoint", str(tmp_path / "ckpt.pt")]
-    demo = [*checkpoint, "--tasks", "demo", "--limit", "3", "--json", str(scores), "--save_docs"]
-    run("key-shift", "eval_sciq.py", *demo)
-    before = json.loads(scores.read_text())["tasks"]["demo"]["docs"]
-    saved["model"]["blocks.0.attn.shift"].fill_(9)  # the shift takes part
-    torch.save(saved, tmp_path / "ckpt.pt")
-    run("key-shift", "eval_sciq.py", *demo)
-    after = json.loads(scores.read_text())["tasks"]["demo"]["docs"]
-    assert all(a["lls"] != b["lls"] for a, b in zip(before, after, strict=True))
-    run("key-shift", "sample.py", *checkpoint, "--prompt", "The", "--max_new_tokens", "3")
-    assert capsys.readouterr().out.splitlines()[-1].startswith("The")
-    with pytest.raises(ModelError, match="weight blocks.0.attn.shift is missing, unknown"):
-        run("mean", "eval_sciq.py", *demo)
-    with pytest.raises(UserError, match="no control 'shift': choose from key-shift, kv-shift"):
-        run("shift")
-    run()
-    assert "key-shift  k_t <-" in capsys.readouterr().out
+def test_a_control_that_does_not_exist():
+    with pytest.raises(ModelError, match="no control 'shift': choose from key-shift, kv-shift"):
+        build(GPTConfig(**SMALL, control="shift"))
+    with pytest.raises(ModelError, match="'mean' is built by nanonexus.controls.build"):
+        model.GPT(GPTConfig(**SMALL, control="mean"))  # which would be the baseline

@@ -76,8 +76,8 @@ def run(monkeypatch, *argv):
     run_script(cost.main)
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_command(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     run(monkeypatch, "--orders", "1,2", "--new_tokens", "4", "--out", str(tmp_path))
     results = json.loads((tmp_path / "cost.json").read_text())["results"]
     short, long = (results["training"][f"tiny, {T}"]["order 2"] for T in (16, 32))
@@ -92,8 +92,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("plots")
 def test_variants_and_profiles(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="extra plots: matplotlib")
     run(monkeypatch, "--variants", "key-shift,cross", "--vocab_size", "500", "--contexts",
         "32", "--gib", "1")
     body = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]

@@ -9,10 +9,9 @@ import sys
 
 import pytest
 import torch
-from test_train import ROOT, TINY, command, read_log, run, tokens, weights  # noqa: F401
+from test_train import ROOT, TINY, command, read_log, run, shell, tokens, weights  # noqa: F401
 
 from model import GPT, GPTConfig
-from nanonexus.loss import TrainingLoss
 
 
 def check_same(one, many):
@@ -32,8 +31,8 @@ def one(tokens, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_one_process_is_many(one, tokens, tmp_path, processes):  # noqa: F811
-    subprocess.run(command(tokens, tmp_path, *FLAGS, processes=processes), check=True,
-                   capture_output=True)
+    done = shell(command(tokens, tmp_path, *FLAGS, processes=processes))
+    assert done.returncode == 0, done.stderr
     check_same(one, read_log(tmp_path))
 
 
@@ -100,14 +99,14 @@ def test_gradients_travel_during_backward(backend):
                         nexus_order=2))  # 75 MB; a bucket has 25
     events = []
     gpt.embed.weight.register_post_accumulate_grad_hook(lambda p: events.append("embedding"))
-    loss = TrainingLoss(gpt, recompute=True)
+    model = gpt
     if backend:
         torch._dynamo.reset()
-        loss = torch.compile(loss, fullgraph=True, dynamic=False, backend=backend)
+        model = torch.compile(gpt, fullgraph=True, dynamic=False, backend=backend)
     torch.distributed.init_process_group("gloo", rank=0, world_size=1,
                                          store=torch.distributed.HashStore())
     try:
-        ddp = torch.nn.parallel.DistributedDataParallel(loss)
+        ddp = torch.nn.parallel.DistributedDataParallel(model)
 
         def travel(state, bucket):
             events.append("bucket")
@@ -146,5 +145,6 @@ print("buckets %d" % len(calls) + chr(10), end="", flush=True)  # one write: the
 """)
     argv = command(tokens, tmp_path / "run", "--max_steps", 3, "--micro_batch", 1, processes=2)
     argv[argv.index(os.path.join(ROOT, "train.py"))] = str(script)
-    out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
-    assert out.count("buckets 3") == 2  # both: 3 steps of 4 micro-steps, one small bucket per step
+    done = shell(argv)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("buckets 3") == 2  # both: 3 steps of 4 micro-steps, one bucket each

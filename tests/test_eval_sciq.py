@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from questions import ROWS
+from questions import ROWS, save, write_rows
 
 import eval_sciq
-from model import ModelError
+from model import GPTConfig, ModelError
 from nanonexus.cli import UserError
+from nanonexus.controls import build
+from nanonexus.tasks import BENCHMARKS
 
 
 def run(*argv, cwd=None):
@@ -55,7 +57,75 @@ def test_documents_are_written_if_asked_for(checkpoints, tmp_path, monkeypatch):
     call(monkeypatch, *flags, tmp_path / "long.json", "--save_docs")
     short, long = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("short", "long"))
     assert len(long["tasks"]["demo"].pop("docs")) == 3
-    assert short == long and list(short) == ["checkpoint", "config", "tasks", "dtype", "versions"]
+    assert short == long and list(short) == ["checkpoint", "config", "tasks", "left_out", "dtype",
+                                             "versions"]
+    assert short["left_out"] == {}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(a checkpoint with a context of 64 bytes, a folder with a task that fits and one that does
+    not: its row 2 has 71 bytes)."""
+    folder = tmp_path_factory.mktemp("small")
+    save(build(GPTConfig(vocab_size=320, block_size=64, n_layer=1, n_head=2, n_embd=32,
+                         control="key-shift")), folder / "ckpt.pt")
+    long = dict(ROWS["piqa"][0], sol2="x" * 70)
+    write_rows(folder, dict(ROWS, piqa=[ROWS["piqa"][1], long]))
+    return folder / "ckpt.pt", folder
+
+
+def test_a_task_that_does_not_fit_is_left_out(small, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    path, data = small
+    flags = ["--data", data, "--json", tmp_path / "s.json", "--tasks"]
+    call(monkeypatch, "--checkpoint", path, "--save_docs", *flags, "all")
+    out, result = capsys.readouterr(), json.loads((tmp_path / "s.json").read_text())
+    assert out.err == (f"piqa is left out: choices of up to 71 tokens exceed the context of {path} "
+                       "in 1 of its 2 rows: 2\n")
+    assert f"{path}: order 1, key-shift, " in out.out and result["left_out"] == {"piqa": {"2": 71}}
+    assert list(result["tasks"]) == [name for name in BENCHMARKS if name != "piqa"]
+    assert [line.split()[0] for line in out.out.splitlines()[3:]] == list(result["tasks"])
+
+    call(monkeypatch, "--checkpoint", tmp_path / "s.json", "--versus", path, "--plot",
+         tmp_path / "v.png", *flags, "sciq,piqa")
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert list(result["tasks"]) == list(result["versus"]["tasks"]) == ["sciq"]
+    assert "piqa is left out" in capsys.readouterr().err
+
+    monkeypatch.setattr(eval_sciq, "evaluate", None)  # nothing is scored before
+    with pytest.raises(UserError, match="piqa is left out"):
+        call(monkeypatch, "--checkpoint", path, *flags, "piqa")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UnicodeEncodeError("ascii", "±", 0, 1, "")])
+@pytest.mark.parametrize("last", [1, 2, 3])
+def test_what_is_scored_is_written_if_the_rest_fails(small, tmp_path, monkeypatch, error, last):
+    pytest.importorskip("matplotlib")
+    path, data = small
+    real, scored = eval_sciq.evaluate, []
+
+    def evaluate(scorer, name, docs):
+        scored.append(name)
+        if len(scored) > last:
+            raise error
+        return real(scorer, name, docs)
+
+    monkeypatch.setattr(eval_sciq, "evaluate", evaluate)
+    with pytest.raises((KeyboardInterrupt, UnicodeEncodeError)):
+        call(monkeypatch, "--checkpoint", path, "--versus", path, "--data", data, "--tasks",
+             "sciq,arc_easy", "--json", tmp_path / "s.json")
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert list(result["tasks"]) == ["sciq", "arc_easy"][:last]
+    assert list(result["versus"]["tasks"]) == list(result["paired"]) == ["sciq"][:max(0, last - 2)]
+
+
+def test_all_models_are_opened_before_any_is_scored(checkpoints, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(eval_sciq, "evaluate", None)
+    with pytest.raises(ModelError, match="no checkpoint at"):
+        call(monkeypatch, "--checkpoint", checkpoints[0], "--versus", tmp_path / "none.pt",
+             "--tasks", "demo")
+    assert os.listdir(tmp_path) == []
 
 
 def test_saved_scores_serve_as_a_model(checkpoints, tmp_path, monkeypatch, capsys):
@@ -111,6 +181,8 @@ def test_scores_are_written_even_if_the_chart_cannot_be(checkpoints, tmp_path, m
     (["--nexus_order", "0"], "--nexus_order"),
     (["--checkpoint", "{0}"], "not a complete GPT-NeoX")])
 def test_mistakes_are_one_line(checkpoints, tmp_path, monkeypatch, argv, message):
+    if "GPT-NeoX" in message:
+        pytest.importorskip("safetensors", reason="extra hf: safetensors")
     (tmp_path / "file.pt").write_text("no checkpoint")
     (tmp_path / "arc_easy_test.jsonl").write_text("\n")
     (tmp_path / "logiqa_test.jsonl").write_text('{"label": \n')

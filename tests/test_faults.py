@@ -29,7 +29,7 @@ def test_a_killed_run_resumes_to_the_same_result(tokens, tmp_path):  # noqa: F81
     whole = run(tokens, tmp_path / "whole", "--max_steps", steps, *flags)
     assert numbers(torn) == numbers(whole)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "torn")
-    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"])
+    assert same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
 
 
 def on_a_full_disk(argv, size):

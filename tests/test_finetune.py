@@ -7,14 +7,16 @@ import sys
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="extra retrofit: transformers")
+pytest.importorskip("accelerate", reason="extra retrofit: accelerate, which its Trainer needs")
+pytest.importorskip("jinja2", reason="extra retrofit: jinja2, for chat templates")
 from test_retrofit import make  # noqa: E402
 
 import finetune  # noqa: E402
 from finetune import read_examples  # noqa: E402
 from nanonexus.cli import UserError, run_script  # noqa: E402
 from nanonexus.retrofit import load  # noqa: E402
-from nanonexus.schedule import warmup_cosine  # noqa: E402
+from train import warmup_cosine  # noqa: E402
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -133,11 +135,12 @@ def test_the_learning_rate_is_that_of_training(epochs, accumulate, warmup, steps
     log = sft(monkeypatch, base, tmp_path / "out", "--epochs", epochs, "--batch", 3,
               "--accumulate", accumulate, "--warmup", warmup, "--log_interval", 1)
     rates = [event["learning_rate"] for event in log if "learning_rate" in event]
-    assert rates == pytest.approx([warmup_cosine(i, 3e-3, rise, steps, 0) for i in range(steps)])
+    assert rates == pytest.approx([3e-3 * warmup_cosine(i, rise, steps, 0) for i in range(steps)])
 
 
 def test_order_1_is_the_control(base, tmp_path, monkeypatch):
     """Plain fine-tuning by transformers; with adapters, merged at the end."""
+    pytest.importorskip("peft", reason="extra retrofit: peft")
     sft(monkeypatch, base, tmp_path / "out", "--max_steps", 2, "--order", 1, "--lora", 2)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     own = load(base / "model").state_dict()
@@ -146,7 +149,7 @@ def test_order_1_is_the_control(base, tmp_path, monkeypatch):
 
 
 def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval.tasks", reason="extra retrofit: lm-eval")
     sft(monkeypatch, base, tmp_path / "tuned", "--max_steps", 60, "--order", 2)
     command(monkeypatch, "eval", "--model", base / "model", "--versus", tmp_path / "tuned",
             "--tasks", "add", "--include_path", base, "--json", tmp_path / "scores.json",
@@ -155,7 +158,9 @@ def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys)
     [gap] = scores["paired"]
     assert gap["metric"] == "exact_match" and gap["difference"] > 0.5 and gap["p"] < 0.2
     assert scores[str(base / "model")]["add"]["exact_match,none"] == 0
-    assert "paired by document" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "paired by document" in out and f"{base / 'model'}: order 1\n" in out
+    assert f"\n{tmp_path / 'tuned'}: order 2, streams qk, inner self\n" in out
     with pytest.raises(UserError, match="no such task.*nonsense"):
         command(monkeypatch, "eval", "--model", base / "model", "--tasks", "nonsense",
                 "--include_path", base, "--device", "cpu")

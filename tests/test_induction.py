@@ -104,8 +104,8 @@ def one_step(out, variants, seeds, quick):
                         "--out", os.path.join(out, f"{variant}-seed0")])
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_command(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(runs, "compare", one_step)
     monkeypatch.setattr(sys, "argv", ["induction.py", "--quick", "--seeds", "1", "--variants",
                                       "baseline,key-shift", "--out", str(tmp_path)])
@@ -123,8 +123,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("wrong", ["--runs nowhere", "--variants baseline,keyshift", "--seeds 0",
                                    "--variants baseline"])
+@pytest.mark.usefixtures("plots")
 def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["induction.py", "--out", str(tmp_path), *wrong.split()])
     with pytest.raises(SystemExit) as end:
         run_script(induction.main)

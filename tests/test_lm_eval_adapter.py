@@ -12,7 +12,7 @@ from nanonexus.lm_eval_adapter import adapt, run_tasks
 from nanonexus.scoring import Scorer, evaluate
 from nanonexus.tasks import read_task
 
-lm_eval = pytest.importorskip("lm_eval", reason="extra hf: lm-eval")
+lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="extra hf: lm-eval")
 
 
 class Request:
@@ -66,9 +66,9 @@ def test_generation_ends_before_what_until_says(scorer):
 
 
 def test_the_command_runs_a_task_file(checkpoints, scorer, neox, tmp_path, monkeypatch, capsys):
-    real = lm_eval.tasks.TaskManager
+    real = lm_eval_tasks.TaskManager
     monkeypatch.setattr(  # its own thousands of tasks take seconds to index
-        "lm_eval.tasks.TaskManager", lambda **kwargs: real(include_defaults=False))
+        lm_eval_tasks, "TaskManager", lambda **kwargs: real(include_defaults=False))
     write_tasks(["piqa"], neox, tmp_path)
     monkeypatch.setattr(sys, "argv", [
         "eval_sciq.py", "--lm_eval", "--checkpoint", checkpoints[1], "--device", "cpu", "--tasks",

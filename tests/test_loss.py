@@ -1,20 +1,20 @@
-"""loss.py: the loss and gradients of torch's cross-entropy, whatever the pieces."""
-
-from types import SimpleNamespace
+"""model.py's loss: torch's cross-entropy in value and gradients, whatever the parts; and the output
+layer, of which there is one: what stands there reaches training, scoring and sampling."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from model import GPT, PRESETS, GPTConfig
-from nanonexus import loss
-from nanonexus.loss import LinearCrossEntropy, TrainingLoss
+import model as ours
+from model import GPT, GPTConfig, SumCrossEntropy
+from nanonexus.flags import preset_config
+from nanonexus.generate import KVCache
 
 
 @pytest.fixture(params=[1, 3, 10**6], ids=["a row", "some rows", "all rows"])
-def rows(request, monkeypatch):
-    monkeypatch.setitem(loss.CHUNK, "cpu", request.param * 11)
+def rows(request):
+    return request.param
 
 
 def problem(dtype=torch.float64, N=8, C=5, V=11):
@@ -27,56 +27,114 @@ def problem(dtype=torch.float64, N=8, C=5, V=11):
 
 def test_equals_cross_entropy_in_value_and_gradients(rows):
     h, w, targets = problem()
-    mine = LinearCrossEntropy.apply(h, w, targets, torch.float64, True)
-    theirs = F.cross_entropy(h @ w.T, targets, ignore_index=-1)
+    mine = SumCrossEntropy.apply(True, rows, targets, h, w)
+    theirs = F.cross_entropy(h @ w.T, targets, ignore_index=-1, reduction="sum")
     torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(SumCrossEntropy.apply(False, rows, targets, h, w), theirs)
     for a, b in zip(torch.autograd.grad(3 * mine, [h, w]),
                     torch.autograd.grad(3 * theirs, [h, w]), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    assert torch.autograd.grad(LinearCrossEntropy.apply(h, w, targets, torch.float64, True),
-                               h)[0][[2, 7]].abs().max() == 0  # ignored rows
+    mine = SumCrossEntropy.apply(True, rows, targets, h, w)
+    assert torch.autograd.grad(mine, h)[0][[2, 7]].abs().max() == 0  # ignored rows
 
 
-def test_bfloat16_products_float32_sums(rows):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_products_float32_sums(rows, dtype):
     h, w, targets = problem(torch.float32, N=64, C=32)
     exact = F.cross_entropy(h @ w.T, targets, ignore_index=-1)
-    rounded = LinearCrossEntropy.apply(h, w, targets, torch.bfloat16, True)
+    with torch.autocast("cpu", dtype):
+        rounded = SumCrossEntropy.apply(True, rows, targets, h, w) / (targets >= 0).sum()
     assert rounded.dtype == torch.float32 and 0 < abs(rounded - exact) < 0.02 * exact
     for a, b in zip(torch.autograd.grad(rounded, [h, w]), torch.autograd.grad(exact, [h, w]),
                     strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
 
 
-def test_of_a_model():
+def test_small_gradients_survive_float16():
+    """Of a mean over many rows: divided by their number before the cast they would be 0."""
     torch.manual_seed(0)
-    gpt, idx = GPT(GPTConfig(**PRESETS["tiny"])), torch.randint(256, (2, 33))
+    h, w = torch.randn(2048, 32, requires_grad=True), torch.randn(512, 32) / 32
+    targets, N = torch.randint(512, (2048,)), 2**16  # as of a batch of that many
+    exact, = torch.autograd.grad(
+        F.cross_entropy(h @ w.T, targets, reduction="sum") / N, h)
+    with torch.autocast("cpu", torch.float16):
+        mine, = torch.autograd.grad(SumCrossEntropy.apply(True, 512, targets, h, w) / N, h)
+    assert (mine - exact).norm() < 0.01 * exact.norm()
+
+
+def test_the_loss_of_a_model_is_the_cross_entropy_of_its_logits():
+    torch.manual_seed(0)
+    gpt, idx = GPT(preset_config("tiny")), torch.randint(256, (2, 33))
     x, y = idx[:, :-1], idx[:, 1:].clone()
     y[0, :5] = -1
-    torch.testing.assert_close(TrainingLoss(gpt)(x, y), gpt(x, y)[1])
+
+    def plain(**kwargs):
+        return F.cross_entropy(gpt(x, **kwargs).flatten(0, 1), y.flatten(), ignore_index=-1)
+
+    torch.testing.assert_close(gpt(x, y), plain())
     with torch.no_grad():
-        torch.testing.assert_close(TrainingLoss(gpt)(x, y), gpt(x, y)[1])
-    x[:, 9] = 256
-    docs = torch.cat([torch.zeros(2, 9), torch.ones(2, 23)], 1).long()
-    torch.testing.assert_close(TrainingLoss(gpt, eot=256)(x, y), gpt(x, y, docs=docs)[1])
-    assert abs(TrainingLoss(gpt)(x, y) - gpt(x, y, docs=docs)[1]) > 1e-5
+        torch.testing.assert_close(gpt(x, y), plain())
+    docs = (torch.arange(32) > 9).long().expand(2, -1)
+    torch.testing.assert_close(gpt(x, y, docs=docs), plain(docs=docs))
+    assert abs(gpt(x, y) - gpt(x, y, docs=docs)) > 1e-5
 
 
 def test_the_logits_are_never_all_in_memory():
     peaks = []
-    for run in (lambda gpt, x: gpt(x, x)[1], lambda gpt, x: TrainingLoss(gpt)(x, x)):
-        gpt = GPT(GPTConfig(**PRESETS["tiny"] | dict(vocab_size=8192, n_layer=1)))
+    for run in (lambda gpt, x: F.cross_entropy(gpt(x).flatten(0, 1), x.flatten()),
+                lambda gpt, x: gpt(x, x)):
+        gpt = GPT(preset_config("tiny", vocab_size=2**16, n_layer=1, n_embd=16))
         tracker = MemTracker()
         tracker.track_external(gpt)
-        with tracker, pytest.MonkeyPatch.context() as patch:
-            patch.setitem(loss.CHUNK, "cpu", 8192 * 64)
-            run(gpt, torch.zeros(4, 256, dtype=torch.long)).backward()
+        with tracker:
+            run(gpt, torch.zeros(32, 256, dtype=torch.long)).backward()
         peaks.append(tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
-    logits = 4 * 4 * 256 * 8192
-    assert peaks[0] > 2 * logits and peaks[1] < peaks[0] - 1.5 * logits
+    logits = 4 * 32 * 256 * 2**16
+    assert peaks[0] > 2 * logits and peaks[1] < peaks[0] - logits
 
 
-def test_on_cuda_few_large_parts_of_whole_tiles():
-    h = torch.empty(32768, 512, device="meta")
-    rows = loss.rows_at_once(SimpleNamespace(device=torch.device("cuda")), 50304)
-    assert rows % 256 == 0 and 1 <= len(h) / rows <= 4
-    assert loss.rows_at_once(h.new_empty(5, 4, device="cpu"), 2**30) == 1  # never none
+class Scaled(GPT):
+    """What a student writes into output_layer and output_weights: a learned scale."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.tensor(1.7))
+
+    def output_weights(self):
+        return self.head.weight, self.scale
+
+
+def capped(h, weight, scale):
+    return 2 * torch.tanh(scale * F.linear(h, weight) / 2)
+
+
+@pytest.fixture
+def student(monkeypatch):
+    """(the model with a learned scale and a cap, the plain one with the same weights)"""
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=11, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    plain, changed = GPT(config).double(), Scaled(config).double()
+    for p in plain.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    changed.load_state_dict(plain.state_dict(), strict=False)
+    idx = torch.randint(11, (3, 16))
+    with torch.no_grad():
+        logits, h = plain(idx), plain.hidden_states(idx)
+    monkeypatch.setattr(ours, "output_layer", capped)
+    return changed, idx, logits, h
+
+
+def test_a_learned_scale_and_a_cap_reach_everything(student):
+    gpt, idx, before, _ = student
+    want = 2 * torch.tanh(1.7 * before / 2)
+    torch.testing.assert_close(gpt(idx), want)  # scoring, and sampling without a cache
+    with torch.no_grad():
+        torch.testing.assert_close(gpt(idx, idx), F.cross_entropy(want.mT, idx))  # validation
+        cache = KVCache(16)
+        parts = [gpt(part, cache=cache) for part in idx.split([5, 11], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), want)  # sampling with one
+    mine, theirs = gpt(idx, idx), F.cross_entropy(gpt(idx).mT, idx)  # training
+    grads = [torch.autograd.grad(loss, list(gpt.parameters())) for loss in (mine, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert dict(zip(dict(gpt.named_parameters()), grads[0], strict=True))["scale"].abs() > 1e-3

@@ -3,21 +3,24 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
+from questions import add_inner_step
 from torch.utils.flop_counter import FlopCounterMode
 
-import model as nn
-from model import GPT, PRESETS, AttnContext, GPTConfig, ModelError, apply_rotary_emb
+from model import GPT, AttnContext, GPTConfig, ModelError, apply_rotary_emb
 from nanonexus.checkpoint import check_size
-from nanonexus.generate import KVCache, generate
+from nanonexus.flags import preset_config
+from nanonexus.generate import KVCache
 
 SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
                   parallel_residual=False)
+STREAMS, INNER = (get_args(GPTConfig.__annotations__[f"nexus_{name}"])
+                  for name in ("streams", "inner"))
 VARIANTS = [dict(nexus_order=m, nexus_streams=s, nexus_inner=i)
-            for m, s, i in itertools.product((2, 3), ("qk", "q", "k"),
-                                             ("self", "past", "cross", "shared"))]
+            for m, s, i in itertools.product((2, 3), STREAMS, INNER)]
 ALL = [dict(nexus_order=1), *VARIANTS]
 
 
@@ -47,8 +50,8 @@ def tokens(*shape):
 
 def context(gpt, T):
     """What the model's own forward pass gives its attention, for one text of T tokens."""
-    masks = gpt.attention_masks(T, 0, None, "cpu")
-    return AttnContext(gpt.config.attention, (gpt.cos[:T], gpt.sin[:T]), *masks, None, None)
+    return AttnContext(0, gpt.config.attention, gpt.rope[:, :T], gpt.attention_mask(T), None, None,
+                       None)
 
 
 # --- the reference: the design's formulas, one head and one query at a time ---------------------
@@ -101,7 +104,7 @@ def reference_attention(attn, x):
                 new[n] = s + heads(h[n], h[n], s, own=False)
             elif c.nexus_inner == "cross":
                 new[n] = s + heads(h["q"], h["k"], s, own=False)
-            else:
+            elif c.nexus_inner == "shared":
                 (wq, wk, wv), (bq, bk, bv) = weights, biases
                 new[n] = heads(h[n] @ wq.T + bq, h[n] @ wk.T + bk, s @ wv.T + bv)
         h.update(new)
@@ -133,7 +136,7 @@ def test_variants_differ():
     seen = set()
     for variant in ALL:
         torch.manual_seed(1)  # the same baseline weights
-        seen.add(round(make(**variant)(idx)[0].square().sum().item(), 9))
+        seen.add(round(make(**variant)(idx).square().sum().item(), 9))
     assert len(seen) == len(ALL)
 
 
@@ -141,17 +144,16 @@ def test_order_1_is_the_baseline_bit_for_bit():
     """Whatever the other Nexus fields say, and equal to attention written without any of Nexus."""
     torch.set_default_dtype(torch.float32)
     idx, base = tokens(2, 20), make()
-    for streams, inner in itertools.product(("qk", "q", "k"), ("self", "past", "cross", "shared")):
+    for streams, inner in itertools.product(STREAMS, INNER):
         other = GPT(replace(SMALL, nexus_streams=streams, nexus_inner=inner))
         other.load_state_dict(base.state_dict())
-        runs = [(m, m(idx, idx)) for m in (base, other)]
-        assert torch.equal(runs[0][1][0], runs[1][1][0])
-        grads = [torch.autograd.grad(loss, list(m.parameters())) for m, (_, loss) in runs]
+        assert torch.equal(base(idx), other(idx))
+        grads = [torch.autograd.grad(m(idx, idx), list(m.parameters())) for m in (base, other)]
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
     attn, x = base.blocks[0].attn, torch.randn(2, 20, SMALL.n_embd)
     q, k, v = (s.view(2, 20, 2, 16).transpose(1, 2) for s in attn.qkv(x).split(32, dim=-1))
-    rope = base.cos[:20], base.sin[:20]
+    rope = base.rope[:, :20]
     y = torch.nn.functional.scaled_dot_product_attention(
         apply_rotary_emb(q, *rope), apply_rotary_emb(k, *rope), v, is_causal=True)
     plain = attn.proj(y.transpose(1, 2).reshape(2, 20, 32))
@@ -162,11 +164,11 @@ def test_order_1_is_the_baseline_bit_for_bit():
 @pytest.mark.parametrize("variant", ALL, ids=name)
 def test_no_token_sees_the_future(variant, backend):
     gpt, idx = make(attention=backend, **variant), tokens(1, 24)
-    before = gpt(idx)[0]
+    before = gpt(idx)
     for t in (1, 12, 23):
         changed = idx.clone()
         changed[:, t:] = (changed[:, t:] + 1) % SMALL.vocab_size
-        after = gpt(changed)[0]
+        after = gpt(changed)
         torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-12)
         assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-6  # and each sees the past
 
@@ -176,10 +178,10 @@ def test_no_token_sees_the_future(variant, backend):
 def test_cached_equals_uncached_for_any_split(variant, backend):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
         gpt, idx = make(attention=backend, **variant).to(dtype), tokens(3, 24)
-        full = gpt(idx)[0]
+        full = gpt(idx)
         for split in ([24], [1] * 24, [5, 1, 1, 9, 8], [23, 1], [1, 23]):
             cache = KVCache(24)
-            parts = [gpt(part, cache=cache)[0] for part in idx.split(split, dim=1)]
+            parts = [gpt(part, cache=cache) for part in idx.split(split, dim=1)]
             torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=tolerance)
 
 
@@ -188,8 +190,29 @@ def test_cache_keeps_what_its_docstring_says(variant):
     gpt, cache = make(**variant), KVCache(24)
     gpt(tokens(1, 24), cache=cache)
     m, n = variant["nexus_order"], len(variant.get("nexus_streams", ""))
-    heads = sum(buffer.size(1) for layer in cache.layers for buffer in layer.buffers)
-    assert heads == SMALL.n_layer * SMALL.n_head * (2 + n * m * (m > 1))
+    heads = sum(buffer.size(1) for buffer in cache.entries.values())
+    assert heads == SMALL.n_layer * SMALL.n_head * (2 + 2 * n * (m - 1))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "manual", "flex"])
+def test_an_added_step_has_all_that_past_has(monkeypatch, backend):
+    """Its strict mask, in documents and in a cache, its maps and its FLOPs, with nothing else to
+    write than the step itself."""
+    add_inner_step(monkeypatch, "again")
+    models = [make(attention=backend, nexus_order=3, nexus_inner=inner)
+              for inner in ("past", "again")]
+    models[1].load_state_dict(models[0].state_dict())
+    idx, docs = tokens(2, 20), (torch.arange(20) > 6).long().expand(2, -1)
+    found = []
+    for gpt in models:
+        maps, cache = {} if backend == "manual" else None, KVCache(24)
+        with torch.no_grad():
+            outputs = [gpt(idx), gpt(idx, docs=docs), gpt(idx, maps=maps)]
+            outputs += [gpt(part, cache=cache) for part in idx.split([7, 1, 12], 1)]
+        found.append((outputs, list(maps or {}), list(cache.entries), gpt.flops_per_token(24)))
+    assert all(map(torch.equal, found[0][0], found[1][0])) and found[0][1:] == found[1][1:]
+    with pytest.raises(ModelError, match="self, past, cross, shared, again"):
+        make(nexus_inner="another")
 
 
 def test_a_cache_refuses_more_than_it_holds():
@@ -197,37 +220,38 @@ def test_a_cache_refuses_more_than_it_holds():
     gpt(tokens(1, 8), cache=cache)
     with pytest.raises(ModelError, match="11 tokens are more than the context of 10"):
         gpt(tokens(1, 3), cache=cache)
-    with pytest.raises(ModelError, match="25 tokens are more than the context of 24"):
+    with pytest.raises(ModelError, match="25 tokens exceed the context of 24"):
         gpt(tokens(1, 25))
 
 
 @pytest.mark.parametrize("variant", ALL, ids=name)
 def test_maps_are_the_attention_of_every_loop(variant):
-    gpt, idx, maps = make(attention="manual", n_layer=1, **variant), tokens(1, 9), []
+    gpt, idx, maps = make(attention="manual", n_layer=1, **variant), tokens(1, 9), {}
     gpt(idx, maps=maps)
-    m, n = variant["nexus_order"], len(variant.get("nexus_streams", ""))
-    assert [tuple(w.shape) for w in maps] == [(1, 2, 9, 9)] * (n * (m - 1) + 1)
-    strict = variant.get("nexus_inner") in ("past", "cross")
-    for i, weights in enumerate(maps):
-        own = not strict or i + 1 == len(maps)  # may a token look at itself?
-        assert weights.triu(int(own)).abs().max() == 0
+    loops, streams = range(1, variant["nexus_order"]), variant.get("nexus_streams", "")
+    assert list(maps) == [(0, f"{n}{i}") for i in loops for n in streams] + [(0, "outer")]
+    for weights in maps.values():
+        assert weights.shape == (1, 2, 9, 9)
+        own = int(weights[..., 0, 0].max() > 0)  # may a token look at itself?
+        assert weights.triu(own).abs().max() == 0
         rows = weights.sum(-1)
         torch.testing.assert_close(rows[..., 1:], torch.ones_like(rows[..., 1:]))
         assert (rows[..., 0] == own).all()
+    assert maps[0, "outer"][..., 0, 0].min() == 1
     attn, x = gpt.blocks[0].attn, gpt.blocks[0].norm1(gpt.embed(idx))
-    v = attn.heads(attn.qkv(x).chunk(3, dim=-1)[2])  # the outer map makes the output
-    y = attn.proj((maps[-1] @ v).transpose(1, 2).flatten(2))
+    v, = attn.project(x, "v")  # the outer map makes the output
+    y = attn.proj((maps[0, "outer"] @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(y, attn(x, context(gpt, 9)))
-    with pytest.raises(ModelError, match="need attention='manual'"):
-        make(**variant)(idx, maps=[])
+    with pytest.raises(AssertionError, match="need attention='manual'"):
+        make(**variant)(idx, maps={})
 
 
 def test_rotary_gradient_and_relative_positions():
     gpt = make()
     x = torch.randn(1, 2, 5, 16, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: apply_rotary_emb(x, gpt.cos[:5], gpt.sin[:5]), x)
+    assert torch.autograd.gradcheck(lambda x: apply_rotary_emb(x, *gpt.rope[:, :5]), x)
     q, k = torch.randn(16), torch.randn(16)
-    turn = [apply_rotary_emb(torch.stack([s] * 24), gpt.cos, gpt.sin) for s in (q, k)]
+    turn = [apply_rotary_emb(torch.stack([s] * 24), *gpt.rope) for s in (q, k)]
     scores = turn[0] @ turn[1].T  # depends on the distance alone
     for distance in (0, 3, 17):
         line = scores.diagonal(-distance)
@@ -240,9 +264,9 @@ def test_bfloat16_autocast_stays_near_float32():
     for variant in ALL:
         gpt, idx = GPT(replace(SMALL, **variant)), tokens(2, 24)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits, loss = gpt(idx, idx)
+            loss = gpt(idx, idx)
         assert loss.dtype == torch.float32
-        assert abs(loss.item() - gpt(idx, idx)[1].item()) < 0.02
+        assert 0 < abs(loss.item() - gpt(idx, idx).item()) < 0.02
 
 
 # --- sizes ---------------------------------------------------------------------------------------
@@ -254,13 +278,13 @@ COUNTS = {"pythia-70m": (70_426_624, 18_915_328), "pythia-160m": (162_322_944, 8
 @pytest.mark.parametrize("preset", COUNTS)
 def test_parameter_counts_are_pythias(preset):
     with torch.device("meta"):
-        for m, inner in itertools.product((1, 2, 4), ("self", "past", "cross", "shared")):
-            gpt = GPT(GPTConfig(**PRESETS[preset], nexus_order=m, nexus_inner=inner))
+        for m, inner in itertools.product((1, 2, 4), INNER):
+            gpt = GPT(preset_config(preset, nexus_order=m, nexus_inner=inner))
             assert (gpt.num_params(), gpt.num_params(embeddings=False)) == COUNTS[preset]
 
 
 def test_initialisation_is_gpt_neox():
-    config = GPTConfig(**PRESETS["pythia-70m"])
+    config = preset_config("pythia-70m")
     torch.set_default_dtype(torch.float32)
     for key, p in GPT(config).named_parameters():
         if p.dim() == 2:
@@ -274,97 +298,17 @@ def test_initialisation_is_gpt_neox():
 def test_flops_are_torchs(variant):
     T, gpt = 24, make(attention="manual", **variant)
     with FlopCounterMode(display=False) as counter:
-        gpt(tokens(1, T), tokens(1, T))[1].backward()
+        gpt(tokens(1, T)).sum().backward()
     # torch counts the attention that the causal mask hides, flops_per_token does not
-    weights = gpt.flops_per_token(0)
-    expected = T * (weights + 2 * (gpt.flops_per_token(T) - weights))
-    assert abs(counter.get_total_flops() / expected - 1) < 0.01
-
-
-# --- generation ---------------------------------------------------------------------------------
-
-def slide(gpt, idx, steps):
-    """Greedy decoding in its simplest form: all of the last block_size tokens, each time."""
-    for _ in range(steps):
-        logits = gpt(idx[:, -gpt.config.block_size:])[0][:, -1]
-        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
-    return idx
-
-
-@pytest.mark.parametrize("variant", ALL[:4] + ALL[-1:], ids=name)
-def test_greedy_generation_within_and_beyond_the_context(variant):
-    gpt = make(**variant)
-    for length, new in ((1, 10), (10, 30), (24, 5), (30, 5)):
-        idx = tokens(2, length)
-        want = slide(gpt, idx, new)
-        assert torch.equal(generate(gpt, idx, new, temperature=0), want)
-        assert torch.equal(generate(gpt, idx, new, temperature=0, use_cache=False), want)
-        assert torch.equal(gpt.generate(idx, new, temperature=0), want)
-
-
-def test_seeded_generation_repeats_with_and_without_cache():
-    gpt, idx = make(nexus_order=2), tokens(2, 4)
-
-    def draw(seed, **kwargs):
-        return generate(gpt, idx, 30, generator=torch.Generator().manual_seed(seed), **kwargs)
-
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
-    assert torch.equal(draw(1), draw(1, use_cache=False))
-    assert torch.equal(draw(1), gpt.generate(idx, 30, generator=torch.Generator().manual_seed(1)))
-    assert torch.equal(draw(1, top_k=1), gpt.generate(idx, 30, temperature=0))
-    assert draw(1, vocab=5)[:, 4:].max() < 5
-
-
-def test_sampling_draws_only_what_top_k_and_top_p_leave():
-    probabilities = torch.tensor([0.15, 0.5, 0.05, 0.3])
-    logits = probabilities.log().repeat(4000, 1)
-
-    def drawn(**kwargs):
-        return nn.sample(logits, 1.0, **kwargs).flatten()
-
-    assert set(drawn().tolist()) == {0, 1, 2, 3}
-    assert set(drawn(top_k=2).tolist()) == {1, 3}
-    assert set(drawn(top_p=0.5).tolist()) == {1}
-    assert set(drawn(top_p=0.51).tolist()) == {1, 3}
-    assert set(drawn(top_k=3, top_p=0.99).tolist()) == {0, 1, 3}
-    share = (drawn(top_p=0.75) == 1).double().mean()  # renormalised: 0.5 / 0.8
-    assert abs(share - 0.625) < 0.04
-    cold = (nn.sample(logits, 0.5).flatten() == 1).double().mean()  # 0.5^2 / sum of squares
-    assert abs(cold - 0.25 / 0.365) < 0.04
-
-
-def test_a_row_stops_at_the_stop_token():
-    gpt = make()
-    idx = tokens(2, 4)
-    free = generate(gpt, idx, 15, generator=torch.Generator().manual_seed(0))
-    stop = free[0, 8].item()  # the first row will meet it, at the latest in its 5th token
-    got = generate(gpt, idx, 15, generator=torch.Generator().manual_seed(0), stop=stop)
-    assert stop not in free[0, 9:].tolist()  # else the row could continue unnoticed
-    for row, plain in zip(got, free, strict=True):
-        ended = (plain[4:] == stop).nonzero()
-        end = 4 + ended[0].item() + 1 if len(ended) else 19
-        assert torch.equal(row[:end], plain[:end]) and (row[end:] == stop).all()
-
-
-@pytest.mark.parametrize("kwargs, message", [
-    (dict(temperature=-1.0), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
-    (dict(top_p=1.5), "top_p"), (dict(temperature=math.nan), "temperature")])
-def test_bad_sampling_parameters(kwargs, message):
-    with pytest.raises(ModelError, match=message):
-        make().generate(tokens(1, 3), 5, **kwargs)
-    with pytest.raises(ModelError, match=message):
-        generate(make(), tokens(1, 3), 5, **kwargs)
-
-
-def test_nothing_to_continue():
-    with pytest.raises(ModelError, match="no tokens"):
-        generate(make(), tokens(1, 0), 5)
+    c, m = gpt.config, variant["nexus_order"]
+    hidden = 3 * c.n_layer * (1 + len(c.nexus_streams) * (m - 1)) * 2 * c.n_embd * T
+    assert counter.get_total_flops() == T * (gpt.flops_per_token(T) + hidden)
 
 
 # --- configurations -------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(n_layer=0), "n_layer must be at least 1"), (dict(nexus_order=0), "nexus_order must be"),
+    (dict(n_layer=0), "n_layer must be int, at least 1"), (dict(nexus_order=0), "at least 1"),
     (dict(n_head=3), "multiple of n_head"), (dict(rotary_pct=0.0), "rotary_pct"),
     (dict(rotary_pct=1.5), "rotary_pct"), (dict(rotary_pct=0.2), "even"),
     (dict(dropout=1.0), "dropout"), (dict(attention="flash"), "sdpa, flex, manual"),
@@ -382,4 +326,4 @@ def test_bad_configurations_are_named(change, message):
 def test_absurd_sizes_are_refused_before_they_are_built(change):
     with pytest.raises(ModelError, match="more than a trillion"):
         check_size(replace(SMALL, **change))
-    check_size(GPTConfig(**PRESETS["pythia-1b"]))
+    check_size(preset_config("pythia-1b"))

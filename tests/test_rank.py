@@ -91,8 +91,8 @@ def test_order_1_fits_its_own_and_no_other(head):
         assert low <= left.min() and left.max() < high
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_command(tmp_path):
-    pytest.importorskip("matplotlib")
     argv = "--T 12 --d 3 --ranks 1,3 --seeds 2 --restarts 2 --steps 5".split()
     out = subprocess.run([sys.executable, rank.__file__, *argv, "--out", str(tmp_path)],
                          capture_output=True, text=True)

@@ -169,8 +169,8 @@ def test_every_variant_has_a_style():
     assert recall.VARIANTS.keys() <= STYLES.keys()
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_command_and_what_it_does_not_do_twice(tmp_path):
-    pytest.importorskip("matplotlib")
     results = tmp_path / "lines.jsonl"
     argv = ("--pairs 2 --width 16 --steps 4 --seeds 2 --lrs 1e-3,1e-2 --tasks one-hop,two-hops "
             f"--variants baseline,past --maps past --results {results}").split()
@@ -199,8 +199,8 @@ def call(monkeypatch, *argv):
     run_script(recall.main)
 
 
+@pytest.mark.usefixtures("plots")
 def test_a_stopped_study_continues_and_show_trains_nothing(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     argv = ("--pairs 2 --width 16 --steps 4 --seeds 2 --lrs 1e-3,1e-2 --tasks one-hop --variants "
             "baseline,past").split() + ["--out", tmp_path]
     trained = []
@@ -227,8 +227,8 @@ def test_a_stopped_study_continues_and_show_trains_nothing(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("wrong", ["--pairs 17", "--variants nexus-2", "--tasks three-hops",
                                    "--lrs 0", "--seeds 0", "--show"])
+@pytest.mark.usefixtures("plots")
 def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit) as end:
         call(monkeypatch, *wrong.split(), "--out", tmp_path)
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1

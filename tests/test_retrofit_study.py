@@ -63,8 +63,10 @@ def test_accuracy_counts_answers_and_their_steps():
     assert retrofit.accuracy(Model(), tokenizer, rows, args) == (0, [1, 1, 0])
 
 
+@pytest.mark.usefixtures("plots")
 def test_runs_end_in_a_line_and_are_never_run_again(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
+    for package in ("accelerate", "jinja2"):
+        pytest.importorskip(package, reason=f"extra retrofit: {package}")
     argv = ("--steps 2 --batch 2 --context 32 --sft_steps 2 --examples 64 --sft_batch 4 --seeds 1 "
             f"--variants baseline,past-gated --out {tmp_path}").split()
 

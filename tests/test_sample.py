@@ -4,14 +4,16 @@ import io
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 
 import pytest
 import torch
+from questions import save
 
 import sample
 from model import GPT, GPTConfig
 from nanonexus.cli import run_script
+from nanonexus.controls import build
 from nanonexus.generate import generate
 from nanonexus.hf import open_model
 from nanonexus.tokenizer import get_tokenizer
@@ -23,8 +25,7 @@ def checkpoint(tmp_path_factory):
     model = GPT(GPTConfig(vocab_size=320, block_size=32, n_layer=1, n_head=2, n_embd=32,
                           rotary_pct=1.0, nexus_order=2))
     path = tmp_path_factory.mktemp("sample") / "ckpt.pt"
-    torch.save(dict(model=model.state_dict(), config=asdict(model.config), step=1, tokens=0,
-                    tokenizer="bytes"), path)
+    save(model, path)
     return path, model.eval()
 
 
@@ -46,6 +47,7 @@ def test_the_text_is_what_generate_gives(checkpoint):
              "--num_samples", "2"]
     out = run(path, "--prompt", "naïve ", *flags)
     assert out.stdout.decode() == "\n---\n".join(want) + "\n", out.stderr
+    assert out.stderr.decode() == f"{path}: order 2, cross\n"  # which model it is
     assert run(path, *flags, stdin="naïve ").stdout == out.stdout
 
 
@@ -64,6 +66,53 @@ def test_mistakes(checkpoint, argv, stdin, message, monkeypatch, capsys):
     out = capsys.readouterr()
     assert end.value.code == 2 and message in out.err and out.err.count("\n") == 1
     assert out.out == ""
+
+
+def call(monkeypatch, path, *argv):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(path), "--device", "cpu",
+                                      "--max_new_tokens", "5", *argv])
+    run_script(sample.main)
+
+
+def test_a_control_says_what_it_is(tmp_path, monkeypatch, capsys):
+    config = GPTConfig(vocab_size=320, block_size=32, n_layer=1, n_head=2, n_embd=32)
+    save(build(replace(config, control="key-shift")), tmp_path / "c.pt")
+    call(monkeypatch, tmp_path / "c.pt", "--prompt", "a")
+    out = capsys.readouterr()
+    assert out.err == f"{tmp_path / 'c.pt'}: order 1, key-shift\n" and out.out.startswith("a")
+
+
+def test_the_end_of_a_text_begins_a_new_one(checkpoint, monkeypatch, capsys):
+    """<|endoftext|> in a prompt is one token, as it is to the checkpoint's export."""
+    path, model = checkpoint
+    call(monkeypatch, path, "--prompt", "<|endoftext|>", "--temperature", "0")
+    want = generate(model, torch.tensor([[256]]), 5, temperature=0, vocab=257, stop=256)[0].tolist()
+    text = get_tokenizer("bytes").decode_bytes([i for i in want[1:] if i != 256])
+    assert capsys.readouterr().out == "<|endoftext|>" + text.decode(errors="replace") + "\n"
+
+
+@pytest.mark.parametrize("temperature", ["1e-40", "1e-300"])
+def test_a_tiny_temperature_takes_the_most_likely(checkpoint, temperature, monkeypatch, capsys):
+    texts = []
+    for value in ("0", temperature):
+        call(monkeypatch, checkpoint[0], "--prompt", "abc", "--temperature", value)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and len(texts[0]) > 4
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.8"])
+def test_a_model_that_has_diverged_is_refused(tmp_path, temperature, monkeypatch, capsys):
+    model = GPT(GPTConfig(vocab_size=320, block_size=32, n_layer=1, n_head=2, n_embd=32))
+    model.blocks[0].mlp.up.weight.data[3] = torch.nan
+    save(model, tmp_path / "now.pt")
+    torch.save(dict(model=model.state_dict(), config=vars(model.config), step=1,
+                    tokenizer="bytes"), tmp_path / "before.pt")  # the first format: no logits
+    for name in ("now.pt", "before.pt"):
+        with pytest.raises(SystemExit) as end:
+            call(monkeypatch, tmp_path / name, "--prompt", "abc", "--temperature", temperature)
+        out = capsys.readouterr()
+        assert end.value.code == 2 and "the model has diverged" in out.err.splitlines()[-1]
+        assert out.out == "" and "order" not in out.err
 
 
 def test_text_from_a_hugging_face_folder(neox):

@@ -1,17 +1,21 @@
 """Scores are lm-evaluation-harness's, choice by choice, traps included."""
 
+import re
+
 import pytest
 import torch
-from questions import ROWS, plain_ll, score_documents, write_tasks
+from questions import LONG, ROWS, plain_ll, score_documents, write_tasks
 
+from model import ModelError
 from nanonexus.cli import UserError
+from nanonexus.generate import generate
 from nanonexus.scoring import Scorer, evaluate
 from nanonexus.tasks import Doc, read_task
 
 
 @pytest.mark.parametrize("batch_size", ["auto", 1])
 def test_scores_are_the_harnesss(neox, tmp_path, batch_size):
-    pytest.importorskip("lm_eval", reason="extra test: lm-eval")
+    pytest.importorskip("lm_eval.tasks", reason="extra hf: lm-eval")
     from lm_eval.models.huggingface import HFLM
 
     write_tasks(ROWS, neox, tmp_path)
@@ -45,7 +49,7 @@ def test_shared_contexts_and_batches_change_nothing(neox, order):
 def test_greedy_is_seen(neox):
     scorer = Scorer(str(neox))
     context = scorer.tokenizer.encode_ordinary("The river")
-    best = scorer.model.generate(torch.tensor([context]), 3, temperature=0)[0, -3:].tolist()
+    best = generate(scorer.model, torch.tensor([context]), 3, temperature=0)[0, -3:].tolist()
     wrong = [*best[:2], (best[2] + 1) % 400]
     (_, yes), (_, no) = scorer.loglikelihoods([(context, best), (context, wrong)])
     assert yes and not no
@@ -80,7 +84,35 @@ def test_white_space_that_ends_a_context_is_scored_with_the_choice(neox):
 
 def test_a_choice_longer_than_the_context_is_refused(neox):
     scorer = Scorer(str(neox))
-    with pytest.raises(UserError, match="a continuation has 97 tokens"):
-        scorer.loglikelihoods([([1, 2], [3] * 97)])
+    scorer.score_batch = None  # nothing is computed before
+    text = scorer.tokenizer.decode([3] * 40)
+    with pytest.raises(UserError, match=re.escape(f"the continuation {text!r} has 97 tokens")):
+        scorer.loglikelihoods([([1], [2]), ([1, 2], [3] * 97)])
+    with pytest.raises(UserError, match="has 0 tokens"):
+        scorer.loglikelihoods([([1, 2], [])])
+    del scorer.score_batch
     (ll, _), = scorer.loglikelihoods([([1, 2], [3] * 96)])  # just fits
     assert ll == pytest.approx(plain_ll(scorer, [1, 2], [3] * 96)[0], abs=1e-3)
+
+
+def test_rows_that_do_not_fit_are_counted_from_one(neox):
+    scorer = Scorer(str(neox))
+    docs = [Doc("Q:", ["a", "b"], 0), Doc("Q:", ["a", LONG * 3], 0), Doc("Q:", [LONG * 4, LONG], 0)]
+    longest = [len(scorer.tokenizer.encode_ordinary(" " + LONG * n)) for n in (3, 4)]
+    assert longest[0] > 96 and scorer.misfits(docs) == dict(zip((2, 3), longest, strict=True))
+    assert scorer.misfits([Doc("\ud83d" * 99, ["a"], 0)]) == {}  # JSON can have half a character
+    assert scorer.misfits(read_task("sciq", neox)[0]) == {}  # a long context loses its beginning
+
+
+def test_a_blank_context_is_refused(neox):
+    scorer = Scorer(str(neox))
+    with pytest.raises(UserError, match="the context of '  one' has no tokens"):
+        scorer.loglikelihoods([scorer.encode_pair(" ", " one")])
+
+
+@pytest.mark.parametrize("continuation", [[1], [1, 2]])
+def test_a_model_that_has_diverged_has_no_scores(neox, continuation):
+    scorer = Scorer(str(neox))
+    scorer.model.blocks[0].mlp.up.weight.data[3] = torch.nan
+    with pytest.raises(ModelError, match="has diverged"):
+        scorer.loglikelihoods([([1, 2], continuation)])

@@ -101,8 +101,8 @@ def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeyp
     assert rows["effective rank"][0] <= 4 + 1e-9  # D
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_command(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", [
         spectrum.__file__, "--quick", "--seeds", "1", "--widths", "8,16", "--variants",
         "baseline,past", "--out", str(tmp_path)])
@@ -119,8 +119,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("wrong", ["--runs nowhere", "--seeds 0", "--tol 1", "--contexts 4"])
+@pytest.mark.usefixtures("plots")
 def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["spectrum.py", "--contexts", "8", "--widths", "4", "--out",
                                       str(tmp_path), *wrong.split()])
     with pytest.raises(SystemExit) as end:

@@ -89,8 +89,8 @@ def test_divergence_is_seen():
     assert wild["diverged"] and not tame["diverged"]
 
 
+@pytest.mark.usefixtures("plots")
 def test_the_command(tmp_path):
-    pytest.importorskip("matplotlib")
     argv = "--orders 1,3 --depths 1 --lrs 1e-2 --steps 3 --seeds 2 --width 16".split()
     out = subprocess.run([sys.executable, stability.__file__, *argv, "--out", str(tmp_path)],
                          capture_output=True, text=True)

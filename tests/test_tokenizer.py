@@ -14,6 +14,7 @@ from nanonexus.tokenizer import (
     eot_id,
     get_tokenizer,
     padded_vocab,
+    read_prompt,
     train_bpe,
 )
 
@@ -125,3 +126,25 @@ def test_a_bpe_without_its_file_or_with_a_damaged_one(source):
             whole | dict(added_tokens=[])), json.dumps(whole | dict(model=dict(vocab={"木": 1})))):
         with pytest.raises(UserError, match="tokenizer.json is damaged"):
             get_tokenizer("bpe:500", damage)
+
+
+def test_the_end_of_a_text_in_a_prompt_is_one_token(source, tmp_path):
+    """To a checkpoint's tokenizer as to the tokenizer.json that its export has."""
+    from nanonexus.hf import FolderTokenizer
+
+    (tmp_path / "tokenizer.json").write_text(source, encoding="utf-8")
+    text = "the<|endoftext|><|endoftext|> river <|endoftext|>"
+    for tokenizer in (get_tokenizer("bpe:500", source), FolderTokenizer(tmp_path)):
+        ids = read_prompt(text, tokenizer, 99)
+        assert ids.count(tokenizer.eot_token) == 3 and tokenizer.decode(ids) == text
+        assert read_prompt(EOT, tokenizer, 1) == [tokenizer.eot_token]
+    assert read_prompt(text, get_tokenizer("bpe:500", source), 99) == ids
+    assert read_prompt(text, get_tokenizer("bytes"), 99) == [
+        *b"the", 256, 256, *b" river ", 256]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "the prompt is empty"), ("12345678", "has 8 tokens, the model's context is 7: shorten")])
+def test_a_prompt_that_cannot_be_continued(text, message):
+    with pytest.raises(UserError, match=message):
+        read_prompt(text, get_tokenizer("bytes"), 7)

@@ -4,16 +4,19 @@ import base64
 import json
 import os
 import sys
-from dataclasses import asdict
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from questions import add_inner_step
+from questions import save as save_model
 
-from model import GPT, GPTConfig
+from model import CausalSelfAttention, GPTConfig, ModelError, attend
 from nanonexus import view
 from nanonexus.cli import run_script
+from nanonexus.controls import CONTROLS, build, describe, replaces_loops
 from nanonexus.files import write_text
 from nanonexus.hf import open_model
 
@@ -24,13 +27,12 @@ T = len(PROMPT.encode())
 def save(path, seed=0, tokenizer="bytes", **config):
     """A checkpoint whose attention is far from even: the weights of a fresh model, times 8."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**dict(vocab_size=320, block_size=64, n_layer=2, n_head=2, n_embd=32,
-                                 rotary_pct=1.0) | config))
+    model = build(GPTConfig(**dict(vocab_size=320, block_size=64, n_layer=2, n_head=2, n_embd=32,
+                                   rotary_pct=1.0) | config))
     for p in model.parameters():
         if p.dim() == 2:
             p.data.mul_(8)
-    torch.save(dict(model=model.state_dict(), config=asdict(model.config), step=7, tokens=0,
-                    tokenizer=tokenizer), path)
+    save_model(model, path, step=7, tokenizer=tokenizer)
     return str(path)
 
 
@@ -78,9 +80,9 @@ def unpack(code, shape):
 def manual(path, text=PROMPT):
     """All the maps of each layer, (layers, maps, heads, T, T), from a forward pass."""
     model, tokenizer, _ = open_model(path, attention="manual")
-    maps = []
+    maps = {}
     model(torch.tensor([tokenizer.encode_ordinary(text)]), maps=maps)
-    return torch.cat(maps).unflatten(0, (model.config.n_layer, -1)).double()
+    return torch.cat(list(maps.values())).unflatten(0, (model.config.n_layer, -1)).double()
 
 
 @pytest.mark.parametrize("T", [1, 2, 9])
@@ -100,9 +102,19 @@ VARIANTS = [(dict(), ["outer"], [0]),
             (dict(nexus_order=3, nexus_inner="past"), ["q", "k", "q", "k", "outer"], range(5)),
             (dict(nexus_order=2, nexus_inner="past", nexus_streams="k"), ["k", "outer"], [0, 1]),
             (dict(nexus_order=2, nexus_inner="shared", nexus_streams="q"), ["q", "outer"], [0, 1]),
-            (dict(nexus_order=3, nexus_inner="cross"), ["both", "both", "outer"], [0, 2, 4]),
-            (dict(nexus_order=2, nexus_inner="cross", nexus_streams="k"), ["both", "outer"],
-             [0, 1])]
+            (dict(nexus_order=3, nexus_inner="cross"), ["inner", "inner", "outer"], [0, 2, 4]),
+            (dict(nexus_order=2, nexus_inner="cross", nexus_streams="k"), ["k", "outer"], [0, 1]),
+            (dict(nexus_order=2, control="twice"), ["inner", "outer", "inner", "outer"],
+             [0, 2, 3, 5]),
+            (dict(nexus_order=2, control="tokens"), ["inner", "outer"], [0, 1])]
+
+
+def check(data, want):
+    """The page's maps have these weights, (layers, maps, heads, T, T)."""
+    assert len(data["maps"]) == want.size(1)
+    for found, weights in zip(data["maps"], want.transpose(0, 1), strict=True):
+        assert (unpack(found["code"], weights.shape) - weights).abs().max() < 1e-3
+    assert len({m["title"] for m in data["maps"]}) == want.size(1)
 
 
 @pytest.mark.parametrize("config, kinds, places", VARIANTS)
@@ -111,14 +123,87 @@ def test_the_page_holds_manual_attentions_weights(config, kinds, places, tmp_pat
     run(monkeypatch, "--checkpoint", path, "--prompt", PROMPT, "--out", out)
     data, want = read(out), manual(path)
     assert [m["kind"] for m in data["maps"]] == kinds
-    for found, place in zip(data["maps"], places, strict=True):
-        assert (unpack(found["code"], (2, 2, T, T)) - want[:, place]).abs().max() < 1e-3
-    assert len({m["title"] for m in data["maps"]}) == len(kinds)
-    assert ("query" in data["legend"]) == ("q" in config.get("nexus_streams", "qk") and len(
-        kinds) > 1) and ("inner attention shows" in data["legend"]) == (len(kinds) > 1)
-    assert f"order {config.get('nexus_order', 1)}" in data["about"] and "step 7" in data["about"]
+    check(data, want[:, list(places)])
+    assert ("query (" in data["legend"]) == ("q" in kinds or "inner q and k" in str(data["maps"]))
+    assert ("inner attention shows" in data["legend"]) == (len(kinds) > 1)
+    assert ("never from itself" in data["legend"]) == (
+        config.get("nexus_inner") in ("past", "cross") or config.get("control") == "twice")
+    assert ("the same map" in data["legend"]) == (places in ([0, 2, 4], [0, 2, 3, 5]))
+    assert data["about"] == (describe(GPTConfig(**config)) + "; 2 layers of 2 heads, training step "
+                             "7.")
     assert "".join(data["tokens"]) == ("The␣na⟨C3⟩⟨AF⟩ve␣</script><!--␣&amp;␣"
                                        "⟨E2⟩⟨80⟩⟨9C⟩river⟨E2⟩⟨80⟩⟨9D⟩↵")
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_every_control_is_shown(control, tmp_path, monkeypatch):
+    order = 3 if replaces_loops(control) else 1
+    path, out = save(tmp_path / "ckpt.pt", control=control, nexus_order=order), \
+        str(tmp_path / "view.html")
+    run(monkeypatch, "--checkpoint", path, "--prompt", PROMPT, "--out", out)
+    data = read(out)
+    check(data, manual(path))
+    assert data["maps"][-1]["title"] == "outer" and control in data["about"]
+    assert ("a layer applies before its own" in data["legend"]) == (control == "twice")
+    if control.startswith("tokens"):
+        assert [m["title"] for m in data["maps"]] == ["inner h, loop 1", "inner h, loop 2", "outer"]
+        assert data["legend"].startswith("Here a token gathers from other tokens first")
+
+
+def some(n, h, s, ctx, name):
+    return s + attend(h[n], h[n], s, ctx, name, strict=n == "k")
+
+
+def own_name(n, h, s, ctx, name):  # in the second layer alone
+    return s + attend(h[n], h[n], s, ctx, f"{n} to all") if ctx.layer else s
+
+
+@pytest.mark.parametrize("step, titles, legend", [
+    (some, ["inner q, loop 1", "inner k, loop 1", "outer"], "In inner k, loop 1, it gathers from "
+     "those before it, in the others from itself as well."),
+    (own_name, ["q to all", "k to all", "outer"], "It gathers from those before it, and from")])
+def test_an_added_inner_step_is_shown(step, titles, legend, tmp_path, monkeypatch):
+    """As one adds it to model.py: a word of nexus_inner and a case of inner_step."""
+    add_inner_step(monkeypatch, "new")
+    monkeypatch.setattr(CausalSelfAttention, "inner_step", lambda self, *args: step(*args))
+    path, out = save(tmp_path / "ckpt.pt", nexus_order=2, nexus_inner="new"), \
+        str(tmp_path / "view.html")
+    run(monkeypatch, "--checkpoint", path, "--prompt", PROMPT, "--out", out)
+    data = read(out)
+    if step is own_name:  # a layer without such a map shows zeros
+        model, _, _ = open_model(path, attention="manual")
+        model(torch.tensor([list(PROMPT.encode())]), maps=(maps := {}))
+        zero = torch.zeros(1, 2, T, T)
+        want = torch.stack([torch.cat([maps.get((layer, name), zero) for name in titles])
+                            for layer in (0, 1)]).double()
+        assert not want[0, :2].any() and want[1, :2].any()
+    else:
+        want = manual(path)
+    check(data, want)
+    assert [m["title"] for m in data["maps"]] == titles and data["about"].startswith("order 2, new")
+    assert legend in data["legend"] and "query (" in data["legend"] and "key (" in data["legend"]
+
+
+@pytest.mark.parametrize("weights, message", [
+    (torch.full((1, 2, 3, 3), 1.5), "a weight from 0 to 1"),
+    (torch.full((1, 2, 3, 3), -0.1), "a weight from 0 to 1"),
+    (torch.zeros(1, 2, 3, 4), "each pair of 3 tokens"),
+    (torch.zeros(1, 1, 3, 3), "each of 2 heads"),
+    (None, "nothing to show")])
+def test_weights_that_cannot_be_shown_are_refused(weights, message):
+    def hidden_states(idx, maps):
+        maps.update({} if weights is None else {(0, "outer"): weights})
+
+    config = GPTConfig(n_layer=1, n_head=2)
+    with pytest.raises(ModelError, match=message):
+        view.attention_maps(SimpleNamespace(config=config, hidden_states=hidden_states), [1, 2, 3])
+
+
+def test_maps_of_two_tokens_are_not_taken_for_one(tmp_path):
+    """Strict maps of two tokens are all equal, whatever the inner step."""
+    model, _, _ = open_model(save(tmp_path / "a.pt", nexus_order=2, nexus_inner="past"),
+                             attention="manual")
+    assert list(view.attention_maps(model, [1, 2])) == ["q1", "k1", "outer"]
 
 
 def test_chosen_layers_and_the_baseline(tmp_path, monkeypatch, capsys):

@@ -109,7 +109,7 @@ def test_hover_keys_and_buttons_change_what_is_shown(browser, pages):
         assert np.abs(np.array(shown(page)) - w[row, :row + 1].numpy()).max() < 1e-3
         assert tokens.nth(row).get_attribute("aria-selected") == "true"
         assert page.locator("[aria-selected=true]").count() == 1
-        assert f"Token {row + 1}," in page.locator("#summary").inner_text()
+        assert f"at {row + 1}, in layer" in page.locator("#summary").inner_text()
         assert page.evaluate(PAINTED, row)
 
     check(0, -1, None, T - 1)
