@@ -32,7 +32,7 @@ def plot(plt, recall, text):
     for y, (name, row) in enumerate(text.items()):
         shares = [line["curve"][-1] for line in recall.get(name, ())]
         left.plot(shares, figures.apart(y, len(shares)), "o", ms=3.6, clip_on=False,
-                  color=figures.STYLES[name][0])
+                  color=figures.style(name)["color"])
         figures.mean_bar(right, y, name, [loss - start[seed] for seed, loss in zip(
             row["seeds"], row["val_loss"], strict=True) if seed in start])
     left.set(xlim=(0, 1.02), xlabel="share right, one layer (chance is 0.2)",

@@ -1,5 +1,5 @@
 """
-What the experiments share: the import path, tables and saved results.
+What the experiments share: the import path, the inner steps, tables and saved results.
 """
 
 import json
@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from typing import get_args
 
 import figures
 import torch
@@ -14,7 +15,10 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # the scripts here run from any folder
 
+from model import GPTConfig  # noqa: E402
 from nanonexus.cli import UserError  # noqa: E402
+
+INNERS = get_args(GPTConfig.__annotations__["nexus_inner"])  # model.py's inner steps
 
 
 def table(rows):

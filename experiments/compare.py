@@ -8,7 +8,7 @@ Does Nexus learn more than its baseline, and than cheaper changes, from the same
         --variants baseline,key-shift,past,cross --results docs/results/text.jsonl
     python experiments/compare.py --preset pythia-70m --dataset tokens/fw -- --micro_batch 32
 
-Each run is train.py (a control's is controls.py) in its own folder under --out; all variants of a
+Each run is train.py in its own folder under --out; all variants of a
 seed read the same tokens in the same order. Controls of equal FLOPs spend what order 2 costs on a
 baseline: `longer` takes more steps, its learning rate decayed over all of them, and `deeper` has
 more layers, hence more parameters; `shift-longer` spends what order 2 on k costs on more steps of a
@@ -24,52 +24,41 @@ import json
 import os
 import statistics
 import sys
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import fields, replace
 
 import figures
-import torch
-from controls import CONTROLS
-from runs import Run, Study
+from runs import Study, TrainingRun
 
-from common import pydocs, pyplot, save, table
+from common import INNERS, pydocs, pyplot, save, table
 
-import train
-from model import GPT, PRESETS
+from model import GPTConfig
 from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
+from nanonexus.controls import CONTROLS, build, replaces_loops
 from nanonexus.data import TokenSet
 from nanonexus.files import read_lines
+from nanonexus.flags import PRESETS, build_parser, preset_config
 from nanonexus.stats import mean_spread, paired, paired_text
 
-VARIANTS = {  # name -> the control of controls.py, if it is one, and the flags of train.py
+ENDS = {  # of the names of an inner step's variants
+    "": "--nexus_order 2 --nexus_inner {}", "-3": "--nexus_order 3 --nexus_inner {}",
+    "-k": "--nexus_order 2 --nexus_inner {} --nexus_streams k",
+    "-q": "--nexus_order 2 --nexus_inner {} --nexus_streams q",
+}
+VARIANTS = {  # name -> flags of train.py
     "baseline": "--nexus_order 1",
-    "self": "--nexus_order 2 --nexus_inner self",
-    "self-k": "--nexus_order 2 --nexus_inner self --nexus_streams k",
-    "self-q": "--nexus_order 2 --nexus_inner self --nexus_streams q",
-    "self-3": "--nexus_order 3 --nexus_inner self",
-    "shared": "--nexus_order 2 --nexus_inner shared",
-    "past": "--nexus_order 2 --nexus_inner past",
-    "past-k": "--nexus_order 2 --nexus_inner past --nexus_streams k",
-    "cross": "--nexus_order 2 --nexus_inner cross",
-    "cross-3": "--nexus_order 3 --nexus_inner cross",
-    "cross-k": "--nexus_order 2 --nexus_inner cross --nexus_streams k",
-    "key-shift": "key-shift --nexus_order 1",
-    "kv-shift": "kv-shift --nexus_order 1",
-    "canon": "canon --nexus_order 1",
-    "shift-past": "key-shift --nexus_order 2 --nexus_inner past",
-    "shift-past-k": "key-shift --nexus_order 2 --nexus_inner past --nexus_streams k",
-    "shift-cross-k": "key-shift --nexus_order 2 --nexus_inner cross --nexus_streams k",
-    "separate": "separate --nexus_order 2",
-    "mean": "mean --nexus_order 1",
-    "bias": "bias --nexus_order 1",
-    "near-k": "near --nexus_order 2 --nexus_inner cross --nexus_streams k",
-    "near-gated-k": "near-gated --nexus_order 2 --nexus_inner cross --nexus_streams k",
-    "mix": "mix --nexus_order 1",
-    "twice": "twice --nexus_order 1",
-    # equal FLOPs, see equal_compute: two baselines with order 2's, a key shift with order 2's on k
+    **{inner + end: flags.format(inner) for inner in INNERS for end, flags in ENDS.items()},
+    **{name: f"--control {name} --nexus_order {2 if replaces_loops(name) else 1}"
+       for name in CONTROLS},
+    "near-k": "--control near --nexus_order 2 --nexus_inner cross --nexus_streams k",
+    "near-gated-k": "--control near-gated --nexus_order 2 --nexus_inner cross --nexus_streams k",
+    "shift-past": "--control key-shift --nexus_order 2 --nexus_inner past",
+    "shift-past-k": "--control key-shift --nexus_order 2 --nexus_inner past --nexus_streams k",
+    "shift-cross-k": "--control key-shift --nexus_order 2 --nexus_inner cross --nexus_streams k",
+}
+EQUAL = {  # to equal FLOPs, see equal_compute: two baselines to order 2's, a shift to those on k
     "longer": "--nexus_order 1",  # with more steps
     "deeper": "--nexus_order 1 --n_layer {deeper}",
-    "shift-longer": "key-shift --nexus_order 1",
+    "shift-longer": "--control key-shift --nexus_order 1",
 }
 SCALES = {  # defaults of flags not given
     "tiny": dict(dataset="pydocs", max_steps=250, eval_interval=50, seeds=3,
@@ -84,13 +73,21 @@ QUICK = ("--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch_tokens 1024
 LR_SEED = 1000  # for the runs that choose the learning rate
 
 
+PARSER = build_parser(__doc__)  # of train.py's flags
+
+
 def read_variant(name, deeper=0):
-    """(control or None, flags of train.py) of a variant; deeper: the layers of the one called so.
-    UserError if there is no such variant."""
-    if name not in VARIANTS:
-        raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}")
-    control, *flags = VARIANTS[name].format(deeper=deeper).split()
-    return (control, flags) if control in CONTROLS else (None, [control, *flags])
+    """The flags of train.py of a variant; deeper: the layers of the one called so. UserError if
+    there is no such variant."""
+    if name not in VARIANTS | EQUAL:
+        raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS | EQUAL)}")
+    return (VARIANTS | EQUAL)[name].format(deeper=deeper).split()
+
+
+def model_fields(flags):
+    """{field of GPTConfig: its value} of those that flags of train.py give."""
+    given = vars(PARSER.parse_args(flags))
+    return {f.name: given[f.name] for f in fields(GPTConfig) if given[f.name] is not None}
 
 
 def split(argv):
@@ -104,7 +101,7 @@ def equal_compute(config, max_steps):
     {"longer": steps, "deeper": layers} and, for order 2 on k alone, {"shift-longer": steps}; the
     nearest whole numbers."""
     T, base = config.block_size, replace(config, nexus_order=1)
-    price = [GPT(replace(base, **changes)).flops_per_token(T) for changes in (
+    price = [build(replace(base, **changes)).flops_per_token(T) for changes in (
         {}, dict(nexus_order=2, nexus_inner="self", nexus_streams="qk"),
         dict(nexus_order=2, nexus_inner="self", nexus_streams="k"), dict(n_layer=base.n_layer + 1))]
     more_layers = max(1, round((price[1] - price[0]) / (price[3] - price[0])))
@@ -172,7 +169,7 @@ def parse_args(argv):
     add("--scale", choices=SCALES, default="tiny", help="tiny (default), minutes per run at most, "
         "or text: 4.1M tokens of a --dataset and a learning rate for each variant, hours in all")
     add("--variants", type=listed(str), default="baseline,cross,key-shift",
-        help=f"a list of {', '.join(VARIANTS)}, or all (default: baseline,cross,key-shift)")
+        help=f"a list of {', '.join(VARIANTS | EQUAL)}, or all (default: baseline,cross,key-shift)")
     add("--against", type=listed(str), default="baseline,key-shift,self",
         help="those of --variants that the others are compared with (default: baseline,key-shift,"
         "self)")
@@ -199,7 +196,7 @@ def parse_args(argv):
     if args.quick:
         args.max_steps, args.eval_interval, extra = 40, 20, QUICK + extra
     if args.variants == ["all"]:
-        args.variants = list(VARIANTS)
+        args.variants = list(VARIANTS | EQUAL)
     for name in args.variants + args.against:
         read_variant(name)  # all are known, before any of them is run
     args.results = args.results or os.path.join(args.out, "results.jsonl")
@@ -216,27 +213,25 @@ class Plan:
         self.args = args
         self.flags = ["--preset", args.preset, "--eval_interval", str(args.eval_interval),
                       "--log_interval", str(args.eval_interval), *args.flags.split(), *extra]
-        config = train.make_config(train.build_parser().parse_args(self.flags),
-                                   SimpleNamespace(vocab_size=vocab_size),
-                                   torch.device("cpu"), None)
+        config = preset_config(args.preset, **dict(vocab_size=vocab_size) | model_fields(extra))
         self.equal = equal_compute(config, args.max_steps)
 
     def run(self, variant, seed, lr=None, share=1):
-        """The Run of a variant, over 1 / share of the steps."""
-        control, flags = read_variant(variant, self.equal["deeper"])
+        """The TrainingRun of a variant, over 1 / share of the steps."""
         steps = self.equal[variant] if "longer" in variant else self.args.max_steps
-        flags = [*self.flags, *flags, "--seed", str(seed), "--max_steps", str(steps // share)]
+        flags = [*self.flags, *read_variant(variant, self.equal["deeper"]), "--seed", str(seed),
+                 "--max_steps", str(steps // share)]
         name = f"{variant}-seed{seed}" + (f"-lr{lr:g}" if share > 1 else "")
-        return Run(name, variant, seed, steps // share, control,
-                   flags + (["--lr", f"{lr:g}"] if lr else []))
+        return TrainingRun(name, variant, seed, steps // share,
+                           flags + (["--lr", f"{lr:g}"] if lr else []))
 
     def grid(self, variant):
-        """{learning rate: the Run that tries it}, if there is a choice."""
+        """{learning rate: the TrainingRun that tries it}, if there is a choice."""
         lrs = self.args.lrs or ()
         return {lr: self.run(variant, LR_SEED, lr, share=4) for lr in lrs if len(lrs) > 1}
 
     def final(self, study, seeds):
-        """{variant: [its Run of each seed]}, of variants whose learning rate is chosen."""
+        """{variant: [its TrainingRun of each seed]}, of variants whose learning rate is chosen."""
         chosen = {}
         for variant in self.args.variants:
             losses = {lr: study.line(run) for lr, run in self.grid(variant).items()}
@@ -302,9 +297,8 @@ def main():
           "differences are paired by seed, below 0 is better, * is p < 0.01")
     title = f"{args.preset}, {max(len(r['seeds']) for r in results.values())} seeds"
     save(args, "compare", results, plot(plt, results, title))
-    plain = [name for name in results if plan.run(name, 0).control is None]
-    if plain and not args.show:  # sample.py cannot load controls
-        print(f"Some text: python sample.py --checkpoint {args.out}/{plain[-1]}-seed0/ckpt.pt "
+    if not args.show:
+        print(f"Some text: python sample.py --checkpoint {args.out}/{name}-seed0/ckpt.pt "
               "--prompt 'The '")
 
 

@@ -13,8 +13,7 @@ the ratio to the baseline within each round: the median over rounds, and its qua
 FLOPs alone predict. Peak memory is that of a training step, weights, gradients, optimizer and
 activations: on CUDA the allocator's, elsewhere the sum of torch's tracker, which computes nothing.
 On CUDA, models are compiled and multiply in bfloat16, FlexAttention and document masks are measured
-too, and MFU is printed where the peak is known. "plain loss" has all logits in memory at once;
-"recompute" is --checkpoint_attention.
+too, and MFU is printed where the peak is known. "plain loss" has all logits in memory at once.
 
 --profile asks where the time goes instead: the ten kernels (on a CPU: operators) that take longest
 in three steps of each model, and a trace for chrome://tracing.
@@ -24,10 +23,9 @@ import importlib.util
 import os
 import statistics
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import compare
-import controls
 import torch
 import torch._dynamo
 import torch.nn.functional as F
@@ -38,14 +36,13 @@ from tqdm import tqdm
 
 from common import pyplot, save, table
 
-import train
-from model import GPT, PRESETS, GPTConfig
+from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
-from nanonexus.device import fast_attention, keep_freed_memory, peak_flops
+from nanonexus.controls import build
+from nanonexus.device import keep_freed_memory, peak_flops
+from nanonexus.flags import PRESETS, preset_config
 from nanonexus.generate import KVCache, generate
-from nanonexus.loss import TrainingLoss
 
-SKIPPED = "longer", "shift-longer", "deeper"  # others' steps, or one with a layer more
 STEPS = 3  # to warm up before a profile, and in it
 
 
@@ -83,17 +80,11 @@ def order(m):
     return "baseline" if m == 1 else f"order {m}"
 
 
-def make(control, config):
-    """The GPT of a config, with a control of controls.py or None."""
-    with controls.using(control):
-        return GPT(config)
-
-
-def tracked_memory(name, control, config, batch, args):
+def tracked_memory(name, config, batch, args):
     """Peak bytes of the second training step of a model on its own, without computing anything."""
     with FakeTensorMode():
         with torch.device(args.device):
-            model = make(control, config)
+            model = build(config)
         idx = torch.zeros(batch, config.block_size, dtype=torch.long, device=args.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
         step = training_step(name, model, idx, idx, args, optimizer)
@@ -126,8 +117,8 @@ def cache_bytes(model):
     """Bytes that a KVCache keeps per token, in float32."""
     cache = KVCache(8)
     with torch.no_grad():
-        model(torch.zeros(1, 1, dtype=torch.long, device=model.cos.device), cache=cache)
-    return sum(buffer[:, :, :1].nbytes for layer in cache.layers for buffer in layer.buffers)
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.rope.device), cache=cache)
+    return sum(entry[:, :, :1].nbytes for entry in cache.entries.values())
 
 
 def interleave(jobs, rounds, say):
@@ -144,19 +135,26 @@ def interleave(jobs, rounds, say):
 def training_step(name, model, idx, targets, args, optimizer=None):
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device != "mps")
-    if isinstance(model, GPT) and "plain loss" not in name:
-        run = TrainingLoss(model, 0 if "documents" in name else None, "recompute" in name)
-    else:
-        run = model
+    ours = isinstance(model, GPT)
+    run, block_masks = model, model.attention_mask if ours else None
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # one per model; beyond it, silently eager
-        run = torch.compile(run, fullgraph=isinstance(model, GPT), dynamic=False)
+        run = torch.compile(run, fullgraph=ours, dynamic=False)
+        block_masks = torch.compile(block_masks, fullgraph=True, dynamic=False) if ours else None
+
+    def loss():
+        if not ours:  # (logits, loss)
+            return run(idx, targets)[1]
+        if "plain loss" in name:
+            return F.cross_entropy(run(idx).flatten(0, 1), targets.flatten())
+        docs = (idx == 0).cumsum(1) if "documents" in name else None
+        mask = block_masks(idx.size(1), 0, docs, idx.device) if "flex" in name else None
+        return run(idx, targets, docs=docs, mask=mask)  # as train.py does
 
     def job():
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"), \
-                fast_attention(torch.device(args.device)):
-            out = run(idx, targets)
-        (out[1] if isinstance(out, tuple) else out).backward()
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            total = loss()
+        total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if args.device == "cuda":
@@ -176,38 +174,28 @@ def speeds(seconds, base, count):
     return result
 
 
-def read_variant(name, config):
-    """(control or None, config) of a variant of compare.py, in the shape of config."""
-    control, flags = compare.read_variant(name)
-    given = vars(train.build_parser().parse_args(flags))
-    return control, replace(config, **{f.name: given[f.name] for f in fields(config)
-                                       if given[f.name] is not None})
-
-
 def chosen(config, args):
-    """{name: (control or None, config)} of our own models, the baseline first; a name also says how
-    it is run."""
+    """{name: config} of our own models, the baseline first; a name also says how it is run."""
     if args.variants:
-        return {name: read_variant(name, config) for name in args.variants}
+        return {name: replace(config, **compare.model_fields(compare.read_variant(name)))
+                for name in args.variants}
     configs = {order(m): replace(config, nexus_order=m) for m in args.orders}
     if not args.profile:
         for m in args.orders[:2] if args.device == "cuda" else ():
             flex = replace(config, nexus_order=m, attention="flex")
             configs |= {f"{order(m)}, flex": flex, f"{order(m)}, flex, documents": flex}
         configs["baseline, plain loss"] = config
-        for m in args.orders[1:2]:
-            configs[f"{order(m)}, recompute"] = replace(config, nexus_order=m)
-    return {name: (None, c) for name, c in configs.items()}
+    return configs
 
 
 def prepare(preset, T, args):
-    """({name: (control, config)} of ours, {name: model} of all, {name: its training step}, a
+    """({name: config} of ours, {name: model} of all, {name: its training step}, a
     function that makes such a step, for more windows too, tokens per step)"""
     torch.manual_seed(0)
-    config = replace(GPTConfig(**PRESETS[preset]), block_size=T)
+    config = preset_config(preset, block_size=T)
     config = replace(config, vocab_size=args.vocab_size or config.vocab_size)
     configs, batch = chosen(config, args), max(1, args.tokens // T)
-    models = {name: make(*pair) for name, pair in configs.items()}
+    models = {name: build(c) for name, c in configs.items()}
     if args.nanogpt:
         models["nanoGPT"] = nanogpt(args.nanogpt, config)
     if args.neox:
@@ -229,15 +217,15 @@ def at_context(preset, T, args):
     def peak(name, times):
         if args.device == "cuda":  # the step that is timed, so that it is compiled once
             return allocated_memory(models[name], jobs[name] if times == 1 else step(name, times))
-        return tracked_memory(name, *configs[name], times * tokens // T, args)
+        return tracked_memory(name, configs[name], times * tokens // T, args)
 
     peaks = {name: peak(name, 1) for name in configs}
     fits = {name: largest_batch(tokens // T, peaks[name], peak(name, 2), args.gib)
             for name in configs if args.gib}
     results = speeds(interleave(jobs, args.rounds, f"{preset}, context {T}"), "baseline", tokens)
     base = models["baseline"].flops_per_token(T)
-    for name, (control, c) in configs.items():
-        flops = controls.flops_per_token(control, c, T)
+    for name in configs:
+        flops = models[name].flops_per_token(T)
         results[name] |= dict(
             parameters=models[name].num_params(), flops=flops, peak=peaks[name],
             predicted=base / flops, fits=fits.get(name),
@@ -271,11 +259,11 @@ def profiled(step, path, args):
 def generation(preset, args):
     """Speeds of cached and recomputed generation, at the preset's own context."""
     torch.manual_seed(0)
-    config = GPTConfig(**PRESETS[preset])
+    config = preset_config(preset)
     prompt = torch.randint(config.vocab_size, (1, 16), device=args.device)
     new, jobs = min(args.new_tokens, config.block_size - 16), {}
     for m in args.orders:
-        model = GPT(replace(config, nexus_order=m)).to(args.device).eval()
+        model = build(replace(config, nexus_order=m)).to(args.device).eval()
         for cached in (True, False):
             def job(model=model, cached=cached):
                 generate(model, prompt, new, use_cache=cached)
@@ -345,7 +333,7 @@ def main():
             [64, 128], [1, 2, 3], 3, 256, 20
     if args.orders[0] != 1:
         raise UserError(f"--orders must begin with 1, the baseline; got {args.orders[0]}")
-    known = [name for name in compare.VARIANTS if name not in SKIPPED]
+    known = list(compare.VARIANTS)
     if args.variants:
         names = known if args.variants == ["all"] else args.variants
         args.variants = list(dict.fromkeys(["baseline", *names]))

@@ -12,21 +12,20 @@ import statistics
 
 SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5))
 
-STYLES = {  # variant: its colour, its dash
+DASHES = {"k": DASHED, "q": DOTTED, "3": DASH_DOT}  # how a name ends
+ADDED = "#882255"  # of an inner step or a control that has no colour here
+STYLES = {  # variant: its colour, its dash; others have their inner step's and their ending's
     "baseline": ("#000000", SOLID),
     "two-layers": ("#606060", DOTTED), "two-layers-small": ("#606060", (0, (5, 1, 1, 1, 1, 1))),
     "deeper": ("#606060", DASHED),
     "longer": ("#606060", DASH_DOT), "twice": ("#606060", SOLID),
     "mean": ("#000000", DASHED), "bias": ("#000000", DASH_DOT),
-    "self": ("#d55e00", SOLID), "self-k": ("#d55e00", DASHED), "self-q": ("#d55e00", DOTTED),
-    "self-3": ("#d55e00", DASH_DOT),
-    "past": ("#0072b2", SOLID), "past-k": ("#0072b2", DASHED), "past-q": ("#0072b2", DOTTED),
-    "past-3": ("#0072b2", DASH_DOT),
-    "cross": ("#009e73", SOLID), "cross-k": ("#009e73", DASHED), "cross-q": ("#009e73", DOTTED),
-    "cross-3": ("#009e73", DASH_DOT),
-    "shared": ("#e69f00", SOLID), "separate": ("#e69f00", DASHED),
-    "mix": ("#e69f00", DOTTED), "near-k": ("#990000", DASHED),
-    "near-gated-k": ("#990000", DASH_DOT),
+    "self": ("#d55e00", SOLID), "past": ("#0072b2", SOLID), "cross": ("#009e73", SOLID),
+    "shared": ("#e69f00", SOLID), "separate": ("#e69f00", DASHED), "mix": ("#e69f00", DOTTED),
+    "shared-k": ("#e69f00", (0, (8, 2))), "shared-q": ("#e69f00", (0, (1, 4))),
+    "tokens": ("#e69f00", (0, (8, 2, 1, 2))), "tokens-residual": ("#e69f00", (0, (3, 5))),
+    "near": ("#990000", SOLID), "near-k": ("#990000", DASHED),
+    "near-gated": ("#990000", DOTTED), "near-gated-k": ("#990000", DASH_DOT),
     "key-shift": ("#cc79a7", SOLID), "kv-shift": ("#cc79a7", DASHED),
     "canon": ("#cc79a7", DASH_DOT), "shift-longer": ("#cc79a7", DOTTED),
     "shift-past-k": ("#56b4e9", SOLID), "shift-past": ("#56b4e9", DASHED),
@@ -46,7 +45,8 @@ STYLE = {  # matplotlib's settings
 
 def style(variant):
     """The colour and dash of a variant, as keywords of plot."""
-    color, dash = STYLES[variant]
+    inner, _, end = variant.rpartition("-")
+    color, dash = STYLES.get(variant) or (STYLES.get(inner, (ADDED,))[0], DASHES.get(end, SOLID))
     return dict(color=color, ls=dash)
 
 
@@ -71,7 +71,7 @@ def name_lines(panel, ends, gap=0.065):
         shift = max(0, -low) - max(0, high - 1)  # back into the panel, if all of them fit there
         heights = [y + shift for y in heights] if high - low <= 1 else heights
     for height, (_, name) in zip(heights, at, strict=True):
-        color = STYLES[name.split(",")[0]][0]
+        color = style(name.split(",")[0])["color"]
         panel.annotate(name, ends[name], xytext=(1.06, height), textcoords="axes fraction",
                        color=color, va="center", fontsize=8, annotation_clip=False,
                        arrowprops=dict(arrowstyle="-", color=color, lw=0.5, alpha=0.6,
@@ -83,7 +83,7 @@ def name_rows(panel, names):
     panel.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
     panel.set_yticklabels(names)
     for label, name in zip(panel.get_yticklabels(), names, strict=True):
-        label.set_color(STYLES[name][0])
+        label.set_color(style(name)["color"])
 
 
 def apart(y, n):
@@ -93,7 +93,7 @@ def apart(y, n):
 
 def mean_bar(panel, y, variant, values):
     """A bar as long as the mean, a dot for each seed's value."""
-    color = STYLES[variant][0]
+    color = style(variant)["color"]
     panel.barh(y, statistics.mean(values), 0.6, color=color, alpha=0.35)
     panel.plot(values, [y] * len(values), "o", ms=3, color=color)
 
@@ -106,7 +106,7 @@ def seed_strips(panel, rows, limit, never="never"):
     """
     names = list(rows)
     for i, (name, values) in enumerate(rows.items()):
-        color = STYLES[name][0]
+        color = style(name)["color"]
         for value, y in zip(values, apart(i, len(values)), strict=True):
             missing = value is None
             panel.plot(1.12 * limit if missing else value, y, "o", ms=3.6, mew=0.8,

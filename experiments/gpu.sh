@@ -11,7 +11,7 @@
 # is quick to copy: tar -cJf tokens/openstax.tar.xz -C tokens openstax
 # PARTS: tests (of backends and loss, CUDA's included), curve (200 steps, bfloat16 against float32), speed
 # (cost.py, NANOGPT: a copy of nanoGPT's model.py), profile (the ten longest
-# kernels), train (VARIANTS x SEEDS at PRESET, STEPS of 524,288 tokens), scores (TASKS of each, paired
+# kernels), train (VARIANTS of compare.py x SEEDS at PRESET, STEPS of 524,288 tokens), scores (TASKS of each, paired
 # with the baseline's; DATA: a folder with their files), suite (all tests).
 # DEVICE=cpu PRESET=tiny tries the script without a GPU. Results: OUT/*.json, OUT/*.log and a table.
 set -euo pipefail
@@ -40,23 +40,24 @@ part() {
 }
 # reached FOLDER: the last step that a training run has logged
 reached() { tail -qn 1 "$1/log.jsonl" 2>/dev/null | grep -o '"step": [0-9]*' | grep -o '[0-9]*' || echo 0; }
-# program SCRIPT VARIANT: how to run a script on a variant's model, in the array $program
-program() {
-    case $2 in
-        baseline | self | past | cross | shared) program=("$root/$1") ;;
-        *) program=("$root/experiments/controls.py" "$2" "$1") ;;
-    esac
+# flags VARIANT: those of train.py, of one of compare.py's variants
+flags() {
+    python - "$root" "$1" <<'PY'
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/experiments"]
+from compare import read_variant
+from nanonexus.cli import run_script
+run_script(lambda: print(*read_variant(sys.argv[2])))
+PY
 }
-# training NAME VARIANT STEPS FLAGS...: train.py, or a control, until STEPS; saved when time runs out
+# training NAME VARIANT STEPS FLAGS...: train.py until STEPS; saved when time runs out
 training() {
-    local name=$1 variant=$2 steps=$3; shift 3
-    local flags=(--nexus_order 1) resume=()
-    case $variant in self | past | cross | shared) flags=(--nexus_order 2 --nexus_inner "$variant") ;; esac
-    program train.py "$variant"
+    local name=$1 variant=$2 steps=$3 flags resume=(); shift 3
+    flags=$(flags "$variant")
     if [ -e "$OUT/$name/ckpt.pt" ]; then resume=(--resume); fi
     if [ "$(reached "$OUT/$name")" -lt "$steps" ]; then rm -f "$OUT/$name.done"; fi
-    part "$name" python "${program[@]}" --dataset "$TOKENS" --preset "$PRESET" --device "$DEVICE" \
-        --out "$OUT/$name" --no-sample --max_steps "$steps" "${flags[@]}" "${resume[@]}" \
+    part "$name" python "$root/train.py" --dataset "$TOKENS" --preset "$PRESET" --device "$DEVICE" \
+        --out "$OUT/$name" --no-sample --max_steps "$steps" $flags "${resume[@]}" \
         --max_minutes $(((($(left) - 60) / 60) > 0 ? ($(left) - 60) / 60 : 1)) "$@"
 }
 
@@ -71,7 +72,7 @@ for name in $PARTS; do case $name in
             ${NANOGPT:+--nanogpt "$NANOGPT"} "${neox[@]}"
         part speed-variants python "$root/experiments/cost.py" --presets "$PRESET" \
             --contexts "$CONTEXT" --tokens $((32 * CONTEXT)) --device "$DEVICE" \
-            --variants self,past,cross,shared,key-shift ;;
+            --variants "${VARIANTS// /,}" ;;
     profile) part profile python "$root/experiments/cost.py" --profile --presets "$PRESET" \
             --contexts "$CONTEXT" --tokens $((32 * CONTEXT)) --orders 1,2 --device "$DEVICE" \
             --out "$OUT/profile" ;;
@@ -81,8 +82,7 @@ for name in $PARTS; do case $name in
         done; done ;;
     scores) for seed in $SEEDS; do for variant in $VARIANTS; do
             [ "$(reached "$OUT/$variant-$seed")" -ge "$STEPS" ] || continue
-            program eval_sciq.py "$variant"
-            part "scores-$variant-$seed" python "${program[@]}" --tasks "$TASKS" ${DATA:+--data "$DATA"} \
+            part "scores-$variant-$seed" python "$root/eval_sciq.py" --tasks "$TASKS" ${DATA:+--data "$DATA"} \
                 --checkpoint "$OUT/$variant-$seed/ckpt.pt" --device "$DEVICE" \
                 --json "$OUT/scores-$variant-$seed.json" --save_docs
             [ "$variant" = baseline ] || part "paired-$variant-$seed" python "$root/eval_sciq.py" \

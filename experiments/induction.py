@@ -23,7 +23,6 @@ to the tokens after earlier occurrences of the current one, where there are any 
 Olsson et al.). It is given for the head that has most of it, next to a uniform map's.
 """
 
-import controls
 import torch
 import torch.nn.functional as F
 from compare import read_variant
@@ -56,7 +55,7 @@ def kinds(tokens, match=1):
 @torch.no_grad()
 def losses(model, tokens, rows=32):
     """The loss of each prediction, (B, T) nats, on tokens (B, T + 1); rows: windows at a time."""
-    return torch.cat([F.cross_entropy(model(some[:, :-1])[0].float().mT, some[:, 1:],
+    return torch.cat([F.cross_entropy(model(some[:, :-1]).float().mT, some[:, 1:],
                                       reduction="none") for some in tokens.split(rows)])
 
 
@@ -64,21 +63,20 @@ def losses(model, tokens, rows=32):
 def copying(model, idx):
     """(the largest share of attention that a head gives to tokens after earlier occurrences of the
     current one, a uniform map's), means over the positions of idx (B, T) where there are any."""
-    maps, before = [], F.pad(idx[:, :-1], (1, 0), value=-1)
+    maps, before = {}, F.pad(idx[:, :-1], (1, 0), value=-1)
     model.hidden_states(idx, maps=maps)
-    per_layer = len(maps) // model.config.n_layer  # the inner maps, then the outer one
-    outer = torch.stack(maps[per_layer - 1::per_layer]).transpose(1, 2)  # (L, H, B, T, T)
+    outer = torch.stack([maps[layer, "outer"] for layer in range(model.config.n_layer)])
+    outer = outer.transpose(1, 2)  # (L, H, B, T, T)
     follows = (before[:, None] == idx[:, :, None]).tril()  # (B, T, T)
     some = follows.any(-1)
     uniform = follows.sum(-1) / torch.arange(1, idx.size(1) + 1)
     return (outer * follows).sum(-1)[..., some].mean(-1).max().item(), uniform[some].mean().item()
 
 
-def measure(path, control, tokens, kind, maps=8):
-    """Of a checkpoint of a variant with this control (or None): {"all" and each kind: (its mean
-    loss, what it contributes to the mean loss of all), "copying": copying, on the first windows}"""
-    with controls.using(control):
-        model, _ = load_checkpoint(path, attention="manual")
+def measure(path, tokens, kind, maps=8):
+    """Of a checkpoint: {"all" and each kind: (its mean loss, what it contributes to the mean loss
+    of all), "copying": copying, on the first windows}"""
+    model, _ = load_checkpoint(path, attention="manual")
     loss = losses(model, tokens)
     parts = {"all": (loss.mean().item(),) * 2, "copying": copying(model, tokens[:maps, :-1])}
     for i, name in enumerate(KINDS):
@@ -144,16 +142,16 @@ def main():
         args.windows, args.seeds = 16, min(2, args.seeds)
     if len(args.variants) < 2:
         raise UserError("--variants needs the baseline and at least one more")
-    made_by = {variant: read_variant(variant)[0] for variant in args.variants}
+    for variant in args.variants:
+        read_variant(variant)  # all are known, before any of them is trained
     plt = pyplot()
     paths, tokens = models_and_text(args)
     T = tokens.size(1) - 1
     kind = kinds(tokens, args.match)
     shares = {"all": 1.0} | {name: (kind == i).double().mean().item()
                              for i, name in enumerate(KINDS) if (kind == i).any()}
-    results = {variant: [measure(path, made_by[variant], tokens, kind)
-                         for path in tqdm(found, desc=variant, leave=False, disable=None)]
-               for variant, found in paths.items()}
+    results = {variant: [measure(path, tokens, kind) for path in tqdm(
+        found, desc=variant, leave=False, disable=None)] for variant, found in paths.items()}
     print(f"{kind.numel():,} predictions in {len(tokens)} windows of {T} tokens, ± over "
           f"{args.seeds} seeds\n{table(lines(results, shares))}\n\nshare of attention on what "
           f"followed the same token before\n{table(copying_lines(results))}")

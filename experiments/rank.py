@@ -28,14 +28,13 @@ import torch.nn.functional as F
 from figures import WIDTH, name_lines, style
 from tqdm import tqdm
 
-from common import pyplot, save, table
+from common import INNERS, pyplot, save, table
 
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
 
 VARIANTS = {  # name -> (order, inner map)
     "baseline": (1, None), "mlp": (1, "mlp"), "mlp-1.5x": (1, "mlp"), "mlp-4x": (1, "mlp"),
-    "self": (2, "self"), "self-3": (3, "self"), "past": (2, "past"), "cross": (2, "cross"),
-    "shared": (2, "shared"), "separate": (2, "separate"),
+    **{inner: (2, inner) for inner in INNERS}, "self-3": (3, "self"), "separate": (2, "separate"),
 }
 
 
@@ -63,18 +62,22 @@ def scores(variant, W, X, mask, strict):
         return weights.masked_fill(blind, 0)
 
     h = s = streams(variant, W, X)
-    projections = {"shared": [[W[0], W[1], W[-1]]] * 2, "separate": [W[2:5], W[5:8]]}.get(inner)
     for _ in range(order - 1):
-        if inner == "self":
-            h = [attn(a, a).softmax(-1) @ v for a, v in zip(h, s, strict=True)]
-        elif inner == "past":
-            h = [v + others(a, a) @ v for a, v in zip(h, s, strict=True)]
-        elif inner == "cross":
-            weights = others(*h)
-            h = [v + weights @ v for v in s]
-        else:
-            h = [attn(a @ q, a @ k).softmax(-1) @ (b @ v)
-                 for a, b, (q, k, v) in zip(h, s, projections, strict=True)]
+        match inner:
+            case "self":
+                h = [attn(a, a).softmax(-1) @ v for a, v in zip(h, s, strict=True)]
+            case "past":
+                h = [v + others(a, a) @ v for a, v in zip(h, s, strict=True)]
+            case "cross":
+                weights = others(*h)
+                h = [v + weights @ v for v in s]
+            case "shared" | "separate":
+                projections = [W[:3]] * 2 if inner == "shared" else [W[2:5], W[5:8]]
+                h = [attn(a @ q, a @ k).softmax(-1) @ (b @ v)
+                     for a, b, (q, k, v) in zip(h, s, projections, strict=True)]
+            case _:
+                raise UserError(f"rank.py has no formula of the inner step {inner!r}: add a case "
+                                "to scores(), or drop it from VARIANTS")
     return attn(*h)
 
 
@@ -191,6 +194,8 @@ def main():
     args.ranks_of = {d: args.ranks or sorted({max(1, d * n // 8) for n in (1, 2, 4, 8, 12, 16)})
                      for d in args.d}
     plt = pyplot()
+    for variant in VARIANTS:  # a step without a formula is refused before the work
+        scores(variant, matrices(variant, 1, 2), torch.zeros(1, 3, 2), *masks(3, causal=True))
     all_results = {title: {d: experiment(args, d, causal) for d in args.d}
                    for title, causal in (("causal", True), ("not causal", False))}
     for title, results in all_results.items():

@@ -42,9 +42,10 @@ import time
 from argparse import ArgumentTypeError
 from typing import NamedTuple
 
+import compare
 import torch
 import torch.nn.functional as F
-from controls import CONTROLS
+from compare import model_fields, read_variant
 from figures import WIDTH, seed_strips, write
 from puzzles import SYMBOLS, TASKS, chains
 from runs import commit
@@ -52,32 +53,23 @@ from tqdm import tqdm
 
 from common import pyplot, save, table
 
-from model import GPT, GPTConfig
+from model import GPTConfig, output_layer
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
+from nanonexus.controls import build as build_model
 from nanonexus.files import append_line, read_lines
 
-VARIANTS = {  # what differs from the baseline
-    "baseline": dict(), "self": dict(nexus_order=2, nexus_inner="self"),
-    "self-3": dict(nexus_order=3, nexus_inner="self"),
-    "self-q": dict(nexus_order=2, nexus_inner="self", nexus_streams="q"),
-    "self-k": dict(nexus_order=2, nexus_inner="self", nexus_streams="k"),
-    "shared": dict(nexus_order=2, nexus_inner="shared"),
-    "past": dict(nexus_order=2, nexus_inner="past"),
-    "past-k": dict(nexus_order=2, nexus_inner="past", nexus_streams="k"),
-    "cross": dict(nexus_order=2, nexus_inner="cross"),
-    "cross-k": dict(nexus_order=2, nexus_inner="cross", nexus_streams="k"),
-    # of controls.py:
-    "key-shift": dict(), "kv-shift": dict(), "canon": dict(), "mean": dict(), "bias": dict(),
-    "near-k": dict(nexus_order=2, nexus_streams="k"),
-    "near-gated-k": dict(nexus_order=2, nexus_streams="k"),
+VARIANTS = {  # fields of GPTConfig: compare.py's variants, of one layer
+    **{name: model_fields(read_variant(name)) for name in compare.VARIANTS},
     # baselines with more parameters and more compute; -small: what writes into the residual stream
     # starts at a tenth, since GPT-NeoX's initialisation is made for many layers
     "two-layers": dict(n_layer=2), "two-layers-small": dict(n_layer=2),
 }
+MEASURED = ("baseline,self,self-3,self-q,self-k,shared,past,past-k,cross,cross-k,key-shift,"
+            "kv-shift,canon,mean,bias,near-k,near-gated-k,two-layers,two-layers-small")
 LR_SEED = 1000  # for the runs that choose the learning rate
 
 
-class Run(NamedTuple):
+class RecallRun(NamedTuple):
     """What identifies a run: the key of its line in the results."""
 
     task: str
@@ -94,15 +86,10 @@ class Run(NamedTuple):
 def build(run, **overrides):
     task = TASKS[run.task]
     length = task.problems(1, run.pairs, torch.Generator())[0].size(1)
-    model = GPT(GPTConfig(**dict(
+    model = build_model(GPTConfig(**dict(
         vocab_size=task.vocab, block_size=length, n_layer=task.layers, n_head=run.heads,
         n_embd=run.width, rotary_pct=1.0, parallel_residual=task.parallel, gelu="erf")
         | VARIANTS[run.variant] | overrides))
-    control = CONTROLS.get(run.variant.removesuffix("-k"))
-    if control:
-        for block in model.blocks:  # with the weights that the baseline starts from
-            weights, block.attn = block.attn.state_dict(), control(model.config)
-            block.attn.load_state_dict(weights, strict=False)
     if run.variant.endswith("-small"):
         for block in model.blocks:
             for linear in (block.attn.proj, block.mlp.down):
@@ -113,7 +100,7 @@ def build(run, **overrides):
 def logits_and_answers(model, idx, targets, asked):
     """The model's logits where a question counts, (n, V), and the right answers, (n,)."""
     counts = (targets >= 0) & (idx < asked)
-    return model.head(model.hidden_states(idx)[counts]), targets[counts]
+    return output_layer(model.hidden_states(idx)[counts], *model.output_weights()), targets[counts]
 
 
 @torch.no_grad()
@@ -157,7 +144,7 @@ class Results:
 
     def __init__(self, path):
         self.path, self.commit = path, commit()
-        self.lines = {Run(*(line[field] for field in Run._fields)): line
+        self.lines = {RecallRun(*(line[field] for field in RecallRun._fields)): line
                       for line in read_lines(path)}
 
     def finish(self, run):
@@ -187,8 +174,8 @@ def to_try(lrs):
 def study(task, variant, args, results, say):
     """The lines of the seeds that count, as far as they exist; args.show makes no new ones."""
     def run(seed, lr):
-        return Run(task, variant, seed, lr, args.pairs or TASKS[task].pairs,
-                   args.steps or TASKS[task].steps, args.width, args.heads, args.batch)
+        return RecallRun(task, variant, seed, lr, args.pairs or TASKS[task].pairs,
+                         args.steps or TASKS[task].steps, args.width, args.heads, args.batch)
 
     def finish(one):
         if not args.show:
@@ -261,9 +248,10 @@ def plot_maps(plt, run, path):
     idx, targets = chains(1, run.pairs, torch.Generator().manual_seed(5))
     manual = build(run, attention="manual")
     manual.load_state_dict(model.state_dict())
-    maps = []
+    maps, c = {}, manual.config
     manual(idx, maps=maps)
-    inner, outer = maps[-2][0], maps[-1][0]  # (H, T, T)
+    last = c.n_layer - 1, f"{c.nexus_streams[-1]}{c.nexus_order - 1}"
+    inner, outer = maps[last][0], maps[c.n_layer - 1, "outer"][0]  # (H, T, T)
     first = 2 * run.pairs  # where the questions begin
     hits = (idx[0] == targets[0, first:, None]).float()  # (n, T): where each answer is
     head = int((outer[:, first:] * hits).sum((1, 2)).argmax())
@@ -296,8 +284,8 @@ def main():
     add = parser.add_argument
     add("--tasks", type=listed(one_of(TASKS)), help=f"of {', '.join(TASKS)} (default: the first "
         "four)", default=list(TASKS)[:4])
-    add("--variants", type=listed(one_of(VARIANTS)), default=list(VARIANTS),
-        help=f"of {', '.join(VARIANTS)} (default: all)")
+    add("--variants", type=listed(one_of(VARIANTS)), default=MEASURED,
+        help=f"of {', '.join(VARIANTS)} (default: {MEASURED})")
     add("--seeds", type=positive_int, default=5, help="seeds that count (default: 5)")
     add("--lrs", type=listed(positive), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
@@ -308,7 +296,8 @@ def main():
     add("--width", type=positive_int, default=64, help="of the model (default: 64)")
     add("--heads", type=positive_int, default=2, help="of the model (default: 2)")
     add("--batch", type=positive_int, default=64, help="problems per step (default: 64)")
-    add("--maps", type=one_of([name for name, c in VARIANTS.items() if "nexus_order" in c]),
+    add("--maps", type=one_of([name for name, c in VARIANTS.items()
+                              if "control" not in c and c.get("nexus_order", 1) > 1]),
         metavar="VARIANT", help="also train this one on one-hop and draw its attention, maps.svg")
     add("--results", help="file to which each finished run appends a line (default: "
         "OUT/results.jsonl)")
@@ -337,8 +326,8 @@ def main():
     print("p: exact permutation test of the areas under the curves")
     save(args, "recall", found, plot(plt, found))
     if args.maps:
-        run = Run("one-hop", args.maps, 0, 3e-3, args.pairs or 6, args.steps or 400, args.width,
-                  args.heads, args.batch)
+        run = RecallRun("one-hop", args.maps, 0, 3e-3, args.pairs or 6, args.steps or 400,
+                        args.width, args.heads, args.batch)
         plot_maps(plt, run, os.path.join(args.out, "maps.svg"))
 
 

@@ -44,11 +44,11 @@ from nanonexus.cli import (
 )
 from nanonexus.device import keep_freed_memory
 from nanonexus.files import append_line, read_lines, write_json
-from nanonexus.retrofit import load, nexus
-from nanonexus.schedule import warmup_cosine
+from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.stats import mean_spread, paired, paired_text
 from nanonexus.tokenizer import EOT
 from prepare_data import documents
+from train import warmup_cosine
 
 VARIANTS = {  # name -> flags of finetune.py sft, in addition to --order 2
     "baseline": "--order 1",
@@ -64,13 +64,14 @@ VARIANTS = {  # name -> flags of finetune.py sft, in addition to --order 2
     "self-k": "--inner self --streams k",
     "cross-k": "--inner cross --streams k",
 }
+MAPS = [inner for inner in INNERS if inner != "shift"]  # that attend
 CHANGES = {  # name -> arguments of nexus()
     "original": dict(order=1),
     **{f"{inner}{'-' * bool(streams)}{streams}": dict(inner=inner, streams=streams or "qk")
-       for inner in ("self", "past", "cross") for streams in ("", "q", "k")},
+       for inner in MAPS for streams in ("", "q", "k")},
     **{f"self-{order}": dict(order=order) for order in (3, 4)},
     **{f"{inner}, gate {gate}": dict(inner=inner, gate=gate)
-       for inner in ("self", "past", "cross") for gate in (0.0, 0.1, 0.25, 0.5)},
+       for inner in MAPS for gate in (0.0, 0.1, 0.25, 0.5)},
     **{f"key-shift, gate {gate}": dict(inner="shift", streams="k", gate=gate)
        for gate in (0.1, 0.25, 0.5)},
 }
@@ -130,7 +131,7 @@ def pretrain(args, tokenizer, ids):
     bar = tqdm(range(args.steps), desc="pretraining", disable=None, leave=False)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(step, args.lr, 50, args.steps)
+            group["lr"] = args.lr * warmup_cosine(step, 50, args.steps)
         starts = torch.randint(len(ids) - args.context, (args.batch, 1))
         batch = ids[starts + torch.arange(args.context)]
         loss = model(batch, labels=batch, use_cache=False).loss
@@ -305,7 +306,7 @@ def plot(plt, changes, runs):
         panel.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
         panel.set_yticklabels(names)
         for y, name in enumerate(names):
-            color = figures.STYLES[name.split("-gated")[0].replace("self-4", "self-3")][0]
+            color = figures.style(name.split("-gated")[0].replace("self-4", "self-3"))["color"]
             if panel is left:
                 left.barh(y, changes[name]["kl"], color=color)
                 continue

@@ -13,23 +13,22 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
 import torch
-from controls import flops_per_token
 
 from common import ROOT
 
 from model import GPTConfig
 from nanonexus.checkpoint import newest_checkpoint, read_checkpoint
 from nanonexus.cli import UserError, listed, positive_int
+from nanonexus.controls import build
 from nanonexus.data import TokenSet, read_windows, val_indices, windows
 from nanonexus.files import append_line, read_lines
 
 
-class Run(NamedTuple):
+class TrainingRun(NamedTuple):
     name: str  # of its folder
     variant: str
     seed: int
     steps: int
-    control: str | None  # of controls.py
     flags: list  # of train.py, all but the data and the folder: they identify the run
 
 
@@ -102,7 +101,7 @@ class Study:
         self.lines = {(line["flags"], line["data"]): line for line in read_lines(results)}
 
     def key(self, run):
-        return " ".join([run.control] * bool(run.control) + run.flags), self.data
+        return " ".join(run.flags), self.data
 
     def line(self, run):
         """The run's line in the file of results; None if it is not finished."""
@@ -133,10 +132,9 @@ class Study:
             print(f"\n{number} {run.name}", flush=True)
         checkpoint = os.path.join(folder, "ckpt.pt")
         if not os.path.exists(checkpoint) or newest_checkpoint(checkpoint)["step"] < run.steps:
-            script = [os.path.join(ROOT, "train.py")] if run.control is None else [
-                os.path.join(ROOT, "experiments", "controls.py"), run.control]
-            command = [sys.executable, *script, "--dataset", dataset, "--out", folder,
-                       "--no-sample", *run.flags, *["--resume"] * os.path.exists(checkpoint)]
+            command = [sys.executable, os.path.join(ROOT, "train.py"), "--dataset", dataset,
+                       "--out", folder, "--no-sample", *run.flags,
+                       *["--resume"] * os.path.exists(checkpoint)]
             os.makedirs(folder, exist_ok=True)
             if self.jobs == 1:
                 code = subprocess.Popen(command).wait()
@@ -165,7 +163,7 @@ class Study:
             variant=run.variant, seed=run.seed, lr=args["lr"], steps=saved["step"],
             tokens=saved["tokens"], val_loss=curve[-1][1], curve=curve,
             parameters=sum(w.numel() for w in saved["model"].values()),
-            flops_per_token=flops_per_token(run.control, config, config.block_size),
+            flops_per_token=build(config).flops_per_token(config.block_size),
             tokens_per_sec=statistics.median(
                 event["tokens_per_sec"] for event in log if event["tokens_per_sec"]),
             dtype=args["dtype"], threads=1 if self.jobs > 1 else torch.get_num_threads(),

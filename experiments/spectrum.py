@@ -8,9 +8,9 @@ What does attention look like inside models: its rank, its entropy, what does an
 An inner map softmax(h h^T / sqrt(D)) scores a token against itself with |h|^2 / sqrt(D): always
 positive, and larger the wider the head. So `self` reads mostly itself, or must keep h small. The
 mean of the map's diagonal, the own-token share, says how much. `past` and `cross` have no diagonal
-by construction. The share of the previous token is measured too. For `self`, `past`, `cross`:
+by construction. The share of the previous token is measured too. For each inner step of model.py:
 
-- at initialisation, against context T and head width D, on distinct tokens. There q's entries
+- at initialisation, against context T and head width D, on distinct tokens. In `self` q's entries
   have variance 0.4 (GPT-NeoX's initialisation, a layer norm), hence a token's own score has mean
   0.4 sqrt(D), the others' variance 0.16, and its share of T tokens is about
   1 / (1 + (T - 1) exp(0.08 - 0.4 sqrt(D)));
@@ -38,7 +38,7 @@ from figures import WIDTH, name_lines, style
 from runs import model_flags, models_and_text
 from tqdm import tqdm
 
-from common import pyplot, save, table
+from common import INNERS, pyplot, save, table
 
 from model import GPT, GPTConfig
 from nanonexus.checkpoint import load_checkpoint
@@ -48,31 +48,20 @@ from nanonexus.stats import mean_spread, paired, paired_text
 OUTER = ["effective rank", "outside span", "rank of layer", "rank <= D", "outer entropy"]
 INNER = ["entropy, q", "entropy, k", "own token, q", "own token, k", "token before, q",
          "token before, k", "cosine, q", "cosine, k"]
-STRICT = ("past", "cross")  # inner maps without a diagonal
-
-
-def watch(attention, seen):
-    """Make one CausalSelfAttention record its input and its refined streams in `seen`."""
-    refine = attention.refine
-
-    def recorded(q, k, ctx):
-        refined = refine(q, k, ctx)
-        seen["refined"].append(dict(q=(q, refined[0]), k=(k, refined[1])))
-        return refined
-
-    attention.refine = recorded
-    attention.register_forward_pre_hook(lambda module, inputs: seen["x"].append(inputs[0]))
 
 
 def by_layer(maps, config):
-    """[({stream: its inner maps (loops, B, H, T, T)}, the outer map (B, H, T, T)) per layer]"""
-    loops, n = config.nexus_order - 1, len(config.nexus_streams)
-    step, layers = loops * n + 1, []
-    for first in range(0, len(maps), step):
-        *inner, outer = maps[first:first + step]  # each loop's q, then k
-        layers.append(({name: torch.stack(inner[i::n]) for i, name in
-                        enumerate(config.nexus_streams)} if loops else {}, outer))
-    return layers
+    """[({stream: its inner maps (loops, B, H, T, T)}, the outer map (B, H, T, T)) per layer], from
+    the maps of GPT.hidden_states; a control without inner maps has none."""
+    loops = range(1, config.nexus_order)
+    return [({n: torch.stack([maps[layer, f"{n}{loop}"] for loop in loops])
+              for n in config.nexus_streams if (layer, f"{n}1") in maps}, maps[layer, "outer"])
+            for layer in range(config.n_layer)]
+
+
+def is_strict(weights):
+    """Whether no token sees itself in maps (..., T, T); else the first token sees itself alone."""
+    return not weights.diagonal(0, -2, -1).any()
 
 
 def block(weights):
@@ -102,18 +91,18 @@ def outside_span(log, x):
     return 1 - reached.square().sum((-2, -1)) / log.square().sum((-2, -1))
 
 
-def entropy(weights, strict=False):
+def entropy(weights):
     """Mean entropy of the rows of (..., T, T), relative to uniform, where there is a choice: from
     the second row on, from the third if no token sees itself."""
-    seen = torch.arange(1, weights.size(-1) + 1) - int(strict)  # how many tokens a row sees
+    seen = torch.arange(1, weights.size(-1) + 1) - is_strict(weights)  # how many tokens a row sees
     rows = torch.special.entr(weights).sum(-1)[..., seen > 1]
     return (rows / seen[seen > 1].to(rows).log()).mean(-1)
 
 
-def token_shares(weights, strict=False):
+def token_shares(weights):
     """(what a token gives itself, what it gives the previous one), means over the rows with a
     choice of maps (..., T, T): (...) each."""
-    first = 1 + strict
+    first = 1 + is_strict(weights)
     own, before = (weights.diagonal(offset, -2, -1) for offset in (0, -1))
     return own[..., first:].mean(-1), before[..., first - 1:].mean(-1)
 
@@ -124,27 +113,31 @@ def measure(path, idx, tol, contexts):
     each context, of one checkpoint."""
     model, _ = load_checkpoint(path, attention="manual")
     c, model = model.config, model.double()
-    D, strict = c.n_embd // c.n_head, c.nexus_inner in STRICT
-    seen, rows, maps = dict(x=[], refined=[]), {name: [] for name in OUTER + INNER}, []
+    D, inputs, rows, maps = c.n_embd // c.n_head, {}, {name: [] for name in OUTER + INNER}, {}
     against = {T: shares(model, idx[:, :T]) for T in contexts if T <= idx.size(1)}
     for layer in model.blocks:
-        watch(layer.attn, seen)
+        layer.attn.register_forward_pre_hook(
+            lambda attention, given: inputs.update({given[1].layer: given}))  # x and ctx
     model.hidden_states(idx, maps=maps)
     spectra = []
     for layer, (inner, outer) in enumerate(by_layer(maps, c)):
+        attention, (x, ctx) = model.blocks[layer].attn, inputs[layer]
         log, mean_log = block(outer), block(outer.mean(1))
         singular = torch.linalg.svdvals(log)  # (B, H, T/2)
         of_layer = torch.linalg.svdvals(mean_log)
         rank = (of_layer > tol * of_layer[..., :1]).sum(-1).double()
         spectra.append((singular / singular[..., :1]).mean((0, 1)).tolist())
         row = {"effective rank": effective_rank(singular), "rank of layer": rank,
-               "outside span": outside_span(log, seen["x"][layer]),
+               "outside span": outside_span(log, x),
                "rank <= D": (rank <= D).double(), "outer entropy": entropy(outer)}
         for n, weights in inner.items():
-            own, before = token_shares(weights, strict)
-            row |= {f"entropy, {n}": entropy(weights, strict), f"own token, {n}": own,
-                    f"token before, {n}": before,
-                    f"cosine, {n}": torch.cosine_similarity(*seen["refined"][layer][n], dim=-1)}
+            own, before = token_shares(weights)
+            row |= {f"entropy, {n}": entropy(weights), f"own token, {n}": own,
+                    f"token before, {n}": before}
+        if inner:
+            q, k, v = attention.prepare(*attention.project(x), ctx)
+            row |= {f"cosine, {n}": torch.cosine_similarity(s, h, dim=-1) for n, s, h in zip(
+                "qk", (q, k), attention.refine(x, q, k, v, ctx), strict=True) if n in inner}
         for name in rows:
             rows[name].append(row[name].mean().item() if name in row else None)
     return dict(D=D, rows=rows, spectra=spectra, shares=against)
@@ -154,10 +147,10 @@ def measure(path, idx, tol, contexts):
 def shares(model, idx):
     """(own-token share, share of the token before), means over all inner maps on idx; None if the
     model has none."""
-    maps, c = [], model.config
+    maps = {}
     model.hidden_states(idx, maps=maps)
-    found = [token_shares(weights, c.nexus_inner in STRICT)
-             for inner, _ in by_layer(maps, c) for weights in inner.values()]
+    found = [token_shares(weights) for inner, _ in by_layer(maps, model.config)
+             for weights in inner.values()]
     if not found:
         return None
     return [statistics.mean(pair[i].mean().item() for pair in found) for i in (0, 1)]
@@ -182,12 +175,12 @@ def lines(results, columns):
 
 
 def share_lines(found, contexts, D):
-    """found(variant, T): a list over seeds of (own, before) at head width D, or None."""
-    for variant in ("self", *STRICT):
+    """found(inner, T): a list over seeds of (own, before) at head width D, or None."""
+    for inner in INNERS:
         for i, name in enumerate(("own token", "token before")):
-            if not (variant in STRICT and i == 0):  # 0 by construction
-                yield [variant, D, name, *(mean_spread([pair[i] for pair in found(variant, T)], 3)
-                                           for T in contexts)]
+            values = [[pair[i] for pair in found(inner, T)] for T in contexts]
+            if any(map(any, values)):  # else 0 by construction
+                yield [inner, D, name, *(mean_spread(some, 3) for some in values)]
 
 
 def plot(plt, results, start, contexts):
@@ -205,21 +198,22 @@ def plot(plt, results, start, contexts):
         ranks.plot(at, column.mean(0), **style(variant))
         ends[1][variant] = at[-1], column.mean(0)[-1].item()
         if pairs := [run["shares"] for run in runs if all(run["shares"].values())]:
-            at, strict = list(pairs[0]), variant in STRICT
-            y = torch.tensor([[pair[T][strict] for T in at] for pair in pairs])  # (seeds, T)
+            at = list(pairs[0])
+            y = torch.tensor([[pair[T][0] or pair[T][1] for T in at] for pair in pairs])
             trained.plot(at, y.T, "o", ms=2.5, color=style(variant)["color"])
             trained.plot(at, y.mean(0), **style(variant))
             ends[3][variant] = at[-1], y.mean(0)[-1].item()
     for (variant, D), pairs in start.items():
-        y = [statistics.mean(pair[variant in STRICT] for pair in pairs[T]) for T in contexts]
+        y = [statistics.mean(own or before for own, before in pairs[T]) for T in contexts]
         untrained.plot(contexts, y, **style(variant))
-        name = variant if variant in STRICT else f"{variant}, D = {D}"  # those do not depend on D
+        strict = not pairs[contexts[0]][0][0]  # those do not depend on D
+        name = variant if strict else f"{variant}, D = {D}"
         ends[2][name] = contexts[-1], y[-1]
     spectrum.set(title="spectrum of a head's log-attention", xlabel="singular value",
                  ylabel="relative to the largest", ylim=(1e-3, 1.2))
     ranks.set(title="its effective rank", xlabel="layer", xticks=range(1, column.size(1) + 1))
     for panel, title in ((untrained, "untrained"), (trained, "trained")):
-        panel.set(title=f"{title}: own token (self), token before", xlabel="context T",
+        panel.set(title=f"{title}: own token (strict: token before)", xlabel="context T",
                   xscale="log", ylim=(0, 1))
         at = contexts if panel is untrained else list(runs[0]["shares"])
         panel.set_xticks(at, at)
@@ -234,7 +228,7 @@ def plot(plt, results, start, contexts):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    model_flags(add, "baseline,self,past,cross", "without its controls", count=8)
+    model_flags(add, "baseline,self,past,cross", "the baseline first", count=8)
     add("--tol", type=number(float, 1e-12, 0.999), default=0.01, help="singular values below this "
         "times the largest do not count towards a rank (default: 0.01)")
     add("--contexts", type=listed(number(int, 8, 2**14)), default="32,64,128,256,512",
@@ -252,7 +246,7 @@ def main():
     start = {(inner, D): {T: [at_start(inner, T, D, seed) for seed in range(args.seeds)]
                           for T in args.contexts}
              for D in tqdm(args.widths, desc="untrained", disable=None, leave=False)
-             for inner in ("self", *STRICT)}
+             for inner in INNERS}
     heading = ["inner map", "D", "share of the", *(f"T = {T}" for T in args.contexts)]
     print(f"untrained, mean over maps and rows, ± over {args.seeds} seeds\n" + table([heading, *(
         row for D in args.widths

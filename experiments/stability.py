@@ -4,9 +4,9 @@ Does the recursion vanish or explode, and from which order?
     python experiments/stability.py --out out/stability
     python experiments/stability.py --quick
 
-Orders 1 to 6, in four forms: `self`, `past` and `cross` as in model.py, where every loop averages
-the unrefined stream s once more; and `free`, h <- Attn(h, h, h), where it averages averages. Each
-is measured in two ways, at several depths:
+Orders 1 to 6, in several forms: each inner step of model.py, where every loop averages the
+unrefined stream s once more; and `free`, h <- Attn(h, h, h), where it averages averages. Each is
+measured in two ways, at several depths:
 
 - at initialisation, the norm of the gradient on W_q, W_k and W_v, per layer, relative to order 1;
 - in training on English bytes at several learning rates, the last loss, the share of runs that
@@ -17,39 +17,38 @@ is measured in two ways, at several depths:
 import math
 import os
 import statistics
-import types
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from figures import WIDTH, name_lines, style
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from common import pydocs, pyplot, save, table
+from common import INNERS, pydocs, pyplot, save, table
 
-import model as nexus
+from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
 from nanonexus.data import TokenSet, batch, train_indices, windows
 from nanonexus.stats import mean_spread, paired, paired_text
 
-FORMS = ("self", "free", "past", "cross")
+FORMS = (*INNERS, "free")
 T, BATCH = 64, 16
 
 
-def free(self, n, h, s, ctx):
-    """CausalSelfAttention.inner_step without its anchor s: a loop averages the last output."""
-    return nexus.attend(h[n], h[n], h[n], ctx)
+class Free(CausalSelfAttention):
+    """`self` without its anchor s: a loop averages the last output."""
+
+    def inner_step(self, n, h, s, ctx, name):
+        return attend(h[n], h[n], h[n], ctx, name)
 
 
 def build(order, form, depth, args, seed):
     torch.manual_seed(seed)
-    model = nexus.GPT(nexus.GPTConfig(
+    config = GPTConfig(
         vocab_size=320, block_size=T, n_layer=depth, n_head=4, n_embd=args.width, rotary_pct=1.0,
         parallel_residual=False, gelu="erf", nexus_order=order,
-        nexus_inner="self" if form == "free" else form))
-    if form == "free":
-        for block in model.blocks:
-            block.attn.inner_step = types.MethodType(free, block.attn)
-    return model
+        nexus_inner="self" if form == "free" else form)
+    return GPT(config, attention=Free) if form == "free" else GPT(config)
 
 
 def gradients(model):
@@ -58,27 +57,32 @@ def gradients(model):
                         for block in model.blocks])
 
 
+class Scores(TorchFunctionMode):
+    """Inside, collects the largest |score| that each causal scaled_dot_product_attention sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            q, k = args[:2]
+            assert kwargs["is_causal"] and q.size(2) == k.size(2)
+            self.largest.append((q @ k.mT).tril().abs().max().item() / math.sqrt(q.size(-1)))
+        return func(*args, **kwargs or {})
+
+
 @torch.no_grad()
 def largest_logit(model, idx):
     """The largest |score| that any softmax of the model sees on idx, inner and outer."""
-    sizes = []
-
-    attend = nexus.attend
-
-    def recorded(q, k, v, ctx, strict=False):
-        query, key = (nexus.apply_rotary_emb(x, *ctx.rope) for x in (q, k))
-        scores = (query @ key.mT).tril(-strict) / math.sqrt(q.size(-1))
-        sizes.append(scores.abs().max().item())
-        return attend(q, k, v, ctx, strict)
-
-    with mock.patch.object(nexus, "attend", recorded):
+    with Scores() as scores:
         model(idx)
-    return max(sizes)
+    return max(scores.largest)
 
 
 def at_start(order, form, depth, args, seed, batches):
     model = build(order, form, depth, args, seed)
-    model(*batches(seed, 0))[1].backward()
+    model(*batches(seed, 0)).backward()
     return gradients(model).tolist()
 
 
@@ -89,7 +93,7 @@ def train(order, form, depth, lr, args, seed, batches):
     for step in range(args.steps):
         for group in optimizer.param_groups:  # warm-up, then constant: nothing hides a bad rate
             group["lr"] = lr * min(1, (step + 1) / 10)
-        loss = model(*batches(seed, step))[1]
+        loss = model(*batches(seed, step))
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
@@ -198,7 +202,7 @@ def main():
     jobs = [(form, m, d) for d in args.depths for form in FORMS for m in args.orders]
     for form, m, d in tqdm(jobs, desc="training", disable=None, leave=False):
         key = f"{form} {m} depth {d}"
-        if form != FORMS[0] and m <= 1 + (form == "free"):  # the first loop of free is self's
+        if form != FORMS[0] and m == 1:  # they are the same model
             starts[key] = starts[f"{FORMS[0]} {m} depth {d}"]
             runs |= {f"{key} lr {lr}": runs[f"{FORMS[0]} {m} depth {d} lr {lr}"] for lr in args.lrs}
             continue
