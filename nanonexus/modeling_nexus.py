@@ -3,8 +3,8 @@ A model that nanoNexus trained, for transformers 4.50 or later. The model itself
 this file; this wrapper gives it from_pretrained, padding, and generate with a cache and beams.
 """
 
-from .model import GPT, GPTConfig, output_layer, rotary_table
 import torch
+from .model import GPT, GPTConfig, output_layer, rotary_table
 from transformers import DynamicCache, GenerationMixin, GPTNeoXConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 

@@ -75,7 +75,7 @@ def test_only_the_files_that_belong_to_the_model_are_read(neox, tmp_path):
     idx = torch.randint(400, (1, 20))
     assert torch.equal(load_neox(tmp_path)(idx), load_neox(neox)(idx))
     os.rename(tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="model.safetensors is missing, only pytorch_model.bin: convert"):
+    with pytest.raises(ModelError, match="safetensors is missing, only pytorch_model.bin: convert"):
         load_neox(tmp_path)
 
 
