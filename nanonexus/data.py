@@ -52,8 +52,7 @@ class TokenSet:
     """The folder that prepare_data.py wrote, checked on opening.
 
     .train and .val are read-only arrays of ids mapped from disk, .meta is meta.json as a dict,
-    .tokenizer_json the text of tokenizer.json, or None for a tokenizer that every machine has,
-    .fingerprint what identifies this set, for a checkpoint to compare on resume.
+    .tokenizer_json the text of tokenizer.json, or None for a tokenizer that every machine has.
     tokenizer: require this one. verify: read both files in full, to check their sha256 and ids.
     Raises UserError, saying what is wrong and where, if the folder is not a complete token set.
     """
@@ -71,9 +70,8 @@ class TokenSet:
             if found != VERSION:
                 raise UserError(f"{folder} has token-set version {found}, this code reads "
                                 f"{VERSION}: prepare it again")
-            self.tokenizer, sums = self.meta["tokenizer"], self.meta["sha256"]
-            self.fingerprint = "".join([sums["train"][:16], sums["val"][:16]])
-            if not isinstance(self.tokenizer, str):
+            self.tokenizer = self.meta["tokenizer"]
+            if not isinstance(self.tokenizer, str) or not self.fingerprint:
                 raise TypeError("the tokenizer is not a name")
             if tokenizer and self.tokenizer != tokenizer:
                 raise UserError(f"{folder} was tokenised with {self.tokenizer}, not {tokenizer}")
@@ -115,6 +113,11 @@ class TokenSet:
             raise UserError(f"{path} is missing or was changed: prepare the token set again")
         with open(path, encoding="utf-8") as f:
             return f.read()
+
+    @property
+    def fingerprint(self):
+        """Identifies this set, for a checkpoint to compare on resume."""
+        return "".join([self.meta["sha256"]["train"][:16], self.meta["sha256"]["val"][:16]])
 
     @property
     def eot(self):

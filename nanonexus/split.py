@@ -14,8 +14,12 @@ PIECE = 1 << 13  # and what is tokenised into pieces of this length, or up to tw
 
 
 def cut(text, low, high):
-    """Where to cut text: after its last line end from low to high, else before the last space."""
-    return text.rfind("\n", low, high) + 1 or max(0, text.rfind(" ", low, high)) or high
+    """Where to cut text, from low to high: after the last paragraph, else the last line, else
+    before the last space."""
+    for end in ("\n\n", "\n"):
+        if (at := text.rfind(end, low, high)) >= 0:
+            return at + len(end)
+    return max(0, text.rfind(" ", low, high)) or high
 
 
 def cuts(text, size):

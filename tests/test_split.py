@@ -90,8 +90,10 @@ def test_a_stream_is_read_once_and_not_to_its_end():
     assert len(read) < 2000 and read == list(range(len(read)))
 
 
-def test_pieces_are_cut_at_lines_and_spaces():
+def test_pieces_are_cut_at_paragraphs_lines_and_spaces():
     text = "x" * 100 + "\n" + "word " * 9000 + "y" * 50_000 + "\n" + lines(50_000)
+    paragraphs = list(cuts(text + "a\n\nb\n" * 9000, PIECE))
+    assert all(piece.endswith("a\n\n") for piece in paragraphs[-3:-1])
     found = list(cuts(text, PIECE))
     assert "".join(found) == text and max(map(len, found)) <= 2 * PIECE
     assert min(map(len, found[:-1])) >= PIECE
