@@ -133,8 +133,8 @@ def training_text(texts, share, limit):
 
 
 def tokenise(items, tokenizer, workers, dtype):
-    """(part, ids) of each (text, its part, whether it ends a document), in order; <|endoftext|>
-    after a whole document. tiktoken releases the GIL, so threads use all cores."""
+    """Lists of (part, ids), for each (text, its part, whether it ends a document), in order;
+    <|endoftext|> after a whole document. tiktoken releases the GIL, so threads use all cores."""
     def encode(chunk):
         return [(split, np.append(tokenizer.encode_to_numpy(text, disallowed_special=())
                                   .astype(dtype), eot[:ends])) for text, split, ends in chunk]
@@ -146,9 +146,9 @@ def tokenise(items, tokenizer, workers, dtype):
         for chunk in chunks:
             waiting.append(threads.submit(encode, chunk))
             if len(waiting) > 2 * workers:  # never far ahead
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
 
 
 def prepare(args, folder):
@@ -175,13 +175,14 @@ def prepare(args, folder):
                " |{bar}| {elapsed} elapsed, {remaining} left, {postfix}")
     with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
         items = pieces(texts, share, limit)
-        for split, ids in tokenise(items, tokenizer, args.workers, dtype):
-            ids = ids[:limit - total]
-            if total + len(ids) == limit:
-                ids[-1] = tokenizer.eot_token  # the text that is cut short ends here
-            (train if split == "train" else val).write(ids.tobytes())
-            counts[split] += len(ids)
-            total += len(ids)
+        for batch in tokenise(items, tokenizer, args.workers, dtype):
+            for split, ids in batch:
+                ids = ids[:limit - total]
+                total += len(ids)
+                counts[split] += len(ids)
+                if total == limit and len(ids):
+                    ids[-1] = tokenizer.eot_token  # the text that is cut short ends here
+                (train if split == "train" else val).write(ids)
             rate = total / (time.monotonic() - start)
             bar.set_postfix_str(f"{total:,} tokens, {rate:,.0f}/s", refresh=False)
             bar.update(max(state["done"], total / limit) - bar.n)

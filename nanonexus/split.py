@@ -24,12 +24,12 @@ def cut(text, low, high):
 
 def cuts(text, size):
     """text in parts of `size` characters, or up to twice that."""
-    start = 0
+    parts, start = [], 0
     while len(text) - start > 2 * size:
         end = cut(text, start + size, start + 2 * size)
-        yield text[start:end]
+        parts.append(text[start:end])
         start = end
-    yield text[start:]
+    return [*parts, text[start:]]
 
 
 def divide(text, share):
@@ -68,7 +68,8 @@ def assign(texts, share, limit):
             parts = [(text, "val" if short and n > 1 or n >= 10 and not val else "train")]
         seen += len(text)
         for part, split in parts:
-            val += len(part) if split == "val" else 0
+            if split == "val":
+                val += len(part)
             yield part, split
 
 
@@ -76,5 +77,6 @@ def pieces(texts, share, limit):
     """(piece of a text, its part, whether the text ends here): see assign."""
     for text, split in assign(texts, share, limit):
         *most, last = cuts(text, PIECE)
-        yield from ((piece, split, False) for piece in most)
+        for piece in most:
+            yield piece, split, False
         yield last, split, True

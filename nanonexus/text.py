@@ -22,6 +22,7 @@ from nanonexus.cli import UserError
 from nanonexus.tokenizer import EOT, printable
 
 BOM = "\ufeff"  # the byte order mark
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN, as some write null
 
 
 def find(patterns):
@@ -96,13 +97,12 @@ def check(path, field=None):
 def items(path, field=None, state=None):
     """(place, document) of a plain text, (place, row) of other files; place names file and line.
 
-    field: the one that the caller uses, where it is known. state["at"]: bytes of the file read.
+    field: the one that the caller uses, where it is known. state["file"]: the open file.
     """
     with opened(path) as (raw, f, reader):
-        for place, item in reader(f, path, field):
-            if state is not None:
-                state["at"] = raw.tell()
-            yield f"{path}, {place}", item
+        if state is not None:
+            state["file"] = raw
+        yield from reader(f, path, field)
 
 
 def rows(path):
@@ -123,8 +123,9 @@ def read_files(paths, field, state):
         else:
             found = column(items(path, field, state), path, field, state)
         for text in found:
-            state["done"] = (before + state["at"]) / total
-            state["marks"] += text.count(EOT)
+            state["done"] = (before + state["file"].tell()) / total
+            if EOT in text:
+                state["marks"] += text.count(EOT)
             yield text
         before += os.path.getsize(path)
 
@@ -132,17 +133,18 @@ def read_files(paths, field, state):
 def column(found, source, field, state):
     """row[field] of each (place, row). A row without a text (null, or no such field) is skipped,
     and counted in state["skipped"]. Raises UserError if no row has the field."""
-    names, known = None, False
+    row, known = None, False
     for place, row in found:
-        names, known, text = list(row), known or field in row, row.get(field)
+        known = known or field in row
+        text = row.get(field)
         if text is None:
             state["skipped"] += 1
-            continue
-        if not isinstance(text, str):
+        elif isinstance(text, str):
+            yield printable(text).removeprefix(BOM)
+        else:
             raise UserError(f"{place}: the field {field!r} is not text: {text!r:.60}")
-        yield printable(text).removeprefix(BOM)
-    if names is not None and not known:
-        raise no_field(source, field, names)
+    if row is not None and not known:
+        raise no_field(source, field, row)
 
 
 def no_field(source, field, names):
@@ -150,37 +152,40 @@ def no_field(source, field, names):
                      "with --text_field")
 
 
-# --- one generator for each kind of file: (place in the file, document or row) --------------------
+# --- one generator for each kind of file: (place, document or row) --------------------------------
 
 def read_plain(f, path, field):
     """A line that holds only <|endoftext|> ends a document."""
-    document, number = [], 1
+    document = []
     for line in f:
         if EOT in line and line.strip(BOM + " \t\n") == EOT:
-            yield f"document {number}", "".join(document).removeprefix(BOM)
-            document, number = [], number + 1
+            yield path, "".join(document).removeprefix(BOM)
+            document = []
         else:
             document.append(line)
-    yield f"document {number}", "".join(document).removeprefix(BOM)
+    yield path, "".join(document).removeprefix(BOM)
 
 
 def read_json(f, path, field):
     """A row per line, or one array of rows, which is read whole."""
     for number, line in enumerate(f, 1):
-        line, place = line.strip(BOM + " \t\n"), f"line {number}"
-        if not line:
-            continue
-        found = parse(line + f.read() if line[0] == "[" else line, f"{path}, {place}")
-        for i, row in enumerate(found if isinstance(found, list) else [found], 1):
-            where = f"row {i}" if isinstance(found, list) else place
-            if not isinstance(row, dict):
-                raise UserError(f"{path}, {where}: not a JSON object: {row!r:.60}")
-            yield where, row
+        line, place = line.strip(BOM + " \t\n"), f"{path}, line {number}"
+        if line.startswith("["):
+            for i, row in enumerate(parse(line + f.read(), place), 1):
+                yield f"{path}, row {i}", an_object(row, f"{path}, row {i}")
+        elif line:
+            yield place, an_object(parse(line, place), place)
+
+
+def an_object(row, place):
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: not a JSON object: {row!r:.60}")
+    return row
 
 
 def parse(text, place):
     try:
-        value = json.loads(text, parse_constant=lambda name: None)  # NaN, as some write null
+        value = DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:  # an escaped surrogate
             value = json.loads(printable(json.dumps(value, ensure_ascii=False)))
         return value
@@ -199,7 +204,7 @@ def read_csv(f, path, field):
         for row in table:
             if None in row:
                 raise csv.Error("more cells than columns; a text with a comma needs quotes")
-            yield f"line {table.line_num}", row
+            yield f"{path}, line {table.line_num}", row
     except csv.Error as error:
         raise UserError(f"{path}, line {table.reader.line_num}: not CSV ({error})") from error
 
@@ -216,7 +221,7 @@ def read_parquet(f, path, field):
         for batch in table.iter_batches(1024, columns=[field] if field else None):
             for row in batch.to_pylist():
                 number += 1
-                yield f"row {number}", row
+                yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise OSError(f"damaged Parquet ({error})") from error
 
