@@ -157,6 +157,7 @@ def sft(args):
                         "starts a new one")
     if args.report_to != "none":
         importlib.import_module(args.report_to)  # fail now if it is missing
+    rows(args.data)  # or if that cannot be read
     torch.manual_seed(args.seed)
     folder = fetch(args.model)
     tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)

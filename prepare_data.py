@@ -216,7 +216,7 @@ def main():
     add("--dataset", default="pydocs", help=f"pydocs (the default, needs no network), text (your "
         f"files), {', '.join(HUB)}, or hf:NAME for any other dataset on the hub")
     add("--input", nargs="+", metavar="FILE", help="files or globs, for --dataset "
-        f"text: {SUPPORTED}")
+        f"text: {SUPPORTED}; plain text of another name must be renamed to .txt")
     add("--tokenizer", default="bytes", help="bytes (default), gpt2, or bpe:N: trained "
         "on the training part, N ids including the 256 bytes and <|endoftext|>")
     add("--out", required=True, help="folder for the token set; must be new or empty")

@@ -180,6 +180,15 @@ def test_data_with_a_wrong_line(line, message, base, tmp_path):
         read_examples(tmp_path / "data.jsonl", tokenizer, 100)
 
 
+def test_data_is_looked_at_before_a_model_is_fetched(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "fetch", None)
+    (tmp_path / "a.jsonl").write_text("nonsense")
+    for name, message in (("none.jsonl", "cannot be read: No such file"), ("a.txt", "plain text"),
+                          ("a.jsonl", "line 1: not JSON")):
+        with pytest.raises(UserError, match=f"{name}.*{message}"):
+            sft(monkeypatch, base, tmp_path / "out", data=tmp_path / name)
+
+
 def test_rows_without_a_text_are_skipped_and_counted(base, tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
     (tmp_path / "data.jsonl").write_text("""{}
