@@ -64,7 +64,7 @@ def attend(q, k, v, ctx, name="outer", strict=False):
     key, v = ctx.remember(f"{name} keys", key), ctx.remember(f"{name} values", v)
     T, S = query.size(2), key.size(2)
     if isinstance(ctx.mask, tuple):
-        return flex_attention(query, key, v, block_mask=ctx.mask[strict])
+        return flex_attention(query, key, v, block_mask=ctx.mask[int(strict)])
     if ctx.mask is None:  # plain causal: flash attention
         if not strict:
             return F.scaled_dot_product_attention(query, key, v, is_causal=T > 1)
@@ -330,7 +330,9 @@ class SumCrossEntropy(torch.autograd.Function):
         for target, x in zip(targets.split(rows), h.split(rows), strict=True):
             if learn:
                 (dx, *grads), value = learning(target, x, *weights)
-                dh, dw = [*dh, dx], [a + b for a, b in zip(dw, grads, strict=True)]
+                dh.append(dx)
+                for sum_, grad in zip(dw, grads, strict=True):
+                    sum_ += grad
             total = total + (value if learn else loss(target, x, *weights))
         ctx.save_for_backward(*([torch.cat(dh), *dw] if learn else []))
         return total
