@@ -13,7 +13,7 @@ import statistics
 SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5))
 
 DASHES = {"k": DASHED, "q": DOTTED, "3": DASH_DOT}  # how a name ends
-ADDED = "#882255"  # of an inner step or a control that has no colour here
+ADDED = "#0000ff"  # of an inner step or a control that has no colour here
 STYLES = {  # variant: its colour, its dash; others have their inner step's and their ending's
     "baseline": ("#000000", SOLID),
     "two-layers": ("#606060", DOTTED), "two-layers-small": ("#606060", (0, (5, 1, 1, 1, 1, 1))),

@@ -60,8 +60,8 @@ def by_layer(maps, config):
 
 
 def is_strict(weights):
-    """Whether no token sees itself in maps (..., T, T); else the first token sees itself alone."""
-    return not weights.diagonal(0, -2, -1).any()
+    """1 if no token sees itself in maps (..., T, T), 0 if they do, as the first one then must."""
+    return int(not weights.diagonal(0, -2, -1).any())
 
 
 def block(weights):

@@ -4,9 +4,10 @@ import statistics
 
 import torch
 import torch.nn as nn
-from controls import Change, previous
 
+from model import CausalSelfAttention
 from nanonexus import stats
+from nanonexus.controls import previous
 
 
 def refine(s, order, inner, attn):
@@ -33,18 +34,18 @@ def fix():
 
 def floats_per_token(config):
     loops = config.nexus_order - 1
-    per_stream = 1 + loops if loops else 0  # the values of all loops, and each loop's keys
-    return config.n_layer * config.n_embd * (2 + len(config.nexus_streams) * per_stream)
+    attentions = 1 + len(config.nexus_streams) * loops  # each keeps its keys and values
+    return config.n_layer * config.n_embd * 2 * attentions
 
 
-class ValueShift(Change):
+class ValueShift(CausalSelfAttention):
     def __init__(self, config):
         super().__init__(config)
         self.shift = nn.Parameter(torch.zeros(config.n_head))
 
-    def change(self, q, k, v, ctx):
+    def prepare(self, q, k, v, ctx):
         a = self.shift.sigmoid()[:, None, None]
-        return q, k, (1 - a) * v + a * previous(v, ctx, first_stays=True)
+        return q, k, (1 - a) * v + a * previous(v, ctx, "v", first_stays=True)
 
 
 def preregister():

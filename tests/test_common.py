@@ -1,11 +1,23 @@
-"""What the experiments share: aligned tables, and results with what they need to be repeated."""
+"""What the experiments share: aligned tables, results with what they need to be repeated, and the
+inner steps of model.py, an added one included."""
 
+import importlib
 import json
+import sys
 from types import SimpleNamespace
 
+import figures
 import pytest
+import rank
+import recall
+import spectrum
+import stability
+import torch
+from questions import add_inner_step
 
 import common
+
+from nanonexus.cli import run_script
 
 
 def test_table():
@@ -22,3 +34,28 @@ def test_save_writes_settings_seeds_and_versions(tmp_path, capsys):
     assert saved["results"] == {"a": [1, 2]} and saved["settings"]["seeds"] == 3
     assert {"python", "torch"} <= saved["versions"].keys()
     assert "<svg" in (tmp_path / "new" / "name.svg").read_text()
+
+
+@pytest.mark.usefixtures("plots")
+def test_an_added_inner_step_is_in_the_studies_or_refused_in_one_line(monkeypatch, capsys):
+    add_inner_step(monkeypatch)  # "again", which is `past`
+    for name in ("common", "compare", *(m.__name__ for m in (rank, recall, spectrum, stability))):
+        assert name in sys.modules
+        monkeypatch.delitem(sys.modules, name)
+    new = {name: importlib.import_module(name) for name in ("rank", "recall", "spectrum",
+                                                            "stability")}
+    results = []
+    for inner in ("past", "again"):
+        one = new["recall"].RecallRun("one-hop", f"{inner}-k", 0, 1e-2, 3, 4, 16, 2, 8)
+        args, idx = SimpleNamespace(width=16), torch.arange(24).view(2, 12)
+        gpt = new["stability"].build(3, inner, 1, args, seed=0)
+        results.append((new["recall"].train(one)[0], new["spectrum"].at_start(inner, 8, 4, 0),
+                        gpt(idx).sum().item(), new["stability"].largest_logit(gpt, idx)))
+    assert results[0] == results[1] and "again" in new["stability"].FORMS
+    assert figures.style("again") != figures.style("again-k") != figures.style("past-k")
+    monkeypatch.setattr(sys, "argv", ["rank.py"])
+    with pytest.raises(SystemExit) as end:
+        run_script(new["rank"].main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "no formula of the inner step 'again'" in error
+    assert error.count("\n") == 1

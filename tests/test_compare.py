@@ -1,9 +1,11 @@
 """compare.py trains what it says and continues where it was; its table is the lines' arithmetic."""
 
 import io
+import itertools
 import json
 import math
 import os
+import pathlib
 import signal
 import statistics
 import subprocess
@@ -15,13 +17,12 @@ from types import SimpleNamespace
 import compare
 import pytest
 import runs
-import torch
 
 import prepare_data
-import train
-from model import GPT, PRESETS, GPTConfig
 from nanonexus.checkpoint import read_checkpoint
 from nanonexus.cli import UserError, run_script
+from nanonexus.controls import build
+from nanonexus.flags import PRESETS, preset_config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SCRIPT = os.path.join(ROOT, "experiments", "compare.py")
@@ -112,8 +113,10 @@ def test_rates_are_chosen_on_a_separate_seed_and_controls_are_trained(tmp_path, 
     losses = {r["lr"]: r["val_loss"] for r in grid}
     assert losses[1e-2] < losses[1e-6]  # and its best is taken
     assert (final["seed"], final["steps"], final["lr"]) == (0, 16, 1e-2)
-    state = read_checkpoint(str(tmp_path / "out" / "key-shift-seed0" / "ckpt.pt"))["model"]
-    assert "blocks.0.attn.shift" in state
+    saved = read_checkpoint(str(tmp_path / "out" / "key-shift-seed0" / "ckpt.pt"))
+    state = saved["model"]
+    assert saved["config"]["control"] == "key-shift" and "blocks.0.attn.shift" in state
+    assert "--control key-shift --nexus_order 1" in final["flags"]
     assert final["parameters"] == sum(p.numel() for p in state.values())
     assert {r["threads"] for r in found} == {1}
     assert {r["variant"] for r in found} == {"key-shift"}
@@ -181,43 +184,59 @@ def test_seeds_are_paired_although_one_variant_has_more():
 def test_every_variant_is_a_model_and_has_a_style():
     import figures
 
-    parser = train.build_parser()
     args, extra = compare.parse_args(["--quick"])
     plan = compare.Plan(args, extra, 320)
-    for name in compare.VARIANTS:
-        made = plan.run(name, 3)
-        flags = parser.parse_args(made.flags)
-        assert (flags.seed, flags.max_steps) == (3, made.steps) and made.variant == name
-        assert figures.style(name)
-    assert plan.run("shift-past-k", 0).control == "key-shift" != plan.run("past", 0).control
-    plans = [(run.steps, run.control, run.flags) for run in map(plan.run, compare.VARIANTS,
-                                                                [0] * len(compare.VARIANTS))]
-    assert all(plans.count(made) == 1 for made in plans)  # no two are the same
+    made = {name: plan.run(name, 3) for name in compare.VARIANTS | compare.EQUAL}
+    for name, one in made.items():
+        flags = compare.PARSER.parse_args(one.flags)
+        assert (flags.seed, flags.max_steps) == (3, one.steps) and one.variant == name
+        build(config_of(one, 320))
+    assert compare.model_fields(made["shift-past-k"].flags)["control"] == "key-shift"
+    for first, second in itertools.combinations(made, 2):  # no two are, or look, the same
+        assert made[first][3:] != made[second][3:], (first, second)
+        assert figures.style(first) != figures.style(second), (first, second)
     quarter = plan.run("longer", 1000, 2e-3, share=4)
     assert quarter.steps == plan.run("longer", 0).steps // 4 and quarter.flags[-2:] == ["--lr",
                                                                                        "0.002"]
 
 
+def config_of(made, vocab_size):
+    """The GPTConfig that train.py makes of a TrainingRun's flags."""
+    preset = made.flags[made.flags.index("--preset") + 1]
+    return preset_config(preset, **dict(vocab_size=vocab_size) | compare.model_fields(made.flags))
+
+
 def test_controls_of_equal_compute_spend_it():
     args, extra = compare.parse_args(["--max_steps", "20", *SMALL])
-    plan, parser, flops = compare.Plan(args, extra, 256), train.build_parser(), {}
+    plan, flops = compare.Plan(args, extra, 256), {}
     for name in ("baseline", "self", "longer", "shift-cross-k", "shift-longer"):
         made = plan.run(name, 0)
-        config = train.make_config(parser.parse_args(made.flags), SimpleNamespace(vocab_size=256),
-                                   torch.device("cpu"), None)
-        flops[name] = GPT(config).flops_per_token(config.block_size) * made.steps
+        flops[name] = build(config_of(made, 256)).flops_per_token(32) * made.steps
     assert flops["self"] > flops["shift-cross-k"] > flops["baseline"]
     for longer, order_2 in (("longer", "self"), ("shift-longer", "shift-cross-k")):
         assert abs(flops[longer] - flops[order_2]) <= flops["baseline"] / 20 / 2  # half a step
-    base = GPTConfig(**{**PRESETS["tiny"], "n_layer": 20, "block_size": 1024})
+    base = preset_config("tiny", n_layer=20, block_size=1024)
     layers = compare.equal_compute(base, 1)["deeper"]
-    target = GPT(replace(base, nexus_order=2)).flops_per_token(1024)
-    gaps = {n: abs(GPT(replace(base, n_layer=n)).flops_per_token(1024) - target)
+    target = build(replace(base, nexus_order=2)).flops_per_token(1024)
+    gaps = {n: abs(build(replace(base, n_layer=n)).flops_per_token(1024) - target)
             for n in (layers - 1, layers, layers + 1)}
     assert min(gaps, key=gaps.get) == layers > 21  # several layers at a long context
 
 
-@pytest.mark.usefixtures("plots")
+def test_measured_lines_are_those_of_todays_flags():
+    """Every line of docs/results is found under the flags of its variant, controls included."""
+    for name in ("compare", "text", "bytes"):
+        for line in lines(pathlib.Path(ROOT, "docs", "results", f"{name}.jsonl")):
+            flags = line["flags"].split()
+            variant = compare.read_variant(line["variant"], "5")  # layers
+            start = flags.index(variant[0])
+            assert flags[start:start + len(variant)] == variant
+            assert flags[start + len(variant)] == "--seed", line["flags"]
+            given = compare.PARSER.parse_args(flags)
+            assert (given.seed, given.max_steps) == (line["seed"], line["steps"])
+            assert given.preset in PRESETS
+
+
 def test_an_interrupt_saves_and_the_same_command_continues(tmp_path, dataset):
     argv = ["--dataset", dataset, "--variants", "baseline", "--seeds", "1", "--max_steps", "4000",
             "--eval_interval", "2000", *SMALL, "--log_interval", "1"]

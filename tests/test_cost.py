@@ -10,22 +10,22 @@ import cost
 import pytest
 import torch
 
-import model
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, GPTConfig
 from nanonexus.cli import run_script
+from nanonexus.flags import preset_config
 from nanonexus.generate import KVCache
 
 ON_CPU = SimpleNamespace(device="cpu", compile=False)
 
 
 def peak(batch, **kind):
-    return cost.tracked_memory("", None, GPTConfig(**PRESETS["tiny"] | kind), batch, ON_CPU)
+    return cost.tracked_memory("", preset_config("tiny", **kind), batch, ON_CPU)
 
 
 def test_peak_memory_grows_with_order_by_what_is_kept():
     small, order2, long = (peak(2, **kind) for kind in (
         dict(), dict(nexus_order=2), dict(block_size=512)))
-    weights = 4 * 4 * GPT(GPTConfig(**PRESETS["tiny"])).num_params()  # and gradient, two moments
+    weights = 4 * 4 * GPT(preset_config("tiny")).num_params()  # and gradient, two moments
     assert weights < small < order2 < long
     stream = 2 * 256 * 128 * 4  # one (B, T, C) of float32; a layer keeps 2 rotated and 2 new ones
     assert 4 * 4 * stream <= order2 - small <= 4 * 12 * stream
@@ -38,11 +38,10 @@ def test_the_largest_batch_fits_and_one_more_does_not():
 
 
 def test_cache_bytes_are_the_generations():
-    config = GPTConfig(**PRESETS["tiny"], nexus_order=3)
-    model, cache = GPT(config), KVCache(10)
+    model, cache = GPT(preset_config("tiny", nexus_order=3)), KVCache(10)
     model(torch.zeros(1, 5, dtype=torch.long), cache=cache)
-    kept = sum(b[:, :, :5].nbytes for layer in cache.layers for b in layer.buffers)
-    assert cost.cache_bytes(model) == kept / 5 == 4 * 128 * 4 * (2 + 2 * 3)
+    kept = sum(entry[:, :, :5].nbytes for entry in cache.entries.values())
+    assert cost.cache_bytes(model) == kept / 5 == 4 * 128 * 4 * 2 * (1 + 2 * 2)
 
 
 def test_speeds_pair_within_a_round():
@@ -54,18 +53,32 @@ def test_speeds_pair_within_a_round():
 SHAPE = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32".split()
 
 
-@pytest.mark.parametrize("name", [v for v in compare.VARIANTS if v not in cost.SKIPPED])
-def test_a_variant_is_what_compare_trains(name):
-    own = model.CausalSelfAttention, model.Block
-    plan = compare.Plan(*compare.parse_args(["--", *SHAPE]), 2048).run(name, 0)
-    control, config = cost.read_variant(name, GPTConfig(2048, 32, 1, 2, 32))
-    made = cost.make(control, config)
-    assert (model.CausalSelfAttention, model.Block) == own and control == plan.control
-    found = {type(made.blocks[0].attn), type(made.blocks[0])}
-    assert found - {*own} == ({cost.controls.CONTROLS[control]} if control else set())
-    given = vars(cost.train.build_parser().parse_args(plan.flags))
-    for field in ("nexus_order", "nexus_inner", "nexus_streams"):
-        assert getattr(config, field) == (given[field] or getattr(GPTConfig(), field))
+def test_a_variant_is_what_compare_trains():
+    plan = compare.Plan(*compare.parse_args(["--", *SHAPE]), 2048)
+    args = SimpleNamespace(variants=list(compare.VARIANTS))
+    for name, config in cost.chosen(GPTConfig(2048, 32, 1, 2, 32), args).items():
+        given = compare.model_fields(plan.run(name, 0).flags)
+        assert {"nexus_order", "n_embd"} <= given.keys()
+        for field, value in given.items():
+            assert getattr(config, field) == value, (name, field)
+        assert config.control == given.get("control", "")
+
+
+@pytest.mark.parametrize("name", ["baseline", "baseline, plain loss", "order 2", "a control"])
+def test_a_step_is_one_of_adamw_on_the_models_loss(name):
+    config = GPTConfig(64, 16, 1, 2, 32, nexus_order=1 + (name == "order 2"),
+                       control="key-shift" if name == "a control" else "")
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(cost.build(config))
+    idx, targets = torch.randint(64, (2, 3, 16))
+    cost.training_step(name, models[0], idx, targets, ON_CPU)()
+    models[1](idx, targets).backward()
+    torch.optim.AdamW(models[1].parameters(), lr=1e-4, fused=True).step()
+    for p, own in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(p, own, rtol=0, atol=2e-5)
+        assert p.grad is None
 
 
 TRAINING = "--contexts 16,32 --tokens 64 --rounds 2".split()

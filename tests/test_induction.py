@@ -5,19 +5,19 @@ import math
 import os
 import sys
 
-import controls
 import induction
 import pytest
 import runs
 import torch
 from compare import QUICK, read_variant
+from questions import save
 
 from common import pydocs
 
-import model
 import train
-from model import GPT, GPTConfig
+from model import GPTConfig
 from nanonexus.cli import run_script
+from nanonexus.controls import build
 
 
 def test_kinds():
@@ -39,7 +39,7 @@ class Copier:
     def __call__(self, idx):
         found = self.heads(idx)[:, 0]
         logits = 30 * found @ torch.nn.functional.one_hot(idx, 50).float()
-        return logits * (found.diagonal(0, 1, 2) < 1)[..., None], None
+        return logits * (found.diagonal(0, 1, 2) < 1)[..., None]
 
     def heads(self, idx):
         B, T = idx.shape
@@ -52,15 +52,15 @@ class Copier:
         return maps
 
     def hidden_states(self, idx, maps):
-        inner = torch.full((len(idx), 2, idx.size(1), idx.size(1)), 9.0)  # not to be read
-        maps += [inner, self.heads(idx)]
+        maps[0, "k1"] = torch.full((len(idx), 2, idx.size(1), idx.size(1)), 9.0)  # not to be read
+        maps[0, "outer"] = self.heads(idx)
 
 
 def test_a_copier_gains_where_pairs_are_repeated_and_the_parts_add_up(monkeypatch):
     tokens = torch.stack([torch.randperm(50)[:20].repeat(2) for _ in range(4)])
     tokens[:, -1] = (tokens[:, 19] + 1) % 50  # the last one alone is changed
     monkeypatch.setattr(induction, "load_checkpoint", lambda path, attention: (Copier(), None))
-    found = induction.measure("", None, tokens, induction.kinds(tokens))
+    found = induction.measure("", tokens, induction.kinds(tokens))
     share, uniform = found.pop("copying")
     assert share == pytest.approx(1)
     assert uniform == pytest.approx(sum(1 / (t + 1) for t in range(20, 39)) / 19)
@@ -72,36 +72,26 @@ def test_a_copier_gains_where_pairs_are_repeated_and_the_parts_add_up(monkeypatc
     assert sum(parts.values()) - parts["all"] == pytest.approx(loss["all"], rel=1e-5)
 
 
-@pytest.mark.parametrize("control", [None, "key-shift"])
-def test_the_model_is_built_with_its_control_and_its_losses_are_its_own(control, monkeypatch):
-    made = []
-
-    def load(path, attention):
-        torch.manual_seed(0)
-        made.append(GPT(GPTConfig(vocab_size=31, block_size=12, n_layer=1, n_head=2, n_embd=16,
-                                  attention=attention)))
-        for p in made[-1].parameters():
-            p.data += 0.1
-        return made[-1], None
-
-    monkeypatch.setattr(induction, "load_checkpoint", load)
+@pytest.mark.parametrize("control", ["", "key-shift"])
+def test_the_model_is_built_with_its_control_and_its_losses_are_its_own(control, tmp_path):
+    torch.manual_seed(0)
+    gpt = build(GPTConfig(vocab_size=31, block_size=12, n_layer=1, n_head=2, n_embd=16,
+                          control=control))
+    for p in gpt.parameters():
+        p.data += 0.1
+    save(gpt, tmp_path / "ckpt.pt")
     tokens = torch.randint(31, (5, 13))
-    found = induction.measure("", control, tokens, induction.kinds(tokens))
-    (gpt,) = made
-    assert found["all"][0] == pytest.approx(gpt(tokens[:, :-1], tokens[:, 1:])[1].item(), rel=1e-5)
+    found = induction.measure(str(tmp_path / "ckpt.pt"), tokens, induction.kinds(tokens))
+    assert found["all"][0] == pytest.approx(gpt(tokens[:, :-1], tokens[:, 1:]).item(), rel=1e-5)
     assert induction.losses(gpt, tokens, rows=2).mean().item() == pytest.approx(found["all"][0])
-    assert type(gpt.blocks[0].attn) is (
-        controls.CONTROLS[control] if control else model.CausalSelfAttention)
 
 
 def one_step(out, variants, seeds, quick):
     """Instead of runs.compare, which test_spectrum.py tests: the same folders, of one step."""
     data = pydocs(os.path.join(out, "pydocs"))
     for variant in variants:
-        control, flags = read_variant(variant)
-        with controls.using(control):
-            train.main([*flags, *QUICK, "--max_steps", "1", "--dataset", data, "--no-sample",
-                        "--out", os.path.join(out, f"{variant}-seed0")])
+        train.main([*read_variant(variant), *QUICK, "--max_steps", "1", "--dataset", data,
+                    "--no-sample", "--out", os.path.join(out, f"{variant}-seed0")])
 
 
 @pytest.mark.usefixtures("plots")

@@ -133,8 +133,10 @@ def test_flags_exist(script, monkeypatch, capsys):
 
 def test_the_ten_lines_are_the_models():
     code = [block for block in re.findall(r"```python\n(.*?)```", read(DOCUMENTS[0]), re.S)
-            if "def refine" in block]
-    assert len(code) == 1 and code[0] in read(os.path.join(ROOT, "model.py"))
+            if "def " in block]
+    assert [re.findall(r"def (\w+)", block) for block in code] == [
+        ["forward"], ["refine", "inner_step"]]
+    assert all(block in read(os.path.join(ROOT, "model.py")) for block in code)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: os.path.relpath(path, ROOT))

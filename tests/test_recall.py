@@ -10,12 +10,11 @@ import puzzles
 import pytest
 import recall
 import torch
-from figures import STYLES
 
 from nanonexus.cli import run_script
 
-RUN = recall.Run("one-hop", "baseline", seed=0, lr=1e-2, pairs=3, steps=160, width=32, heads=2,
-                 batch=32)
+RUN = recall.RecallRun("one-hop", "baseline", seed=0, lr=1e-2, pairs=3, steps=160, width=32,
+                       heads=2, batch=32)
 
 
 @pytest.mark.parametrize("hops", [1, 2])
@@ -117,7 +116,8 @@ def test_accuracy_counts_whole_chains_only():
         right = torch.where(idx < puzzles.SYMBOLS, targets, 0).clamp(min=0)
         return torch.nn.functional.one_hot(right, 3 * puzzles.SYMBOLS).float()
 
-    model = SimpleNamespace(hidden_states=right_where_an_a_is_asked, head=lambda x: x)
+    model = SimpleNamespace(hidden_states=right_where_an_a_is_asked,
+                            output_weights=lambda: (torch.eye(3 * puzzles.SYMBOLS),))
     assert recall.accuracy(model, idx, targets) == 1
     assert recall.accuracy(model, idx, targets, 3 * puzzles.SYMBOLS) == 0.5
 
@@ -165,8 +165,12 @@ def test_steps_to_an_accuracy():
     assert recall.steps_to(line, 1) is None
 
 
-def test_every_variant_has_a_style():
-    assert recall.VARIANTS.keys() <= STYLES.keys()
+def test_every_variant_is_a_model_of_the_tasks_size():
+    for variant, changes in recall.VARIANTS.items():
+        config = recall.build(RUN._replace(variant=variant)).config
+        assert config.n_embd == 32 and config.n_layer == 1 + variant.startswith("two-layers")
+        assert all(getattr(config, name) == value for name, value in changes.items())
+    assert {*recall.MEASURED.split(",")} <= recall.VARIANTS.keys()
 
 
 @pytest.mark.usefixtures("plots")

@@ -25,7 +25,8 @@ def test_entropy_is_relative_to_uniform():
     assert spectrum.entropy(torch.eye(6).double()).item() == pytest.approx(0)
     earlier = torch.tril(torch.ones(6, 6), -1).double()
     earlier[1:] /= earlier[1:].sum(-1, keepdim=True)
-    assert spectrum.entropy(earlier, strict=True).item() == pytest.approx(1)
+    assert spectrum.is_strict(earlier) and not spectrum.is_strict(uniform)
+    assert spectrum.entropy(earlier).item() == pytest.approx(1)
 
 
 def test_token_shares():
@@ -33,7 +34,7 @@ def test_token_shares():
     own, before = spectrum.token_shares(weights)
     assert own.item() == pytest.approx(0.6) and before.item() == pytest.approx(1.1 / 3)
     strict = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [0.9, 0.1, 0, 0], [0, 0.7, 0.3, 0]])
-    own, before = spectrum.token_shares(strict, strict=True)
+    own, before = spectrum.token_shares(strict)
     assert own.item() == 0 and before.item() == pytest.approx(0.2)  # the second row has no choice
 
 
@@ -42,20 +43,24 @@ def test_at_the_start_a_wide_head_reads_mostly_itself(D):
     own = [spectrum.at_start("self", 64, D, seed)[0] for seed in range(3)]
     others = torch.arange(1, 64) * torch.exp(torch.tensor(0.08 - 0.4 * D**0.5))  # rows 2 to 64
     assert sum(own) / 3 == pytest.approx((1 / (1 + others)).mean().item(), rel=0.15)
-    for inner in spectrum.STRICT:
+    for inner in ("past", "cross"):
         own, before = spectrum.at_start(inner, 64, D, 0)
         even = sum(1 / t for t in range(2, 64)) / 62
         assert own == 0 and before == pytest.approx(even, rel=0.4)
 
 
 def test_maps_are_assigned_to_layers_loops_and_streams():
-    config = GPTConfig(n_layer=2, nexus_order=3)
-    maps = [torch.full((1, 1, 2, 2), float(i)) for i in range(10)]  # q, k, q, k, outer; twice
-    first, second = spectrum.by_layer(maps, config)
+    names = ["q1", "k1", "q2", "k2", "outer"]
+    maps = {(layer, name): torch.full((1, 1, 2, 2), 5.0 * layer + i)
+            for layer in (0, 1) for i, name in enumerate(names)}
+    first, second = spectrum.by_layer(maps, GPTConfig(n_layer=2, nexus_order=3))
     assert [m.mean().item() for m in first[0]["q"]] == [0, 2] and first[1].mean() == 4
     assert [m.mean().item() for m in second[0]["k"]] == [6, 8] and second[1].mean() == 9
-    plain = spectrum.by_layer(maps[:2], GPTConfig(n_layer=2))
-    assert [inner for inner, _ in plain] == [{}, {}] and plain[1][1].mean() == 1
+    keys = spectrum.by_layer(maps, GPTConfig(n_layer=2, nexus_order=2, nexus_streams="k"))
+    assert [list(inner) for inner, _ in keys] == [["k"], ["k"]]
+    outer = {key: weights for key, weights in maps.items() if key[1] == "outer"}
+    plain = spectrum.by_layer(outer, GPTConfig(n_layer=2))
+    assert [inner for inner, _ in plain] == [{}, {}] and plain[1][1].mean() == 9
 
 
 def test_block_has_the_rank_of_the_scores_and_is_blind_to_the_softmax():
