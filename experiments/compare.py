@@ -8,11 +8,10 @@ Does Nexus learn more than its baseline, and than cheaper changes, from the same
         --variants baseline,key-shift,past,cross --results docs/results/text.jsonl
     python experiments/compare.py --preset pythia-70m --dataset tokens/fw -- --micro_batch 32
 
-Each run is train.py in its own folder under --out; all variants of a
-seed read the same tokens in the same order. Controls of equal FLOPs spend what order 2 costs on a
-baseline: `longer` takes more steps, its learning rate decayed over all of them, and `deeper` has
-more layers, hence more parameters; `shift-longer` spends what order 2 on k costs on more steps of a
-key shift. With --lrs, each variant's learning rate is first chosen by runs of a quarter of the
+Each run is train.py in its own folder under --out; all variants of a seed read the same tokens in
+the same order. Controls of equal FLOPs spend what order 2 costs on a baseline: `longer` takes more
+steps, its learning rate decayed over all of them, and `deeper` has more layers, hence more
+parameters; `shift-longer` spends what order 2 on k costs on more steps of a key shift. With --lrs, each variant's learning rate is first chosen by runs of a quarter of the
 length on seed 1000, which is used for nothing else.
 
 Each finished run appends one line to --results, and is never run again while that line is there; an

@@ -37,7 +37,8 @@ def test_save_writes_settings_seeds_and_versions(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("plots")
-def test_an_added_inner_step_is_in_the_studies_or_refused_in_one_line(monkeypatch, capsys):
+def test_an_added_inner_step_is_in_the_studies_or_refused_in_one_line(monkeypatch, capsys,
+                                                                       tmp_path):
     add_inner_step(monkeypatch)  # "again", which is `past`
     for name in ("common", "compare", *(m.__name__ for m in (rank, recall, spectrum, stability))):
         assert name in sys.modules
@@ -53,7 +54,7 @@ def test_an_added_inner_step_is_in_the_studies_or_refused_in_one_line(monkeypatc
                         gpt(idx).sum().item(), new["stability"].largest_logit(gpt, idx)))
     assert results[0] == results[1] and "again" in new["stability"].FORMS
     assert figures.style("again") != figures.style("again-k") != figures.style("past-k")
-    monkeypatch.setattr(sys, "argv", ["rank.py"])
+    monkeypatch.setattr(sys, "argv", ["rank.py", "--quick", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as end:
         run_script(new["rank"].main)
     error = capsys.readouterr().err

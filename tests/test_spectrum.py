@@ -9,7 +9,7 @@ import pytest
 import spectrum
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, attend
 from nanonexus.cli import run_script
 
 
@@ -96,6 +96,15 @@ def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeyp
     idx = torch.randint(32, (3, 16))
     found = spectrum.measure("", idx, 0.01, [8, 16])
     rows = found["rows"]
+    for layer, block in enumerate(model.blocks):
+        seen = []
+        block.attn.register_forward_pre_hook(lambda attn, given, seen=seen: seen.append(given))
+        model(idx)
+        _, k, _ = block.attn.project(seen[0][0])
+        refined = attend(k, k, k, seen[0][1])
+        assert rows["cosine, k"][layer] == pytest.approx(
+            torch.cosine_similarity(k, refined, dim=-1).mean().item())
+    assert rows["cosine, q"] == [None, None]
     assert rows["entropy, k"][1] == pytest.approx(1) and rows["entropy, k"][0] < 0.999999
     assert rows["entropy, q"] == [None, None]
     own = sum(1 / t for t in range(2, 17)) / 15
