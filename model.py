@@ -283,8 +283,8 @@ class GPT(nn.Module):
         h, weights = self.hidden_states(idx, **kwargs), self.output_weights()
         if targets is None:
             return output_layer(h, *weights)
-        # logits at once: 2 GiB in float32 on CUDA, where odd sizes are slow, 256 MiB elsewhere
-        rows = max(256, 2**(29 if h.is_cuda else 26) // self.config.vocab_size // 256 * 256)
+        # logits at once: 2 GiB in float32 on CUDA, where odd sizes are slow, 512 rows or 2 MiB else
+        rows = max(512, 2**(29 if h.is_cuda else 19) // self.config.vocab_size // 256 * 256)
         total = SumCrossEntropy.apply(torch.is_grad_enabled(), rows, targets.flatten(),
                                       h.flatten(0, 1), *weights)
         return total / (targets >= 0).sum()
@@ -326,13 +326,12 @@ class SumCrossEntropy(torch.autograd.Function):
             return F.cross_entropy(logits, target, ignore_index=-1, reduction="sum")
 
         learning = torch.func.grad_and_value(loss, argnums=tuple(range(1, 2 + len(weights))))
-        total, dh, dw = 0, [], [torch.zeros_like(w) for w in weights]
+        total, dh, dw = 0, [], []
         for target, x in zip(targets.split(rows), h.split(rows), strict=True):
             if learn:
                 (dx, *grads), value = learning(target, x, *weights)
                 dh.append(dx)
-                for sum_, grad in zip(dw, grads, strict=True):
-                    sum_ += grad
+                dw = [a + b for a, b in zip(dw, grads, strict=True)] if dw else grads
             total = total + (value if learn else loss(target, x, *weights))
         ctx.save_for_backward(*([torch.cat(dh), *dw] if learn else []))
         return total
