@@ -6,7 +6,6 @@ Nexus inside pretrained transformers models: fine-tuning with its Trainer, score
 """
 
 import importlib
-import json
 import math
 import os
 
@@ -29,45 +28,57 @@ from nanonexus.hf import commit_of, fetch
 from nanonexus.lm_eval_adapter import check_tasks, run_tasks
 from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.stats import mcnemar, stderr
+from nanonexus.text import TABLES, rows
 from train import warmup_cosine
 
 
 def read_examples(path, tokenizer, max_length):
-    """[{input_ids, labels}] of a .jsonl file; labels are -100 except on the answers.
+    """[{input_ids, labels}] of the rows of a file; labels are -100 except on the answers.
 
-    A line is {"messages": [{"role", "content"}, ...]}, for the tokenizer's chat template, or
-    {"prompt", "answer"}, concatenated as they are. Raises UserError, naming the line.
+    A row is {"messages": [{"role", "content"}, ...]}, for the tokenizer's chat template, or
+    {"prompt", "answer"}, concatenated as they are. A row that lacks a text is skipped, and counted.
+    Raises UserError, naming the line.
     """
     from jinja2 import TemplateError
 
-    examples, long = [], 0
-    with open(path, encoding="utf-8") as f:
-        for place, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-                turns = row["messages"] if "messages" in row else None
-                ids, answers = chat(turns, tokenizer) if turns else plain(row, tokenizer)
-            except (ValueError, KeyError, TypeError, TemplateError) as error:
-                raise UserError(
-                    f"{path}, line {place}: needs messages (with role and content), or prompt and "
-                    f"answer ({type(error).__name__}: {error})") from error
-            if len(ids) > max_length:
-                long += 1
-            elif any(answers):
-                labels = [i if answer else -100 for i, answer in zip(ids, answers, strict=True)]
-                examples.append(dict(input_ids=ids, labels=labels))
+    examples, long, empty = [], 0, 0
+    for place, row in rows(path):
+        turns = row.get("messages")
+        needed, other = ("chat_template", "prompts") if turns else ("eos_token", "messages")
+        if not getattr(tokenizer, needed):
+            raise UserError(f"{place}: the model's tokenizer has no {needed}, which it needs: "
+                            f"add one to its tokenizer_config.json, or give {other} instead")
+        try:
+            texts = [row.get("prompt"), row.get("answer")] if not turns else [
+                turn.get("tool_calls") or turn.get("content") for turn in turns]
+            if None in texts:
+                empty += 1
+                continue
+            if not all(isinstance(text, (str, list) if turns else str) for text in texts):
+                raise TypeError("a text is not a string")
+            ids, answers = chat(turns, tokenizer) if turns else plain(*texts, tokenizer)
+        except (ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
+            raise UserError(f"{place}: needs messages (with role and content), or prompt and "
+                            f"answer ({type(error).__name__}: {error})") from error
+        if len(ids) > max_length:
+            long += 1
+        elif any(answers):
+            labels = [i if answer else -100 for i, answer in zip(ids, answers, strict=True)]
+            examples.append(dict(input_ids=ids, labels=labels))
+    if empty:
+        print(f"{empty} rows without messages, or prompt and answer, are skipped")
     if long:
         print(f"{long} examples of more than {max_length} tokens are skipped (--max_length)")
     if not examples:
-        raise UserError(f"{path} has no example with an answer of up to {max_length} tokens")
+        raise UserError(f"{path} has no example with an answer of up to {max_length} tokens: rows "
+                        "need messages (with role and content), or prompt and answer")
     return examples
 
 
-def plain(row, tokenizer):
+def plain(prompt, answer, tokenizer):
     """Ids of prompt, answer and the end of text, and which of them are the answer's."""
-    prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
-    answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
-    answer = answer + [tokenizer.eos_token_id]
+    prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
 
@@ -146,6 +157,7 @@ def sft(args):
                         "starts a new one")
     if args.report_to != "none":
         importlib.import_module(args.report_to)  # fail now if it is missing
+    rows(args.data)  # or if that cannot be read
     torch.manual_seed(args.seed)
     folder = fetch(args.model)
     tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)
@@ -253,7 +265,8 @@ def main():
             choices=["float32", "bfloat16"])
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add = train.add_argument
-    add("--data", required=True, metavar="FILE", help=".jsonl: messages, or prompt and answer")
+    add("--data", required=True, metavar="FILE", help="rows of messages, or of prompt and answer: "
+        f"{', '.join(TABLES)}")
     add("--out", required=True, help="folder for the model and its checkpoints")
     add("--order", type=positive_int, default=2, help="1 is the control (default: 2)")
     add("--epochs", type=non_negative, default=3)

@@ -47,6 +47,13 @@ def apply_rotary_emb(x, cos, sin):
     a, b, rest = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
 
+def rotary_table(config):
+    """cos and sin for every position of the context, (2, block_size, R / 2)."""
+    # angles in float64: position * rate loses precision in float32 at long contexts
+    rates = 10000.0 ** (-torch.arange(0, config.rotary_dim, 2).double() / config.rotary_dim)
+    angles = torch.arange(config.block_size).double()[:, None] * rates  # (block_size, R / 2)
+    return torch.stack([angles.cos(), angles.sin()]).to(torch.get_default_dtype())
+
 def attend(q, k, v, ctx, name="outer", strict=False):
     """Attn(q, k, v) = softmax(mask + rope(q) rope(k)^T / sqrt(D)) v, the one primitive of the
     baseline and of every inner loop. q, k, v (B, H, T, D) -> (B, H, T, D). name: which one of its
@@ -57,7 +64,7 @@ def attend(q, k, v, ctx, name="outer", strict=False):
     key, v = ctx.remember(f"{name} keys", key), ctx.remember(f"{name} values", v)
     T, S = query.size(2), key.size(2)
     if isinstance(ctx.mask, tuple):
-        return flex_attention(query, key, v, block_mask=ctx.mask[strict])
+        return flex_attention(query, key, v, block_mask=ctx.mask[int(strict)])
     if ctx.mask is None:  # plain causal: flash attention
         if not strict:
             return F.scaled_dot_product_attention(query, key, v, is_causal=T > 1)
@@ -213,11 +220,7 @@ class GPT(nn.Module):
             self.blocks = nn.ModuleList(block(config, attention) for _ in range(config.n_layer))
             self.norm = nn.LayerNorm(config.n_embd)
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # angles in float64: position * rate loses precision in float32 at long contexts
-        rates = 10000.0 ** (-torch.arange(0, config.rotary_dim, 2).double() / config.rotary_dim)
-        angles = torch.arange(config.block_size).double()[:, None] * rates  # (block_size, R / 2)
-        rope = torch.stack([angles.cos(), angles.sin()]).to(torch.get_default_dtype())
-        self.register_buffer("rope", rope, persistent=False)  # (2, block_size, R / 2)
+        self.register_buffer("rope", rotary_table(config), persistent=False)
         self.init_weights()
 
     def init_weights(self):
@@ -327,7 +330,9 @@ class SumCrossEntropy(torch.autograd.Function):
         for target, x in zip(targets.split(rows), h.split(rows), strict=True):
             if learn:
                 (dx, *grads), value = learning(target, x, *weights)
-                dh, dw = [*dh, dx], [a + b for a, b in zip(dw, grads, strict=True)]
+                dh.append(dx)
+                for sum_, grad in zip(dw, grads, strict=True):
+                    sum_ += grad
             total = total + (value if learn else loss(target, x, *weights))
         ctx.save_for_backward(*([torch.cat(dh), *dw] if learn else []))
         return total

@@ -6,20 +6,18 @@ Turn text into a token set: python prepare_data.py --dataset NAME --out DIR
     python prepare_data.py --dataset text --input books.txt.xz --tokenizer bpe:2048 --out tokens/bpe
     python prepare_data.py --dataset fineweb-edu --tokenizer gpt2 --max_tokens 1e9 --out tokens/fw
 
-A local text may be .txt, .txt.gz, .txt.xz or .jsonl; in a text file a line that holds only
-<|endoftext|> separates documents. Datasets from the hub are streamed, never held in memory or on
-disk. bpe:N first trains a tokenizer, on the training part alone, at most its first 2^27 characters;
-the token set keeps it as tokenizer.json.
+A plain text is one document, or several with a line that holds only <|endoftext|> between them; in
+.jsonl, .ndjson, .json, .csv and .parquet a row is one. Each goes to training or to validation as a
+whole, unless there are fewer than ten or it is more than a tenth of the text. Datasets from the hub
+are streamed, never held in memory or on disk. bpe:N first trains a tokenizer, on the training part
+alone, at most its first 2^27 characters; the token set keeps it as tokenizer.json.
 """
 
 import collections
+import contextlib
 import difflib
-import glob
-import gzip
-import io
 import itertools
 import json
-import lzma
 import os
 import platform
 import re
@@ -33,7 +31,9 @@ from tqdm import tqdm
 from nanonexus.cli import Parser, UserError, number, run_script
 from nanonexus.data import VERSION, load_hub
 from nanonexus.files import new_folder, sha256
-from nanonexus.tokenizer import EOT, bpe_size, get_tokenizer, padded_vocab, printable, train_bpe
+from nanonexus.split import pieces
+from nanonexus.text import SUPPORTED, check, column, find, no_field, read_files
+from nanonexus.tokenizer import EOT, bpe_size, get_tokenizer, padded_vocab, train_bpe
 
 # name -> (hub repository, its configuration, the text field, fraction for validation)
 HUB = {
@@ -44,7 +44,6 @@ HUB = {
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text", 0.0005),
     "pile-uncopyrighted": ("monology/pile-uncopyrighted", None, "text", 0.0005),
 }
-PIECE = 8192  # characters: a longer document is tokenised, and split, in pieces about this long
 BPE_TEXT = 1 << 27  # characters at most to train a BPE on: a few minutes, a few GB
 
 
@@ -55,60 +54,33 @@ def pydocs():
     yield from (topics[name] for name in sorted(topics))
 
 
-def read_files(paths, field, progress):
-    """The documents in local files; progress[0] tracks the fraction of their bytes read."""
-    total, before = sum(map(os.path.getsize, paths)) or 1, 0
-    for path in paths:
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], open)
-        try:
-            with open(path, "rb") as raw, (io.TextIOWrapper(raw, "utf-8") if opener is open
-                                           else opener(raw, "rt", encoding="utf-8")) as f:
-                for text in read_jsonl(f, path, field) if ".jsonl" in path else read_text(f):
-                    progress[0] = (before + raw.tell()) / total
-                    yield text
-        except (UnicodeDecodeError, lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error
-        before += os.path.getsize(path)
-
-
-def read_text(lines):
-    document = []
-    for line in lines:
-        if line.rstrip("\r\n") == EOT:
-            yield "".join(document)
-            document = []
-        else:
-            document.append(line)
-    yield "".join(document)
-
-
-def read_jsonl(lines, path, field):
-    for i, line in enumerate(lines, 1):
-        try:
-            text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {i}: no JSON object with a field {field!r} "
-                            "(name it with --text_field)") from error
-        if not isinstance(text, str):
-            raise UserError(f"{path}, line {i}: the field {field!r} is not a string")
-        yield text
-
-
-def read_hub(name, config, field, revision):
+def read_hub(name, config, field, revision, state):
     """(documents, commit) of a set on the hub, streamed."""
     from huggingface_hub import HfApi
 
-    try:
+    @contextlib.contextmanager
+    def reading():
+        try:
+            yield
+        except Exception as error:  # the libraries' errors have no base but this
+            said = error if isinstance(error, UserError) else \
+                f"cannot read {name} from the hub ({type(error).__name__}: {error})"
+            hint = "choose one with --config" if "config" in str(said).lower() else \
+                "with no network, use --dataset text --input FILES or --dataset pydocs"
+            raise UserError(f"{said}; {hint}") from error
+
+    def rows():
+        with reading():
+            for i, row in enumerate(stream, 1):
+                yield f"{name}, row {i}", row
+
+    with reading():
         commit = HfApi().dataset_info(name, revision=revision).sha
-        rows = load_hub(name, config, "train", commit, streaming=True)
-        first = next(iter(rows))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {name} from the hub ({type(error).__name__}); with no "
-                        "network, use --dataset text --input FILES or --dataset pydocs") from error
+        stream = load_hub(name, config, "train", commit, streaming=True)
+        first = next(iter(stream), {})
     if field not in first:
-        raise UserError(f"{name} has no field {field!r} but {', '.join(first)}: "
-                        "choose with --text_field")
-    texts = (row[field] for row in rows)
+        raise no_field(name, field, first)
+    texts = column(rows(), name, field, state)
     return (articles(texts) if name == "Salesforce/wikitext" else texts), commit
 
 
@@ -123,9 +95,10 @@ def articles(lines):
     yield "".join(article)
 
 
-def documents(args, progress):
-    """(an iterator of documents, the source's name, its revision, fraction for validation)"""
-    name = args.dataset
+def documents(args, state):
+    """(an iterator of documents, the source's name, its revision, fraction for validation); state
+    as in read_files."""
+    name, field = args.dataset, args.text_field
     if args.input and name != "text":
         raise UserError(f"--input goes with --dataset text, not {name}")
     if name == "pydocs":
@@ -133,51 +106,38 @@ def documents(args, progress):
     if name == "text":
         if not args.input:
             raise UserError("--dataset text needs --input FILES")
-        paths = []
-        for pattern in args.input:
-            found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-            if not found:
-                raise UserError(f"no file matches --input {pattern}")
-            paths += found
-        names = ", ".join(map(os.path.basename, paths))
-        return read_files(paths, args.text_field or "text", progress), names, None, 0.1
-    repo, config, field, share = HUB.get(name, (name.removeprefix("hf:"), None, "text", 0.005))
+        paths = find(args.input)
+        for path in paths:
+            check(path, field or "text")
+        names = [os.path.basename(path) for path in paths]
+        names[8:] = [f"{len(names) - 8} others"] * (len(names) > 8)
+        return read_files(paths, field or "text", state), ", ".join(names), None, 0.1
     if name in HUB or name.startswith("hf:"):
-        texts, commit = read_hub(repo, config, args.text_field or field, args.revision)
+        repo, config, own, share = HUB.get(name, (name.removeprefix("hf:"), None, "text", 0.005))
+        texts, commit = read_hub(repo, args.config or config, field or own, args.revision, state)
         return texts, repo, commit, share
     near = difflib.get_close_matches(name, ["pydocs", "text", *HUB], n=1)
     hint = f"did you mean {near[0]}?" if near else f"choose pydocs, text, {', '.join(HUB)}, hf:NAME"
     raise UserError(f"no dataset {name!r}: {hint}")
 
 
-def pieces(texts):
-    """(text, whether a document ends here): documents, the long ones split at line ends."""
-    for text in texts:
-        while len(text) > 2 * PIECE:
-            cut = text.find("\n", PIECE, 2 * PIECE) + 1 or 2 * PIECE
-            yield text[:cut], False
-            text = text[cut:]
-        if text.strip():
-            yield text, True
-
-
-def training_text(texts, every):
+def training_text(texts, share, limit):
     """The pieces that prepare() puts into the training part, up to BPE_TEXT characters."""
     total = 0
-    for i, (text, _) in enumerate(pieces(texts), 1):
+    for text, split, _ in pieces(texts, share, limit):
         if total >= BPE_TEXT:
             return
-        if i % every:
+        if split == "train":
             total += len(text)
             yield text
 
 
 def tokenise(items, tokenizer, workers, dtype):
-    """The ids of each (text, whether it ends a document), in order, <|endoftext|> after a whole
-    document. tiktoken releases the GIL, so threads use all cores."""
+    """Lists of (part, ids), for each (text, its part, whether it ends a document), in order;
+    <|endoftext|> after a whole document. tiktoken releases the GIL, so threads use all cores."""
     def encode(chunk):
-        return [np.append(tokenizer.encode_to_numpy(printable(text), disallowed_special=())
-                          .astype(dtype), eot[:ends]) for text, ends in chunk]
+        return [(split, np.append(tokenizer.encode_to_numpy(text, disallowed_special=())
+                                  .astype(dtype), eot[:ends])) for text, split, ends in chunk]
 
     eot = np.array([tokenizer.eot_token], dtype)
     chunks = iter(lambda: list(itertools.islice(items, 32)), [])
@@ -186,9 +146,9 @@ def tokenise(items, tokenizer, workers, dtype):
         for chunk in chunks:
             waiting.append(threads.submit(encode, chunk))
             if len(waiting) > 2 * workers:  # never far ahead
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
 
 
 def prepare(args, folder):
@@ -196,38 +156,46 @@ def prepare(args, folder):
     tokenizer, tokenizer_json, size = None, None, bpe_size(args.tokenizer)
     if not size:
         tokenizer = get_tokenizer(args.tokenizer)
-    progress = [0.0]
-    texts, source, revision, share = documents(args, progress)
+    state = collections.Counter()
+    texts, source, revision, share = documents(args, state)
     share = share if args.val_fraction is None else args.val_fraction
-    every = round(1 / share)  # the last of every `every` pieces of text is for validation
+    limit = args.max_tokens or sys.maxsize
     if size:  # the text is read twice: for the tokenizer, and then for the tokens
-        tokenizer_json = train_bpe(tqdm(training_text(texts, every), desc=args.tokenizer,
+        tokenizer_json = train_bpe(tqdm(training_text(texts, share, limit), desc=args.tokenizer,
                                         unit=" pieces", disable=None), size)
         tokenizer = get_tokenizer(args.tokenizer, tokenizer_json)
         args.revision = revision  # on the hub: the same commit again
-        texts, *_ = documents(args, progress)
+        state.clear()
+        texts, *_ = documents(args, state)
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
-    limit = args.max_tokens or sys.maxsize
 
     files = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
-    counts, seen, total, start = {"train": 0, "val": 0}, 0, 0, time.monotonic()
+    counts, total, start = {"train": 0, "val": 0}, 0, time.monotonic()
     bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:.0f}%"
                " |{bar}| {elapsed} elapsed, {remaining} left, {postfix}")
     with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
-        for ids in tokenise(pieces(texts), tokenizer, args.workers, dtype):
-            split, seen = "train" if (seen + 1) % every else "val", seen + 1
-            ids = ids[:limit - total]
-            (train if split == "train" else val).write(ids.tobytes())
-            counts[split] += len(ids)
-            total += len(ids)
+        items = pieces(texts, share, limit)
+        for batch in tokenise(items, tokenizer, args.workers, dtype):
+            for split, ids in batch:
+                ids = ids[:limit - total]
+                total += len(ids)
+                counts[split] += len(ids)
+                if total == limit and len(ids):
+                    ids[-1] = tokenizer.eot_token  # the text that is cut short ends here
+                (train if split == "train" else val).write(ids)
             rate = total / (time.monotonic() - start)
             bar.set_postfix_str(f"{total:,} tokens, {rate:,.0f}/s", refresh=False)
-            bar.update(max(progress[0], total / limit) - bar.n)
+            bar.update(max(state["done"], total / limit) - bar.n)
             if total >= limit:
                 break
+    notes = f"\n{state['skipped']:,} rows without text were skipped" if state["skipped"] else ""
+    if state["marks"]:
+        notes += (f"\n{state['marks']:,} times {EOT} stands within a line, where it is text: on a "
+                  "line of its own it ends a document")
     if not counts["train"] or not counts["val"]:
-        raise UserError(f"{source} has {total} tokens in {seen} pieces of text: too few for a "
-                        f"training and a validation part (one piece in {every})")
+        raise UserError(f"{source} gives {total} tokens, too few for a training and a validation "
+                        "part: use more text, or a larger --max_tokens or --val_fraction"
+                        + notes.replace("\n", "; "))
     if size:
         files["tokenizer"] = os.path.join(folder, "tokenizer.json")
         with open(files["tokenizer"], "w", encoding="utf-8") as f:
@@ -239,7 +207,7 @@ def prepare(args, folder):
     with open(os.path.join(folder, "meta.json"), "w", encoding="utf-8") as f:
         json.dump(meta, f, indent=2)
     return (f"{args.out}: {counts['train']:,} tokens to train on and {counts['val']:,} to validate,"
-            f" from {source} ({args.tokenizer})")
+            f" from {source} ({args.tokenizer})") + notes
 
 
 def main():
@@ -247,18 +215,22 @@ def main():
     add = parser.add_argument
     add("--dataset", default="pydocs", help=f"pydocs (the default, needs no network), text (your "
         f"files), {', '.join(HUB)}, or hf:NAME for any other dataset on the hub")
-    add("--input", nargs="+", metavar="FILE", help="files or globs, for --dataset text")
+    add("--input", nargs="+", metavar="FILE", help="files or globs, for --dataset "
+        f"text: {SUPPORTED}; plain text of another name must be renamed to .txt")
     add("--tokenizer", default="bytes", help="bytes (default), gpt2, or bpe:N: trained "
         "on the training part, N ids including the 256 bytes and <|endoftext|>")
     add("--out", required=True, help="folder for the token set; must be new or empty")
     add("--text_field", help="the field of a row that holds the text (default: text)")
+    add("--config", metavar="NAME", help="the configuration of a dataset on the hub")
     add("--revision", help="commit or branch of a dataset on the hub (default: the latest)")
     add("--max_tokens", type=number(int, 1, 1 << 60), help="stop after this many, e.g. 1e9")
-    add("--val_fraction", type=number(float, 0, 0.5, above=True), help="fraction of the pieces of "
-        "text kept for validation (default: 0.1 for small sets, less for large ones)")
+    add("--val_fraction", type=number(float, 0, 0.5, above=True), help="fraction of the text "
+        "kept for validation (default: 0.1 for small sets, less for large ones)")
     add("--workers", type=number(int, 1, 256), default=os.cpu_count() or 1, help="threads that "
         "tokenise (default: one per core)")
     args = parser.parse_args()
+    if (args.config or args.revision) and args.dataset in ("pydocs", "text"):
+        raise UserError("--config and --revision go with a dataset on the hub")
     with new_folder(args.out) as folder:
         said = prepare(args, folder)
     print(said)

@@ -17,6 +17,7 @@ that line is there; the same command continues. --show prints the tables of thos
 """
 
 import argparse
+import collections
 import copy
 import json
 import os
@@ -99,7 +100,7 @@ def read_text(args, tokenizer):
     source = argparse.Namespace(dataset="text" if args.text else "pydocs", input=args.text,
                                 text_field=None)
     texts, size = [], 0
-    for text in documents(source, [0.0])[0]:
+    for text in documents(source, collections.Counter())[0]:
         texts.append(text)
         size += len(text)
         if size > args.steps * args.batch * args.context:

@@ -82,13 +82,18 @@ def restore_weights(model, saved, path):
     """Give the model the weights of a checkpoint that read_checkpoint has read, and check that it
     still answers as it did when they were saved; ModelError, with what differs, if not."""
     load_weights(model, saved["model"], path)
-    if saved["format"] == 1:
-        return
-    if not saved["probe"].isfinite().all():
+    if saved["format"] > 1:
+        check_probe(model, saved["probe"], path, [f.name for f in fields(GPTConfig)
+                                                  if f.name not in saved["config"]])
+
+
+def check_probe(model, saved, path, lacking=()):
+    """Compare what a model answers with the probe saved beside its weights; ModelError if it is
+    another. lacking: fields of GPTConfig that the file does not have."""
+    if not saved.isfinite().all():
         raise ModelError(f"{path}: the model has diverged, its logits are not finite")
-    gap, scale = (probe(model) - saved["probe"]).abs().max(), saved["probe"].abs().max()
+    gap, scale = (probe(model) - saved.cpu()).abs().max(), saved.abs().max()
     if not gap <= 1e-3 * scale:  # devices differ by 1e-5 of it
-        lacking = [f.name for f in fields(GPTConfig) if f.name not in saved["config"]]
         raise ModelError(f"{path}: model.py has changed since: its logits differ by {gap:.2g} from "
                          f"those saved, of up to {scale:.2g}"
                          + f"; the file knows nothing of {', '.join(lacking)}" * bool(lacking))

@@ -10,6 +10,7 @@ resumes exactly and sees the same batches on one process or on many.
 import functools
 import json
 import os
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,17 +28,25 @@ def load_hub(name, config, split, revision=None, streaming=False):
     """The rows of a dataset on the hub; if a script makes it, which `datasets` no longer runs, the
     copy that the hub keeps as parquet. Raises UserError if it is not available."""
     import datasets
+    from huggingface_hub import HfFileSystem
 
     try:
         try:
             return datasets.load_dataset(name, config, split=split, revision=revision,
                                          streaming=streaming)
         except RuntimeError:
-            folder = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet/{config or '*'}"
-            return datasets.load_dataset("parquet", data_files=f"{folder}/{split}/*.parquet",
-                                         split="train", streaming=streaming)
-    except (OSError, RuntimeError, ValueError) as error:  # offline, unknown, gated
-        raise UserError(f"cannot read {name} from the hub ({type(error).__name__})") from error
+            folder = f"hf://datasets/{name}@refs%2Fconvert%2Fparquet"
+            configs = [config] if config else [
+                os.path.basename(path) for path in HfFileSystem().ls(folder, detail=False)]
+            if len(configs) > 1:
+                raise ValueError(f"Config name is missing: choose from {configs}") from None
+            return datasets.load_dataset(
+                "parquet", data_files=f"{folder}/{configs[0]}/{split}/*.parquet", split="train",
+                streaming=streaming)
+    except Exception as error:  # offline, unknown, gated, ...: the libraries' errors have no base
+        reason = textwrap.shorten(str(error).split("\nExample")[0], 500)
+        raise UserError(f"cannot read {name} from the hub ({type(error).__name__}: {reason})"
+                        ) from error
 
 
 class TokenSet:
@@ -63,6 +72,8 @@ class TokenSet:
                 raise UserError(f"{folder} has token-set version {found}, this code reads "
                                 f"{VERSION}: prepare it again")
             self.tokenizer = self.meta["tokenizer"]
+            if not isinstance(self.tokenizer, str) or not self.fingerprint:
+                raise TypeError("the tokenizer is not a name")
             if tokenizer and self.tokenizer != tokenizer:
                 raise UserError(f"{folder} was tokenised with {self.tokenizer}, not {tokenizer}")
             dtype = {"uint16": np.uint16, "uint32": np.uint32}[self.meta["dtype"]]
@@ -70,9 +81,9 @@ class TokenSet:
             self.tokenizer_json = self._own_tokenizer()
             for split in ("train", "val"):
                 setattr(self, split, self._open(split, dtype, verify))
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the "
                             "set again") from error
 
@@ -119,7 +130,7 @@ class TokenSet:
     @property
     def fingerprint(self):
         """Identifies this set, for a checkpoint to compare on resume."""
-        return self.meta["sha256"]["train"][:16] + self.meta["sha256"]["val"][:16]
+        return "".join([self.meta["sha256"]["train"][:16], self.meta["sha256"]["val"][:16]])
 
     @property
     def eot(self):

@@ -7,7 +7,7 @@ import json
 import os
 
 from model import GPTConfig, ModelError
-from nanonexus.checkpoint import check_size, load_checkpoint, load_weights
+from nanonexus.checkpoint import check_probe, check_size, load_checkpoint, load_weights
 from nanonexus.cli import UserError
 from nanonexus.controls import build
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer, printable
@@ -86,20 +86,48 @@ def load_neox(path_or_name, **overrides):
 
     folder = fetch(path_or_name)
     try:
-        config, state = GPTConfig(**read_config(folder) | overrides), {}
+        config = GPTConfig(**read_config(folder) | overrides)
         check_size(config)
-        for name in sorted(os.listdir(folder)):
-            if name.endswith(".safetensors"):
-                state |= load_file(os.path.join(folder, name))
-        weights = dict(rename(name, w, config) for name, w in state.items() if not name.endswith(
-            (".inv_freq", "attention.bias", "attention.masked_bias")))  # tables in old versions
+        state = {}
+        for path in weight_files(folder):
+            state |= load_file(path)
+        if all(name.startswith("gpt.") for name in state):  # of nanonexus.export, our own names
+            weights = {name.removeprefix("gpt."): w.float() for name, w in state.items()}
+        else:
+            weights = dict(rename(name, w, config) for name, w in state.items() if not
+                           name.endswith((".inv_freq", "attention.bias", "attention.masked_bias")))
+        seen = os.path.join(folder, "probe.safetensors")
+        seen = load_file(seen)["probe"] if os.path.exists(seen) and not overrides else None
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError,
             SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path_or_name} is not a complete GPT-NeoX model with safetensors "
                          f"({error!r})") from error
-    return load_weights(build(config), weights, path_or_name)
+    model = load_weights(build(config), weights, path_or_name)
+    if seen is not None:
+        check_probe(model, seen, path_or_name)
+    return model
+
+
+def weight_files(folder):
+    """The paths of the weights that belong to a folder's model: those that its index names, or
+    model.safetensors. Raises ModelError if there are none."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.exists(index):
+        with open(index, encoding="utf-8") as f:
+            names = sorted(set(json.load(f)["weight_map"].values()))
+        if any(os.path.basename(name) != name for name in names):
+            raise ModelError(f"{index} names files in other folders")
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not os.path.exists(os.path.join(folder, name)):
+            others = [other for other in sorted(os.listdir(folder)) if other.endswith(".bin")]
+            hint = "".join(f", only {other}: convert it, with save_pretrained of a current "
+                           "transformers" for other in others[:1])
+            raise ModelError(f"{folder}: {name} is missing{hint}")
+    return [os.path.join(folder, name) for name in names]
 
 
 def rename(name, w, config):
@@ -116,9 +144,11 @@ def read_config(folder):
     """The fields of our GPTConfig that a GPT-NeoX folder's config.json gives."""
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
         hf = json.load(f)
+    if hf.get("model_type") == "nanonexus" and "gpt" in hf:  # of nanonexus.export
+        return hf["gpt"]
     check(hf, folder)
-    rope = hf.get("rope_parameters") or {}
-    nexus = hf.get("nexus") or dict(order=1, streams="qk")  # of nanonexus.retrofit or .export
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    nexus = hf.get("nexus") or dict(order=1, streams="qk")  # of nanonexus.retrofit
     return dict(nexus_order=nexus["order"], nexus_streams=nexus["streams"],
                 nexus_inner=nexus.get("inner", "self"),  # older retrofits have none
                 vocab_size=hf["vocab_size"], block_size=hf["max_position_embeddings"],
@@ -126,16 +156,19 @@ def read_config(folder):
                 n_embd=hf["hidden_size"], gelu=GELUS[hf["hidden_act"]],
                 rotary_pct=float(rope.get("partial_rotary_factor", hf.get("rotary_pct", 0.25))),
                 parallel_residual=hf.get("use_parallel_residual", True),
-                dropout=float(hf.get("hidden_dropout", 0)))
+                dropout=float(hf.get("hidden_dropout", 0)), control="")
 
 
 def check(hf, path):
     """Refuse what would load but compute something else."""
-    rope = {"rope_theta": hf.get("rotary_emb_base", 10000), "rope_type": "default",
-            **(hf.get("rope_parameters") or hf.get("rope_scaling") or {})}
     own = "gpt_neox"
     if hf.get("model_type") == "nanonexus" and hf.get("nexus"):
-        own = "nanonexus"  # as nanonexus.export names higher orders
+        own = "nanonexus"  # as older exports of higher orders are called
+    only = {"rope_type": "default", "type": "default", "rope_theta": 10000}
+    for place in ("rope_parameters", "rope_scaling"):
+        for name, value in (hf.get(place) or {}).items():
+            if name != "partial_rotary_factor" and value not in (only.get(name), None):
+                raise ModelError(f"{path} has {place} {name} {value!r}, which is not supported")
     for name, ours, theirs in (
             ("model_type", own, hf.get("model_type")),
             ("intermediate_size", 4 * hf["hidden_size"], hf["intermediate_size"]),
@@ -144,7 +177,8 @@ def check(hf, path):
             ("tie_word_embeddings", False, hf.get("tie_word_embeddings", False)),
             *((f"nexus {name}", None, (hf.get("nexus") or {}).get(name))
               for name in ("gate", "layers")),
-            ("rope_type", "default", rope["rope_type"]), ("rope_theta", 10000, rope["rope_theta"])):
+            ("rotary_emb_base", 10000, hf.get("rotary_emb_base", 10000)),
+            ("quantization_config", None, hf.get("quantization_config"))):
         if ours != theirs:
             raise ModelError(f"{path} has {name} {theirs!r}; only {ours!r} is supported")
     if hf["hidden_act"] not in GELUS:

@@ -7,6 +7,7 @@ questions in SciQ's format, written for this project.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from nanonexus.cli import UserError
 from nanonexus.data import load_hub
 from nanonexus.files import sha256
+from nanonexus.text import rows
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -34,7 +36,7 @@ def sciq(row):
 
 def arc(row):
     labels = row["choices"]["label"]  # A to E, or 1 to 5
-    return Doc(f"Question: {row['question']}\nAnswer:", row["choices"]["text"],
+    return Doc("Question: " + row["question"] + "\nAnswer:", row["choices"]["text"],
                labels.index(row["answerKey"]))
 
 
@@ -45,18 +47,19 @@ def hellaswag(row):
 
     context = row["ctx_a"] + " " + row["ctx_b"].capitalize()  # which lower-cases the rest
     return Doc(clean(row["activity_label"] + ": " + context), [clean(e) for e in row["endings"]],
-               int(row["label"]))
+               int(str(row["label"])))
 
 
 def logiqa(row):
     options = "".join(f"{letter}. {option}\n"
                       for letter, option in zip("ABCD", row["options"], strict=True))
-    return Doc(f"Passage: {row['context']}\nQuestion: {row['question']}\nChoices:\n{options}"
-               "Answer:", row["options"], "abcd".index(row["label"].strip()))
+    return Doc("Passage: " + row["context"] + "\nQuestion: " + row["question"] + "\nChoices:\n"
+               + options + "Answer:", row["options"], list("abcd").index(row["label"].strip()))
 
 
 def piqa(row):
-    return Doc(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+    return Doc("Question: " + row["goal"] + "\nAnswer:", [row["sol1"], row["sol2"]],
+               int(str(row["label"])))
 
 
 TASKS = {  # name -> (hub repository, its configuration, split, how to read a row)
@@ -77,19 +80,18 @@ def read_task(name, folder=None, limit=None):
     limit: only the first N documents. Raises UserError, naming the row, if one cannot be read.
     """
     read = TASKS[name][3]
-    rows, source, unit, digest = (read_file if folder or name == "demo" else read_hub)(name, folder)
+    found, source, digest = (read_file if folder or name == "demo" else read_hub)(name, folder)
     docs = []
-    for number, row in enumerate(rows[:limit], 1):
-        where = f"{source}, {unit} {number}"
+    for place, row in itertools.islice(found, limit):
         try:
-            doc = read(json.loads(row) if isinstance(row, str) else row)
-            if not all(isinstance(text, str) and text for text in doc.choices) \
-                    or not 0 <= doc.gold < len(doc.choices):
+            doc = read(row)
+            if not isinstance(doc.choices, list) or not 0 <= doc.gold < len(doc.choices) \
+                    or not all(isinstance(text, str) and text for text in doc.choices):
                 raise ValueError("a choice is empty or not text, or the gold index is out of range")
         except KeyError as error:
-            raise UserError(f"{where}: no column {error}") from error
+            raise UserError(f"{place}: no column {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{where} is not a row of {name}: {error}") from error
+            raise UserError(f"{place} is not a row of {name}: {str(error):.200}") from error
         docs.append(doc)
     if not docs:
         raise UserError(f"{source} has no rows")
@@ -97,26 +99,23 @@ def read_task(name, folder=None, limit=None):
 
 
 def read_file(name, folder):
-    """(rows as JSON, their path, "line", sha256 of the file) from folder; demo's is in this one."""
+    """((place, row) of each row, their path, sha256 of the file) from folder; demo's is in this
+    one."""
     repo, _, split, _ = TASKS[name]
     path = os.path.join(HERE if name == "demo" else folder, f"{name}_{split}.jsonl")
     if not os.path.isfile(path):
         raise UserError(f"no file {path}: task {name} needs it, with the columns of {repo}, or "
                         "leave out --data to read the hub")
-    try:
-        with open(path, encoding="utf-8") as f:
-            rows = [line for line in f.read().split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    return rows, path, "line", sha256(path)
+    return rows(path), path, sha256(path)
 
 
 def read_hub(name, folder=None):
-    """(rows as dicts, their repository, "row", sha256 of the rows) from the hub."""
+    """((place, row) of each row, their repository, sha256 of the rows) from the hub."""
     repo, config, split, _ = TASKS[name]
     try:
-        rows = list(load_hub(repo, config, split))
+        found = list(load_hub(repo, config, split))
     except UserError as error:
         raise UserError(f"{error}; with no network, give --data DIR with a file "
                         f"{name}_{split}.jsonl") from error
-    return rows, repo, "row", hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return ((f"{repo}, row {i}", row) for i, row in enumerate(found, 1)), repo, digest

@@ -93,6 +93,18 @@ def test_masks_made_beforehand_are_those_made_inside(variant):
         assert not torch.equal(gpt(idx, idx), gpt(idx, idx, docs=docs))
 
 
+@pytest.mark.parametrize("inner", ["self", "past"])
+def test_flex_with_documents_is_one_graph(inner):
+    """As far as a CPU can tell: forward, traced, with the masks made outside."""
+    gpt, idx = make(attention="flex", nexus_order=2, nexus_inner=inner), tokens(2, 20)
+    docs = (torch.arange(20) > 6).long().expand(2, -1)
+    torch._dynamo.reset()
+    run = torch.compile(gpt, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        mask = gpt.attention_mask(20, 0, docs, idx.device)
+        assert torch.equal(run(idx, idx, docs=docs, mask=mask), gpt(idx, idx, docs=docs))
+
+
 def test_a_document_for_each_token_is_needed():
     with pytest.raises(AssertionError, match="one for each token seen"):
         make()(tokens(1, 4), docs=torch.zeros(1, 3))

@@ -38,7 +38,7 @@ checkpoint = ["--checkpoint", out + "/ckpt.pt"]
 run(eval_sciq.main, *checkpoint, "--tasks", "demo", "--limit", "2", "--json", out + "/scores.json",
     "--save_docs")
 with open(out + "/sample.txt", "w") as f:
-    f.write(run(sample.main, *checkpoint, "--prompt", "The", "--max_new_tokens", "20"))
+    f.write(run(sample.main, *checkpoint, "--prompt", "The", "--max_new_tokens", "100"))
 try:
     run(export.main, *checkpoint, "--out", out + "/exported")
 except UserError as error:

@@ -11,12 +11,14 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from questions import add_inner_step, save
 from test_tokenizer import WORDS, varied
 
-import train
-from model import GPT, GPTConfig
+from model import GPTConfig
 from nanonexus import export
 from nanonexus.cli import UserError, run_script
+from nanonexus.controls import build
+from nanonexus.flags import parse_args
 from nanonexus.generate import generate
 from nanonexus.hf import open_model
 from nanonexus.tokenizer import EOT, get_tokenizer, train_bpe
@@ -86,24 +88,25 @@ torch.save(results, root + "/results.pt")
 
 def checkpoint(path, config, tokenizer="bytes", source=None, **meta):
     torch.manual_seed(config.nexus_order)
-    model = GPT(config).eval()
+    model = build(config).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)  # logits that differ clearly
-    torch.save(dict(model=model.state_dict(), config=vars(config), step=0, tokenizer=tokenizer,
-                    tokenizer_json=source) | meta, path)
+    save(model, path, tokenizer=tokenizer, tokenizer_json=source, **meta)
     return model
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """(the folder of all exports, our models), by the names of the cases."""
-    root, models = tmp_path_factory.mktemp("export"), {}
+    root, models, patch = tmp_path_factory.mktemp("export"), {}, pytest.MonkeyPatch()
+    patch.setattr(export, "check_folder", lambda *args: None)  # `theirs` opens all in one process
     for name, (order, inner, streams, parallel, rotary, gelu) in zip(NAMES, CASES, strict=True):
         models[name] = checkpoint(root / "ckpt.pt", GPTConfig(
             vocab_size=320, block_size=80, n_layer=2, n_head=2, n_embd=32, rotary_pct=rotary,
             parallel_residual=parallel, gelu=gelu, dropout=0.1, nexus_order=order,
             nexus_inner=inner, nexus_streams=streams))
         export.export(str(root / "ckpt.pt"), str(root / name))
+    patch.undo()
     return root, models
 
 
@@ -137,9 +140,9 @@ def test_transformers_gives_our_logits_and_text_without_this_project(folders, th
     found, model = theirs[name], folders[1][name]
     assert theirs["ours"] == []
     with torch.no_grad():
-        logits, _ = model(IDX)
+        logits = model(IDX)
         torch.testing.assert_close(found["logits"], logits, rtol=0, atol=1e-5)
-        loss = model(IDX[:, :-1], IDX[:, 1:])[1]
+        loss = model(IDX[:, :-1], IDX[:, 1:])
     assert found["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
     greedy = generate(model, IDX, NEW, temperature=0, stop=256, vocab=257)
     assert torch.equal(found["cached"], greedy) and torch.equal(found["uncached"], greedy)
@@ -159,12 +162,38 @@ def test_order_1_is_a_plain_gpt_neox(folders, theirs):
         assert os.path.exists(folders[0] / name / "modeling_nexus.py") != plain
 
 
+def test_a_step_added_to_model_py_exports(tmp_path, monkeypatch):
+    """And a folder that does not give what the model gives is not left behind: here the file that
+    is taken along does not know the step that was added to this process alone."""
+    add_inner_step(monkeypatch, "again")
+    checkpoint(tmp_path / "ckpt.pt", GPTConfig(
+        vocab_size=320, block_size=24, n_layer=1, n_head=1, n_embd=8, rotary_pct=1.0,
+        nexus_order=2, nexus_inner="again"))
+    with pytest.raises(UserError, match="opened by transformers: .*nexus_inner must be self, past"):
+        export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt"]
+    source = open(export.model_file.__file__).read()
+    source = source.replace('"shared"] =', '"shared", "again"] =')
+    (tmp_path / "model.py").write_text(source.replace('case "past":', 'case "past" | "again":'))
+    monkeypatch.setattr(export.model_file, "__file__", str(tmp_path / "model.py"))
+    export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
+    assert json.loads((tmp_path / "hf/config.json").read_text())["gpt"]["nexus_inner"] == "again"
+    open_model(tmp_path / "hf")
+
+
+def test_a_control_is_not_exported(tmp_path):
+    checkpoint(tmp_path / "ckpt.pt", GPTConfig(vocab_size=320, n_layer=1, n_head=1, n_embd=8,
+                                               rotary_pct=1.0, control="mean"))
+    with pytest.raises(UserError, match="trained with the control mean: controls are not exported"):
+        export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
+
+
 def test_what_the_model_cannot_do_is_refused_in_one_line(theirs):
     for name in NAMES:
         errors = theirs[name]["errors"]
         if name[0] != "1":
             assert "DynamicCache" in errors["static"] and "trust_remote_code" in errors["untrusted"]
-            assert "81 tokens are more than the context of 80" in errors["long"]
+            assert "81 tokens exceed the context of 80" in errors["long"]
             assert "(batch, tokens seen), 20" in errors["mask"]
             assert "has no output_attentions" in errors["maps"]
 
@@ -205,7 +234,7 @@ def test_the_harness_reads_the_folder(folders):
     for (context, continuation), (ll, _) in zip(pairs, found, strict=True):
         a, b = list(context.encode()), list(continuation.encode())
         with torch.no_grad():
-            lp = models[NAMES[0]](torch.tensor([a + b[:-1]]))[0].log_softmax(-1)[0, len(a) - 1:]
+            lp = models[NAMES[0]](torch.tensor([a + b[:-1]])).log_softmax(-1)[0, len(a) - 1:]
         assert ll == pytest.approx(lp[range(len(b)), b].sum().item(), abs=1e-4)
 
 
@@ -213,7 +242,7 @@ def test_the_model_card_says_how_it_was_made(tmp_path):
     given = ["--dataset", "my books/set", "--nexus_order", "3", "--nexus_inner", "past",
              "--no-parallel_residual", "--doc_mask", "--lr", "0.002", "--max_steps", "1e3",
              "--wandb", "secret"]
-    args, _ = train.parse_args([*given, "--out", str(tmp_path / "run")])
+    args, _ = parse_args("", [*given, "--out", str(tmp_path / "run")])
     config = GPTConfig(vocab_size=320, block_size=16, n_layer=1, n_head=1, n_embd=8, rotary_pct=1.0,
                        nexus_order=3, nexus_inner="past", parallel_residual=False)
     model = checkpoint(tmp_path / "ckpt.pt", config, step=600, tokens=1228800, args=vars(args))
@@ -223,11 +252,11 @@ def test_the_model_card_says_how_it_was_made(tmp_path):
     export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"), "CC BY 4.0 |\nwith notices")
     card = (tmp_path / "hf/README.md").read_text()
     assert "1.7500 nats per token at step 600" in card and "1,228,800" in card
-    assert f"{model.num_params():,} (" in card and "3, inner attention past, streams qk" in card
+    assert f"{model.num_params():,} (" in card and "order 3, past" in card
     assert "| CC BY 4.0 \\| with notices |" in card and "trust_remote_code=True)" in card
     assert str(tmp_path) not in card and "secret" not in card
     command = shlex.split(re.search("```sh\n(.*?)\n```", card)[1])
-    again, _ = train.parse_args([*command[2:], "--out", str(tmp_path / "again")])
+    again, _ = parse_args("", [*command[2:], "--out", str(tmp_path / "again")])
     assert command[:2] == ["python", "train.py"]
     for name, value in vars(args).items():
         assert name in ("out", "wandb") or getattr(again, name) == value, name

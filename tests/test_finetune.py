@@ -167,16 +167,51 @@ def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{}", "line 2: needs messages"), ("nonsense", "line 2: needs messages"),
-    ('{"prompt": "a"}', "line 2: .*'answer'"), ('{"prompt": 1, "answer": "b"}', "line 2"),
-    ('{"messages": [{"role": "user"}]}', "no example|line 2"), ("", "line 2")])
+    ("nonsense", "line 2: not JSON"), ("[1]", "row 1: not a JSON object"),
+    ('{"prompt": 1, "answer": "b"}', "line 2: needs messages"),
+    ('{"prompt": ["a"], "answer": "b"}', "line 2: needs messages"),
+    ('{"messages": [{"content": "a"}]}', "line 2: needs .*role"), ('{"messages": "a"}', "line 2"),
+    ('{"messages": [{"role": "user", "content": 5}]}', "line 2"),
+    ('{"messages": ["a"]}', "line 2: needs messages")])
 def test_data_with_a_wrong_line(line, message, base, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
     (tmp_path / "data.jsonl").write_text(f'{{"prompt": "a", "answer": "b"}}\n{line}\n')
-    if "messages" in line:
-        (tmp_path / "data.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=message):
         read_examples(tmp_path / "data.jsonl", tokenizer, 100)
+
+
+def test_data_is_looked_at_before_a_model_is_fetched(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "fetch", None)
+    (tmp_path / "a.jsonl").write_text("nonsense")
+    for name, message in (("none.jsonl", "cannot be read: No such file"), ("a.txt", "plain text"),
+                          ("a.jsonl", "line 1: not JSON")):
+        with pytest.raises(UserError, match=f"{name}.*{message}"):
+            sft(monkeypatch, base, tmp_path / "out", data=tmp_path / name)
+
+
+def test_rows_without_a_text_are_skipped_and_counted(base, tmp_path, capsys):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    (tmp_path / "data.jsonl").write_text("""{}
+        {"prompt": "a", "answer": null}
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}
+        {"messages": []}
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}
+        {"prompt": "a", "answer": "b"}""")
+    examples = read_examples(tmp_path / "data.jsonl", tokenizer, 100)
+    assert [tokenizer.decode(example["input_ids"]) for example in examples] == [
+        "<|user|>a<|end|><|assistant|><|end|>", "ab</s>"]
+    assert capsys.readouterr().out.startswith("4 rows without messages")
+
+
+@pytest.mark.parametrize("data, lacks", [("plain.jsonl", "eos_token"),
+                                         ("chat.jsonl", "chat_template")])
+def test_a_tokenizer_that_lacks_what_the_rows_need(data, lacks, base):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    setattr(tokenizer, lacks, None)
+    with pytest.raises(UserError, match=f"line 1: the model's tokenizer has no {lacks}.* instead"):
+        read_examples(base / data, tokenizer, 100)
+    other = "plain.jsonl" if data == "chat.jsonl" else "chat.jsonl"
+    assert len(read_examples(base / other, tokenizer, 100)) == 8
 
 
 @pytest.mark.parametrize("argv", [

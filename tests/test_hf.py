@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from questions import save
 
 from model import GPT, GPTConfig, ModelError
 from nanonexus.checkpoint import load_checkpoint
@@ -30,9 +31,9 @@ def test_from_hf_gives_transformers_logits(tmp_path, rotary, parallel, act):
     theirs.save_pretrained(tmp_path)
     idx = torch.randint(97, (2, 48))
     with torch.no_grad():
-        torch.testing.assert_close(load_neox(tmp_path).eval()(idx)[0], theirs(idx).logits,
+        torch.testing.assert_close(load_neox(tmp_path).eval()(idx), theirs(idx).logits,
                                    rtol=0, atol=1e-4)
-        with_nexus = load_neox(tmp_path, nexus_order=2).eval()(idx)[0]
+        with_nexus = load_neox(tmp_path, nexus_order=2).eval()(idx)
     assert (with_nexus - theirs(idx).logits).abs().max() > 1e-3
 
 
@@ -62,8 +63,20 @@ def test_weights_are_read_from_the_folder_alone(tmp_path):
         num_attention_heads=2, hidden_size=16, intermediate_size=64, hidden_act="gelu")))
     (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(dict(
         weight_map={"embed_out.weight": "../outside.safetensors"})))
-    with pytest.raises(ModelError, match="missing"):
+    with pytest.raises(ModelError, match="names files in other folders"):
         load_neox(str(tmp_path / "model"))
+
+
+def test_only_the_files_that_belong_to_the_model_are_read(neox, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="extra hf: safetensors")
+    for name in ("model.safetensors", "config.json"):
+        os.symlink(neox / name, tmp_path / name)
+    safetensors.save_file({"x": torch.zeros(1)}, tmp_path / "stray.safetensors")
+    idx = torch.randint(400, (1, 20))
+    assert torch.equal(load_neox(tmp_path)(idx), load_neox(neox)(idx))
+    os.rename(tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors is missing, only pytorch_model.bin: convert"):
+        load_neox(tmp_path)
 
 
 def test_old_configs_name_rotary_otherwise(neox, tmp_path):
@@ -74,7 +87,7 @@ def test_old_configs_name_rotary_otherwise(neox, tmp_path):
     config |= dict(rotary_pct=0.25, rotary_emb_base=10000)
     (tmp_path / "config.json").write_text(json.dumps(config))
     idx = torch.randint(400, (1, 20))
-    assert torch.equal(load_neox(tmp_path)(idx)[0], load_neox(neox)(idx)[0])
+    assert torch.equal(load_neox(tmp_path)(idx), load_neox(neox)(idx))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -82,7 +95,12 @@ def test_old_configs_name_rotary_otherwise(neox, tmp_path):
     (dict(hidden_act="relu"), "hidden_act 'relu'"),
     (dict(vocab_size=449), "embed.weight is missing, unknown or of another shape"),
     (dict(tie_word_embeddings=True), "tie_word"), (dict(layer_norm_eps=1e-6), "layer_norm_eps"),
-    (dict(rope_parameters=dict(rope_type="yarn")), "rope_type 'yarn'")])
+    (dict(rope_parameters=dict(rope_type="yarn")), "rope_type 'yarn'"),
+    (dict(rope_parameters=dict(type="linear")), "rope_parameters type 'linear'"),
+    (dict(rope_scaling=dict(type="linear", factor=4.0)), "rope_scaling type 'linear'"),
+    (dict(rope_scaling=dict(rope_type="default", factor=4.0)), "rope_scaling factor 4.0"),
+    (dict(rotary_emb_base=500000), "rotary_emb_base 500000"),
+    (dict(quantization_config=dict(bits=4)), "quantization_config")])
 def test_models_that_ours_cannot_represent_are_refused(neox, tmp_path, change, message):
     os.symlink(neox / "model.safetensors", tmp_path / "model.safetensors")
     config = json.loads((neox / "config.json").read_text()) | change
@@ -119,8 +137,8 @@ def test_a_folder_opens_with_its_tokenizer_and_config(neox):
     assert ids == theirs(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.eot_token == theirs.eos_token_id and tokenizer.eot_token in ids
     assert tokenizer.n_vocab == len(theirs)
-    assert torch.equal(model(torch.tensor([ids]))[0],
-                       load_neox(neox, nexus_order=2).eval()(torch.tensor([ids]))[0])
+    assert torch.equal(model(torch.tensor([ids])),
+                       load_neox(neox, nexus_order=2).eval()(torch.tensor([ids])))
 
 
 def test_the_bytes_of_tokens_make_up_the_text(neox, tmp_path):
@@ -159,13 +177,12 @@ def test_a_checkpoint_opens_with_its_tokenizer(checkpoints, tmp_path):
     want, want_meta = load_checkpoint(checkpoints[1], nexus_order=3)
     idx = torch.randint(320, (1, 9))
     assert meta == want_meta and meta["config"]["nexus_order"] == 2
-    assert torch.equal(model(idx)[0], want(idx)[0])
+    assert torch.equal(model(idx), want(idx))
     assert tokenizer.encode_ordinary("é") == [195, 169]
 
     source = train_bpe(["the river and the sea and the river"] * 9, 300)
     config = GPTConfig(vocab_size=320, block_size=8, n_layer=1, n_head=1, n_embd=8, rotary_pct=1.0)
-    torch.save(dict(model=GPT(config).state_dict(), config=vars(config), step=0,
-                    tokenizer="bpe:300", tokenizer_json=source), tmp_path / "c.pt")
+    save(GPT(config), tmp_path / "c.pt", tokenizer="bpe:300", tokenizer_json=source)
     own = open_model(str(tmp_path / "c.pt"))[1].encode_ordinary("the river")
     assert own == get_tokenizer("bpe:300", source).encode_ordinary("the river") and len(own) < 5
 

@@ -7,8 +7,8 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LAZY = {"accelerate", "datasets", "huggingface_hub", "jinja2", "lm_eval", "matplotlib", "peft",
-        "safetensors", "scipy", "tensorboard", "tiktoken", "tokenizers", "tqdm", "transformers",
-        "wandb"}
+        "pyarrow", "safetensors", "scipy", "tensorboard", "tiktoken", "tokenizers", "tqdm",
+        "transformers", "wandb"}
 
 
 def sources():

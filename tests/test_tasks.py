@@ -1,7 +1,7 @@
 """Prompts are the harness's to the letter, from files as from the hub."""
 
 import pytest
-from questions import ROWS
+from questions import ROWS, write_rows
 
 from nanonexus import tasks
 from nanonexus.cli import UserError
@@ -44,3 +44,17 @@ def test_rows_from_the_hub(monkeypatch, neox):
     monkeypatch.setattr(tasks, "load_hub", offline)
     with pytest.raises(UserError, match="--data DIR with a file arc_easy_test.jsonl"):
         read_task("arc_easy", None)
+
+
+@pytest.mark.parametrize("task, column, value", [
+    ("arc_easy", "question", None), ("logiqa", "context", None), ("logiqa", "question", None),
+    ("piqa", "goal", None), ("sciq", "support", None), ("hellaswag", "ctx_b", None),
+    ("piqa", "label", 0.5), ("piqa", "label", True), ("piqa", "label", float("inf")),
+    ("hellaswag", "label", ""), ("logiqa", "label", ""), ("logiqa", "label", "ab"),
+    ("logiqa", "options", "abcd"), ("arc_easy", "choices", dict(text="abc", label=list("123")))])
+def test_a_question_without_its_text_or_answer_is_refused(task, column, value, tmp_path):
+    rows = [ROWS[task][0], ROWS[task][0] | {column: value}]
+    write_rows(tmp_path, {task: rows})
+    with pytest.raises(UserError, match="line 2 is not a row of"):
+        read_task(task, tmp_path)
+    assert len(read_task(task, tmp_path, limit=1)[0]) == 1
