@@ -11,8 +11,9 @@ Does Nexus learn more than its baseline, and than cheaper changes, from the same
 Each run is train.py in its own folder under --out; all variants of a seed read the same tokens in
 the same order. Controls of equal FLOPs spend what order 2 costs on a baseline: `longer` takes more
 steps, its learning rate decayed over all of them, and `deeper` has more layers, hence more
-parameters; `shift-longer` spends what order 2 on k costs on more steps of a key shift. With --lrs, each variant's learning rate is first chosen by runs of a quarter of the
-length on seed 1000, which is used for nothing else.
+parameters; `shift-longer` spends what order 2 on k costs on more steps of a key shift. With --lrs,
+each variant's learning rate is first chosen by runs of a quarter of the length on seed 1000, which
+is used for nothing else.
 
 Each finished run appends one line to --results, and is never run again while that line is there; an
 interrupted one continues. Prints a table, writes compare.json and compare.svg; --show does that
@@ -70,8 +71,6 @@ SCALES = {  # defaults of flags not given
 QUICK = ("--n_layer 2 --n_head 2 --n_embd 64 --block_size 64 --batch_tokens 1024 --micro_batch 16 "
          "--warmup_steps 10").split()
 LR_SEED = 1000  # for the runs that choose the learning rate
-
-
 PARSER = build_parser(__doc__)  # of train.py's flags
 
 
@@ -212,7 +211,8 @@ class Plan:
         self.args = args
         self.flags = ["--preset", args.preset, "--eval_interval", str(args.eval_interval),
                       "--log_interval", str(args.eval_interval), *args.flags.split(), *extra]
-        config = preset_config(args.preset, **dict(vocab_size=vocab_size) | model_fields(extra))
+        config = preset_config(args.preset, **dict(vocab_size=vocab_size)
+                               | model_fields(self.flags))
         self.equal = equal_compute(config, args.max_steps)
 
     def run(self, variant, seed, lr=None, share=1):

@@ -215,12 +215,12 @@ def test_controls_of_equal_compute_spend_it():
     assert flops["self"] > flops["shift-cross-k"] > flops["baseline"]
     for longer, order_2 in (("longer", "self"), ("shift-longer", "shift-cross-k")):
         assert abs(flops[longer] - flops[order_2]) <= flops["baseline"] / 20 / 2  # half a step
-    base = preset_config("tiny", n_layer=20, block_size=1024)
+    base = preset_config("tiny", n_layer=3, block_size=2048)
     layers = compare.equal_compute(base, 1)["deeper"]
-    target = build(replace(base, nexus_order=2)).flops_per_token(1024)
-    gaps = {n: abs(build(replace(base, n_layer=n)).flops_per_token(1024) - target)
+    target = build(replace(base, nexus_order=2)).flops_per_token(2048)
+    gaps = {n: abs(build(replace(base, n_layer=n)).flops_per_token(2048) - target)
             for n in (layers - 1, layers, layers + 1)}
-    assert min(gaps, key=gaps.get) == layers > 21  # several layers at a long context
+    assert min(gaps, key=gaps.get) == layers > 5  # several layers at a long context
 
 
 def test_measured_lines_are_those_of_todays_flags():
