@@ -5,9 +5,10 @@ Hugging Face, whose weights, config and tokenizer are converted to ours here.
 
 import json
 import os
+from dataclasses import fields
 
 from model import GPTConfig, ModelError
-from nanonexus.checkpoint import check_probe, check_size, load_checkpoint, load_weights
+from nanonexus.checkpoint import check_probe, load_checkpoint, load_weights, make_config
 from nanonexus.cli import UserError
 from nanonexus.controls import build
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer, printable
@@ -86,9 +87,8 @@ def load_neox(path_or_name, **overrides):
 
     folder = fetch(path_or_name)
     try:
-        config = GPTConfig(**read_config(folder) | overrides)
-        check_size(config)
-        state = {}
+        values, state = read_config(folder), {}
+        config = make_config(values, path_or_name)
         for path in weight_files(folder):
             state |= load_file(path)
         if all(name.startswith("gpt.") for name in state):  # of nanonexus.export, our own names
@@ -97,30 +97,29 @@ def load_neox(path_or_name, **overrides):
             weights = dict(rename(name, w, config) for name, w in state.items() if not
                            name.endswith((".inv_freq", "attention.bias", "attention.masked_bias")))
         seen = os.path.join(folder, "probe.safetensors")
-        seen = load_file(seen)["probe"] if os.path.exists(seen) and not overrides else None
+        seen = load_file(seen)["probe"] if os.path.exists(seen) else None
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError,
             SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path_or_name} is not a complete GPT-NeoX model with safetensors "
                          f"({error!r})") from error
-    model = load_weights(build(config), weights, path_or_name)
-    if seen is not None:
-        check_probe(model, seen, path_or_name)
-    return model
+    if seen is not None:  # what it answered as it was exported
+        check_probe(load_weights(build(config), weights, path_or_name), seen, path_or_name,
+                    [f.name for f in fields(GPTConfig) if f.name not in values])
+    config = make_config(values | overrides, path_or_name)
+    return load_weights(build(config), weights, path_or_name)
 
 
 def weight_files(folder):
-    """The paths of the weights that belong to a folder's model: those that its index names, or
-    model.safetensors. Raises ModelError if there are none."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.exists(index):
+    """The paths of the weights that belong to a folder's model: model.safetensors, or what its
+    index names. Raises ModelError if there are none."""
+    names, index = ["model.safetensors"], os.path.join(folder, "model.safetensors.index.json")
+    if not os.path.exists(os.path.join(folder, *names)) and os.path.exists(index):
         with open(index, encoding="utf-8") as f:
             names = sorted(set(json.load(f)["weight_map"].values()))
         if any(os.path.basename(name) != name for name in names):
             raise ModelError(f"{index} names files in other folders")
-    else:
-        names = ["model.safetensors"]
     for name in names:
         if not os.path.exists(os.path.join(folder, name)):
             others = [other for other in sorted(os.listdir(folder)) if other.endswith(".bin")]
@@ -147,7 +146,7 @@ def read_config(folder):
     if hf.get("model_type") == "nanonexus" and "gpt" in hf:  # of nanonexus.export
         return hf["gpt"]
     check(hf, folder)
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as transformers chooses
     nexus = hf.get("nexus") or dict(order=1, streams="qk")  # of nanonexus.retrofit
     return dict(nexus_order=nexus["order"], nexus_streams=nexus["streams"],
                 nexus_inner=nexus.get("inner", "self"),  # older retrofits have none
@@ -169,17 +168,17 @@ def check(hf, path):
         for name, value in (hf.get(place) or {}).items():
             if name != "partial_rotary_factor" and value not in (only.get(name), None):
                 raise ModelError(f"{path} has {place} {name} {value!r}, which is not supported")
+    C, nexus = hf["hidden_size"], hf.get("nexus") or {}
     for name, ours, theirs in (
             ("model_type", own, hf.get("model_type")),
-            ("intermediate_size", 4 * hf["hidden_size"], hf["intermediate_size"]),
-            ("layer_norm_eps", 1e-5, hf.get("layer_norm_eps", 1e-5)),
-            ("attention_bias", True, hf.get("attention_bias", True)),
-            ("tie_word_embeddings", False, hf.get("tie_word_embeddings", False)),
-            *((f"nexus {name}", None, (hf.get("nexus") or {}).get(name))
-              for name in ("gate", "layers")),
-            ("rotary_emb_base", 10000, hf.get("rotary_emb_base", 10000)),
-            ("quantization_config", None, hf.get("quantization_config"))):
-        if ours != theirs:
+            ("intermediate_size", 4 * C, hf["intermediate_size"]),
+            ("head_dim", C // max(1, hf["num_attention_heads"]), hf.get("head_dim")),
+            *((f"nexus {name}", None, nexus.get(name)) for name in ("gate", "layers")),
+            *((name, ours, hf.get(name, ours)) for name, ours in dict(
+                attention_bias=True, attention_dropout=0, is_causal=True, layer_norm_eps=1e-5,
+                per_layer_config=None, quantization_config=None, rotary_emb_base=10000,
+                tie_word_embeddings=False).items())):
+        if theirs != ours and (name, theirs) != ("head_dim", None):
             raise ModelError(f"{path} has {name} {theirs!r}; only {ours!r} is supported")
     if hf["hidden_act"] not in GELUS:
         raise ModelError(f"{path} has hidden_act {hf['hidden_act']!r}; known: {', '.join(GELUS)}")

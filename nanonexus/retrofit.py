@@ -26,7 +26,6 @@ one query gives the definition.
 import copy
 import functools
 import inspect
-import os
 from types import FunctionType
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from model import ModelError
-from nanonexus.hf import fetch
+from nanonexus.hf import fetch, weight_files
 
 # Shapes in comments: B batch, T new tokens, S all tokens seen, H query heads, K key heads (fewer,
 # with grouped queries), D head width.
@@ -348,10 +347,9 @@ def load_gates(model, folder):
     gates = {name: p for name, p in model.named_parameters() if "nexus_gate" in name}
     if not gates:
         return
-    for name in sorted(os.listdir(folder)):
-        if name.endswith(".safetensors"):
-            with safe_open(os.path.join(folder, name), framework="pt") as file:
-                for key in gates.keys() & file.keys():
-                    gates.pop(key).data.copy_(file.get_tensor(key))
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for key in gates.keys() & file.keys():
+                gates.pop(key).data.copy_(file.get_tensor(key))
     if gates:
         raise ModelError(f"{folder} lacks the gate {min(gates)}")

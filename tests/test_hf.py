@@ -72,9 +72,19 @@ def test_only_the_files_that_belong_to_the_model_are_read(neox, tmp_path):
     for name in ("model.safetensors", "config.json"):
         os.symlink(neox / name, tmp_path / name)
     safetensors.save_file({"x": torch.zeros(1)}, tmp_path / "stray.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(dict(weight_map={"x": "stray.safetensors"})))  # not read, either
     idx = torch.randint(400, (1, 20))
     assert torch.equal(load_neox(tmp_path)(idx), load_neox(neox)(idx))
-    os.rename(tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin")
+    weights = safetensors.load_file(neox / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for i in (0, 1):
+        safetensors.save_file(dict(list(weights.items())[i::2]), tmp_path / f"{i}.safetensors")
+    index.write_text(json.dumps(dict(weight_map={name: f"{i % 2}.safetensors" for i, name in
+                                                 enumerate(weights)})))
+    assert torch.equal(load_neox(tmp_path)(idx), load_neox(neox)(idx))
+    index.unlink()
+    (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ModelError, match="safetensors is missing, only pytorch_model.bin: convert"):
         load_neox(tmp_path)
 
@@ -90,6 +100,22 @@ def test_old_configs_name_rotary_otherwise(neox, tmp_path):
     assert torch.equal(load_neox(tmp_path)(idx), load_neox(neox)(idx))
 
 
+@pytest.mark.parametrize("change", [
+    dict(rotary_pct=0.5, rope_parameters=None), dict(rotary_pct=0.5), dict(head_dim=None),
+    dict(rope_scaling=dict(partial_rotary_factor=0.5)),
+    dict(rope_parameters=dict(rope_type="default"), rotary_pct=0.5)])
+def test_rotary_is_read_as_transformers_reads_it(neox, tmp_path, change):
+    transformers = pytest.importorskip("transformers", reason="extra hf: transformers")
+    os.symlink(neox / "model.safetensors", tmp_path / "model.safetensors")
+    config = json.loads((neox / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    idx = torch.randint(400, (1, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(load_neox(tmp_path).eval()(idx), theirs(idx).logits, rtol=0,
+                                   atol=1e-4)
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(model_type="llama"), "model_type 'llama'"), (dict(intermediate_size=128), "intermediate"),
     (dict(hidden_act="relu"), "hidden_act 'relu'"),
@@ -100,6 +126,10 @@ def test_old_configs_name_rotary_otherwise(neox, tmp_path):
     (dict(rope_scaling=dict(type="linear", factor=4.0)), "rope_scaling type 'linear'"),
     (dict(rope_scaling=dict(rope_type="default", factor=4.0)), "rope_scaling factor 4.0"),
     (dict(rotary_emb_base=500000), "rotary_emb_base 500000"),
+    (dict(rope_scaling=dict(rope_theta=500000)), "rope_scaling rope_theta 500000"),
+    (dict(head_dim=8), "head_dim 8"), (dict(is_causal=False), "is_causal False"),
+    (dict(attention_dropout=0.1), "attention_dropout 0.1"),
+    (dict(per_layer_config={"0": dict(layer_norm_eps=1)}), "per_layer_config"),
     (dict(quantization_config=dict(bits=4)), "quantization_config")])
 def test_models_that_ours_cannot_represent_are_refused(neox, tmp_path, change, message):
     os.symlink(neox / "model.safetensors", tmp_path / "model.safetensors")
