@@ -9,6 +9,7 @@ trust_remote_code=True. The folder is opened by another process and compared wit
 it gets its name.
 """
 
+import copy
 import json
 import os
 import shlex
@@ -25,8 +26,8 @@ from model import GPTConfig
 from nanonexus.checkpoint import load_checkpoint, probe
 from nanonexus.cli import Parser, UserError, run_script
 from nanonexus.controls import describe
-from nanonexus.files import new_folder
-from nanonexus.hf import NAMES, rename
+from nanonexus.files import new_folder, read_lines
+from nanonexus.hf import NAMES
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer
 
 MODELING = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling_nexus.py")
@@ -65,20 +66,24 @@ def neox_config(config, eot):
 
 
 def is_plain(model, eot):
-    """Whether the model is a GPT-NeoX: its parameters, by names and shapes, and its logits."""
+    """Whether the model is a GPT-NeoX: its parameters, by names and shapes, and its logits, with
+    weights so large that a cap or a norm shows, however little the model has learnt."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**neox_config(model.config, eot))).eval()
-    # in memory transformers 5.24 calls embed_out lm_head
-    names = {name: name.replace("lm_head.", "embed_out.") for name in theirs.state_dict()}
-    shapes = dict(rename(names[name], w, model.config) for name, w in theirs.state_dict().items())
-    if {name: w.shape for name, w in shapes.items()} != {
-            name: w.shape for name, w in model.state_dict().items()}:
-        return False
-    weights = neox_weights(model)
-    theirs.load_state_dict({name: weights[saved] for name, saved in names.items()})
+    head = "lm_head" if hasattr(theirs, "lm_head") else "embed_out"  # transformers 5.24 or before
+    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
-        return agree(theirs(sample_ids(model.config)).logits, model(sample_ids(model.config)))
+        for p in twin.parameters():
+            mean, std = (0, 2 * p.size(-1) ** -0.5) if p.dim() > 1 else (0.5, 0.5)
+            p.normal_(mean, std, generator=generator)
+        try:
+            theirs.load_state_dict({name.replace("embed_out", head): w
+                                    for name, w in neox_weights(twin).items()})
+        except RuntimeError:  # other names or shapes
+            return False
+        idx = sample_ids(model.config)
+        return agree(theirs(idx).logits, twin(idx))
 
 
 def sample_ids(config):
@@ -94,50 +99,62 @@ def agree(found, wanted):
 # What a process that knows nothing of this project finds in the folder.
 OPEN = """
 import sys
+sys.modules["model"] = sys.modules["nanonexus"] = None  # to import them raises an error
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 logging.set_verbosity_error()
-folder, ids, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-idx = torch.load(ids)
-T, pad = idx.size(1), idx.size(1) // 3
-mask = torch.ones_like(idx)
-mask[1, :pad] = 0
-def draw(idx, **kwargs):
-    return model.generate(idx, max_new_tokens=max(1, T // 4), do_sample=False, **kwargs)
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True).eval()
+given, out = sys.argv[1:]
+idx, mask, new = torch.load(given)
 with torch.no_grad():
-    found = dict(logits=model(idx).logits, padded=model(idx, attention_mask=mask).logits[1, pad:])
-    short = idx[:, :max(1, T - T // 4)]
-    for name, kwargs in dict(greedy={}, beams=dict(num_beams=2)).items():
-        found[name] = [draw(short, attention_mask=mask[:, :short.size(1)], use_cache=cache,
-                            **kwargs) for cache in (True, False)]
+    found = dict(logits=model(idx).logits)
+    for name, beams in dict(greedy=1, beams=3).items():
+        drawn = model.generate(idx[:, :mask.size(1)], attention_mask=mask, num_beams=beams,
+                               max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                               length_penalty=0.0, use_cache=True, output_scores=True,
+                               output_logits=True, return_dict_in_generate=True)
+        found[name] = dict(sequences=drawn.sequences, scores=drawn.get("sequences_scores"),
+                           logits=torch.stack(drawn.logits))
 torch.save(found, out)
 """
 
 
 def check_folder(folder, model):
-    """Open the folder in another process and compare its logits, its cache, padding and beams with
-    the model's. Raises UserError if they differ, or it cannot be opened."""
-    idx = sample_ids(model.config)
+    """Open the folder in another process and compare with the model: its logits, those of greedy
+    generation, token by token from the cache, with a row padded on the left, and the scores of
+    beams. Raises UserError if they differ, or it cannot be opened."""
+    idx = sample_ids(model.config)  # (2, T)
+    T = idx.size(1)
+    pad, new = T // 3, T // 4 + 1  # the last new token is not read
+    mask = torch.ones(2, T + 1 - new, dtype=torch.long)
+    mask[1, :pad] = 0
     with tempfile.TemporaryDirectory() as place:
-        ids, out = os.path.join(place, "ids.pt"), os.path.join(place, "found.pt")
-        torch.save(idx, ids)
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | dict(
-            HF_HOME=place, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-        job = subprocess.run([sys.executable, "-I", "-c", OPEN, os.path.abspath(folder), ids, out],
-                             cwd=place, env=env, stdin=subprocess.DEVNULL, capture_output=True,
-                             text=True)
+        given, out = os.path.join(place, "given.pt"), os.path.join(place, "found.pt")
+        torch.save((idx, mask, new), given)
+        own = os.path.dirname(os.path.abspath(model_file.__file__))
+        paths = [path for path in map(os.path.abspath, filter(None, sys.path)) if path != own]
+        job = subprocess.run(
+            [sys.executable, "-c", OPEN, given, out], cwd=folder, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, env=os.environ | dict(
+                PYTHONPATH=os.pathsep.join(paths), HF_MODULES_CACHE=place, HF_HUB_OFFLINE="1"))
         if job.returncode:
             raise UserError("the exported folder cannot be opened by transformers: "
                             + job.stderr.strip().splitlines()[-1])
         found = torch.load(out, weights_only=True)
+    greedy, beams = found["greedy"], found["beams"]
     with torch.no_grad():
-        same = dict(logits=agree(found["logits"], model(idx)),
-                    padding=agree(found["padded"], model(idx[1:, idx.size(1) // 3:])[0]))
-    same |= {name: torch.equal(*found[name]) for name in ("greedy", "beams")}
-    if wrong := [name for name, right in same.items() if not right]:
-        raise UserError(f"the exported folder does not give what the model gives: {wrong}")
+        same = {"logits": [agree(found["logits"], model(idx))], "greedy": [], "beams": []}
+        for row, first in enumerate((0, pad)):
+            wanted = model(greedy["sequences"][row:row + 1, first:-1])[0, -new:]  # (new, V)
+            same["greedy"].append(agree(greedy["logits"][:, row], wanted))
+            text = beams["sequences"][row:row + 1, first:]
+            wanted = model(text[:, :-1])[0, -new:].log_softmax(-1)
+            same["beams"].append(agree(beams["scores"][row],
+                                       wanted.gather(1, text[0, -new:, None]).sum()))
+    if wrong := [name for name, right in same.items() if not all(right)]:
+        raise UserError(f"the exported folder gives other {' and '.join(wrong)} than the model: "
+                        "does it compute anything outside hidden_states and output_layer?")
 
 
 def tokenizer_json(encoding):
@@ -178,21 +195,9 @@ def split(token, ranks, below):
 def last_validation(checkpoint, step):
     """(loss in nats per token, step) of the last validation up to `step`, from the log.jsonl next
     to the checkpoint; None if there is none. Raises UserError if the log is damaged."""
-    path, last = os.path.join(os.path.dirname(checkpoint), "log.jsonl"), None
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for number, line in enumerate(f, 1):
-            if not line.endswith("\n"):
-                break  # cut short by a kill
-            try:
-                event = json.loads(line)
-                if event["step"] <= step and event.get("val_loss") is not None:
-                    last = float(event["val_loss"]), event["step"]
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(f"{path} is damaged in line {number}: remove that line, or the "
-                                "file") from error
-    return last
+    events = [event for event in read_lines(os.path.join(os.path.dirname(checkpoint), "log.jsonl"))
+              if event["step"] <= step and event.get("val_loss") is not None]
+    return (events[-1]["val_loss"], events[-1]["step"]) if events else None
 
 
 def training_command(args):
@@ -211,10 +216,10 @@ def training_command(args):
 
 def model_card(model, meta, validation, license, plain):
     """README.md: what the model is, how it was trained and how to load it."""
-    c = model.config
+    c, kind = model.config, "GPT-NeoX" if plain else "model.py"
     loss = validation and f"{validation[0]:.4f} nats per token at step {validation[1]}"
     rows = {
-        "Architecture": f"GPT-NeoX, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}",
+        "Architecture": f"{kind}, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}",
         "Attention": "standard (order 1)" if plain else describe(c),
         "Parameters": f"{model.num_params():,} ({model.num_params(embeddings=False):,} without "
                       "embeddings)",
@@ -304,6 +309,7 @@ def export(checkpoint, out, license=None):
         "generation_config.json": ids | (dict(suppress_tokens=unused) if unused else {}),
         "tokenizer_config.json": dict(
             tokenizer_class="PreTrainedTokenizerFast", bos_token=EOT, eos_token=EOT, pad_token=EOT,
+            model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds another
             padding_side="left", model_max_length=c.block_size,
             clean_up_tokenization_spaces=False),
         "tokenizer.json": meta.get("tokenizer_json") or tokenizer_json(encoding),
@@ -319,7 +325,8 @@ def export(checkpoint, out, license=None):
         for name, tensors in weights.items():
             path = os.path.join(partial, f"{name}.safetensors")
             try:
-                save_file(tensors, path, metadata={"format": "pt"})
+                save_file({name: w.clone() for name, w in tensors.items()}, path,  # if tied
+                          metadata={"format": "pt"})
             except SafetensorError as error:  # its name for what the disk says
                 raise UserError(f"could not write {path}: {error}") from error
             shutil.copymode(os.path.join(partial, "config.json"), path)  # else its owner's only

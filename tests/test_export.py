@@ -14,7 +14,8 @@ import torch
 from questions import add_inner_step, save
 from test_tokenizer import WORDS, varied
 
-from model import GPTConfig
+import model as model_file
+from model import GPTConfig, ModelError
 from nanonexus import export
 from nanonexus.cli import UserError, run_script
 from nanonexus.controls import build
@@ -31,7 +32,7 @@ CASES = [(1, "self", "qk", True, 0.25, "tanh"), (1, "self", "qk", False, 1.0, "e
          (2, "past", "qk", True, 0.5, "tanh"), (3, "past", "q", False, 0.25, "erf"),
          (2, "cross", "k", True, 1.0, "tanh"), (3, "cross", "qk", False, 0.5, "erf"),
          (2, "shared", "q", True, 0.25, "tanh"), (3, "shared", "qk", False, 1.0, "erf")]
-NAMES = ["-".join(map(str, case)) for case in CASES]
+NAMES = ["-".join(map(str, case)).replace(".", "") for case in CASES]
 IDX = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(1))
 NEW = 8
 
@@ -68,7 +69,10 @@ for name in folders:
             static=lambda: draw(idx, cache_implementation="static"),
             long=lambda: draw(idx, n=62),
             mask=lambda: model(idx, attention_mask=torch.ones(2, 1, 20, 20)),
+            between=lambda: draw(idx, right),
+            packed=lambda: model(idx, position_ids=torch.arange(20)[None] % 10),
             maps=lambda: model(idx, output_attentions=True),
+            embeds=lambda: model(inputs_embeds=torch.zeros(1, 3, 32)),
             untrusted=lambda: transformers.AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=False)).items() if trust else ():
         try:
@@ -133,6 +137,7 @@ def test_the_folder_is_read_back_bit_for_bit(folders, name):
     assert ours.keys() == back.state_dict().keys()
     assert all(torch.equal(w, ours[key]) for key, w in back.state_dict().items())
     assert (tokenizer.eot_token, tokenizer.n_vocab) == (256, 257)
+    assert open_model(root / name, nexus_order=4)[0].config.nexus_order == 4  # a change on purpose
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -181,6 +186,82 @@ def test_a_step_added_to_model_py_exports(tmp_path, monkeypatch):
     open_model(tmp_path / "hf")
 
 
+def test_a_small_difference_is_not_a_plain_gpt_neox(monkeypatch):
+    """A cap of attention scores changes the logits of an untrained model by 4e-5 of the largest."""
+    model = build(GPTConfig(vocab_size=320, block_size=24, n_layer=2, n_head=2, n_embd=64)).eval()
+    assert export.is_plain(model, 256)
+    own, idx = model_file.attend, export.sample_ids(model.config)
+
+    def capped(q, k, v, ctx):
+        query, key = (model_file.apply_rotary_emb(x, *ctx.rope) for x in (q, k))
+        scores = 50 * (query @ key.mT / q.size(-1) ** 0.5 / 50).tanh()
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+
+    with torch.no_grad():
+        plain = model(idx)
+        monkeypatch.setattr(model_file, "attend", capped)
+        assert export.agree(model(idx), plain)
+    assert not export.is_plain(model, 256)
+    monkeypatch.setattr(model_file, "attend", own)
+    layer = model_file.output_layer
+    monkeypatch.setattr(model_file, "output_layer", lambda *given: 30 * (layer(*given) / 30).tanh())
+    assert not export.is_plain(model, 256)
+
+
+EDITED = """
+import sys, torch
+import model as model_file
+from model import GPTConfig, ModelError
+from nanonexus import export
+from nanonexus.checkpoint import save_checkpoint, probe
+from nanonexus.controls import build
+config = dict(vocab_size=320, block_size=24, n_layer=1, n_head=2, n_embd=32, dropout=0.0)
+model = build(GPTConfig(**config)).eval()
+save_checkpoint("ckpt.pt", dict(model=model.state_dict(), probe=probe(model), config=config, step=0,
+                                tokenizer="bytes"))
+sys.argv = "export --checkpoint ckpt.pt --out hf".split()
+export.main()
+"""
+
+
+def test_a_tied_head_and_a_table_that_no_file_holds_export(tmp_path):
+    """In a folder with a model.py of its own. Two names of one tensor are refused by safetensors,
+    and from_pretrained leaves tables empty."""
+    with open(export.model_file.__file__, encoding="utf-8") as f:
+        source = f.read()
+    for old, new in (("        self.init_weights()\n", """        self.init_weights()
+        self.head.weight = self.embed.weight
+        self.register_buffer("loud", torch.linspace(1, 3, config.n_embd), persistent=False)
+"""), ("return self.norm(x)", "return self.norm(x) * self.loud")):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (tmp_path / "model.py").write_text(source)
+    paths = str(tmp_path), os.path.dirname(os.path.dirname(export.MODELING))
+    job = subprocess.run([sys.executable, "-c", EDITED], cwd=tmp_path, capture_output=True,
+                         text=True, env=os.environ | dict(PYTHONPATH=os.pathsep.join(paths)))
+    assert job.returncode == 0 and job.stdout.startswith("hf: order 1, "), job.stderr
+    assert (tmp_path / "hf/model.py").read_text() == source
+    with pytest.raises(ModelError, match="model.py has changed"):  # as it is there, not here
+        open_model(tmp_path / "hf")
+    with pytest.raises(ModelError, match="model.py has changed"):
+        open_model(tmp_path / "hf", nexus_order=2)
+
+
+def test_a_folder_that_gives_other_tokens_is_not_left_behind(tmp_path, monkeypatch):
+    with open(export.MODELING, encoding="utf-8") as f:
+        source = f.read()
+    assert source.count("return None if docs.all() else docs") == 1
+    (tmp_path / "modeling_nexus.py").write_text(  # padding is seen
+        source.replace("return None if docs.all() else docs", "return None"))
+    monkeypatch.setattr(export, "MODELING", str(tmp_path / "modeling_nexus.py"))
+    checkpoint(tmp_path / "ckpt.pt", GPTConfig(
+        vocab_size=320, block_size=24, n_layer=1, n_head=1, n_embd=16, nexus_order=2))
+    with pytest.raises(UserError, match="gives other greedy and beams than the model"):
+        export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "modeling_nexus.py"]
+
+
 def test_a_control_is_not_exported(tmp_path):
     checkpoint(tmp_path / "ckpt.pt", GPTConfig(vocab_size=320, n_layer=1, n_head=1, n_embd=8,
                                                rotary_pct=1.0, control="mean"))
@@ -193,15 +274,19 @@ def test_what_the_model_cannot_do_is_refused_in_one_line(theirs):
         errors = theirs[name]["errors"]
         if name[0] != "1":
             assert "DynamicCache" in errors["static"] and "trust_remote_code" in errors["untrusted"]
-            assert "81 tokens exceed the context of 80" in errors["long"]
+            assert "81 tokens exceed the context of 80: shorten" in errors["long"]
             assert "(batch, tokens seen), 20" in errors["mask"]
+            assert "pad on the left" in errors["between"] and "from 0" in errors["packed"]
             assert "has no output_attentions" in errors["maps"]
+            assert "has no inputs_embeds" in errors["embeds"]
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe:400", "gpt2"])
-def test_transformers_tokenizer_gives_our_ids(tmp_path, name):
+def test_transformers_tokenizer_gives_our_ids(tmp_path, name, monkeypatch):
     if name == "gpt2" and not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("GPT-2's vocabulary is a download; set TIKTOKEN_CACHE_DIR to test it")
+    if name != "bytes":  # one is enough
+        monkeypatch.setattr(export, "check_folder", lambda *args: None)
     source = train_bpe(WORDS * 50, 400) if name == "bpe:400" else None
     ours = get_tokenizer(name, source)
     size = (ours.n_vocab + 63) // 64 * 64
@@ -219,6 +304,8 @@ def test_transformers_tokenizer_gives_our_ids(tmp_path, name):
     hf = json.loads((tmp_path / "hf/config.json").read_text())
     drawn = json.loads((tmp_path / "hf/generation_config.json").read_text())
     assert hf["vocab_size"] == size and hf["eos_token_id"] == drawn["eos_token_id"] == eot[0]
+    fast = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert fast["model_input_names"] == ["input_ids", "attention_mask"]  # all that forward takes
     assert drawn["suppress_tokens"] == list(range(ours.n_vocab, size))
 
 
@@ -238,7 +325,8 @@ def test_the_harness_reads_the_folder(folders):
         assert ll == pytest.approx(lp[range(len(b)), b].sum().item(), abs=1e-4)
 
 
-def test_the_model_card_says_how_it_was_made(tmp_path):
+def test_the_model_card_says_how_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "check_folder", lambda *args: None)
     given = ["--dataset", "my books/set", "--nexus_order", "3", "--nexus_inner", "past",
              "--no-parallel_residual", "--doc_mask", "--lr", "0.002", "--max_steps", "1e3",
              "--wandb", "secret"]
@@ -268,7 +356,7 @@ def test_what_was_not_recorded_is_not_invented(folders, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "val_loss": 5.5}\n}garbage{\n')
     checkpoint(tmp_path / "ckpt.pt", GPTConfig(vocab_size=320, n_layer=1, n_head=1, n_embd=8,
                                                rotary_pct=1.0))
-    with pytest.raises(UserError, match="log.jsonl is damaged in line 2"):
+    with pytest.raises(UserError, match="log.jsonl has a damaged line"):
         export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
