@@ -105,7 +105,7 @@ class RotaryEmbedding(torch.autograd.Function):
         y = x * cos  # cos is 1 on the dimensions that are not rotated
         y[..., :half].addcmul_(x[..., half:2 * half], sin, value=-1)
         y[..., half:2 * half].addcmul_(x[..., :half], sin)
-        return y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # torch 2.11 miscompiles an idle to()
 
     @staticmethod
     def backward(ctx, grad):
