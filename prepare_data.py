@@ -210,7 +210,7 @@ def prepare(args, folder):
     limit = args.max_tokens or sys.maxsize
 
     files = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
-    counts, seen, total, start = {"train": 0, "val": 0}, 0, 0, time.monotonic()
+    counts, seen, total, start = {"train": 0, "val": 0}, 0, 0, time.perf_counter()
     bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:.0f}%"
                " |{bar}| {elapsed} elapsed, {remaining} left, {postfix}")
     with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
@@ -220,7 +220,7 @@ def prepare(args, folder):
             (train if split == "train" else val).write(ids.tobytes())
             counts[split] += len(ids)
             total += len(ids)
-            rate = total / (time.monotonic() - start)
+            rate = total / (time.perf_counter() - start)
             bar.set_postfix_str(f"{total:,} tokens, {rate:,.0f}/s", refresh=False)
             bar.update(max(progress[0], total / limit) - bar.n)
             if total >= limit:

@@ -13,7 +13,6 @@ step, saves and stops; --resume continues as if nothing had happened, bit for bi
 import argparse
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import fields
@@ -24,7 +23,8 @@ import torch
 from model import PRESETS, GPTConfig
 from nanonexus.checkpoint import newest_checkpoint
 from nanonexus.cli import Parser, UserError, non_negative, positive, positive_int, run_script, whole
-from nanonexus.data import TokenSet
+from nanonexus.data import TokenSet, pydocs
+from nanonexus.files import output_folder
 from nanonexus.generate import generate
 from nanonexus.log import Log
 from nanonexus.memory import check_size
@@ -151,9 +151,8 @@ def open_dataset(args, world):
                             f"prepare_data.py --out {args.dataset}")
         return TokenSet(args.dataset, verify=args.verify)
     folder = os.path.join(args.out, "pydocs")
-    if world.rank == 0 and not os.path.exists(os.path.join(folder, "meta.json")):
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_data.py")
-        subprocess.run([sys.executable, script, "--dataset", "pydocs", "--out", folder], check=True)
+    if world.rank == 0:
+        pydocs(folder)
     world.wait()
     return TokenSet(folder, verify=args.verify)
 
@@ -184,6 +183,11 @@ def train(run, log, stop):
     """Take steps until max_steps, or until stop asks for an end."""
     args, world, batches, unread = run.args, run.world, run.micro_batches(), None
     timer, timed_from, first = None, None, run.step + 1  # the first step here is not timed
+    if run.step == 0:
+        val_loss = run.validate()
+        if log:
+            log.write(dict(step=0, tokens=0, train_loss=None, val_loss=val_loss, lr=None,
+                           grad_norm=None, tokens_per_sec=None, mfu=None))
     while run.step < args.max_steps:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, args)
@@ -259,7 +263,7 @@ def main(argv=None):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    os.makedirs(args.out, exist_ok=True)
+    output_folder(args.out)
     tokens = open_dataset(args, world)
     config = make_config(args, tokens, world.device, saved)
     run = Run(args, config, tokens, world)
@@ -273,14 +277,13 @@ def main(argv=None):
                 f"{'bfloat16' if run.bf16 else 'float32'}; {run.n_train * config.block_size:,} "
                 f"tokens of {tokens.meta['dataset']}, {args.batch_tokens:,} per step"
                 + (f"; resumed at step {run.step}" if saved else ""))
-    if not saved:
-        val_loss = run.validate()
+    try:
+        with stop:
+            train(run, log, stop)
+    finally:  # in a notebook another run may follow
         if log:
-            log.write(dict(step=0, tokens=0, train_loss=None, val_loss=val_loss, lr=None,
-                           grad_norm=None, tokens_per_sec=None, mfu=None))
-    train(run, log, stop)
+            log.close()
     if log:
-        log.close()
         path = os.path.join(args.out, "ckpt.pt")
         if run.step < args.max_steps:
             print(f"stopped at step {run.step}, saved in {path}; continue with: "

@@ -2,10 +2,8 @@
 What the experiments share: the import path, tables and saved results.
 """
 
-import json
 import os
 import platform
-import subprocess
 import sys
 
 import figures
@@ -15,6 +13,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)  # the scripts here run from any folder
 
 from nanonexus.cli import UserError  # noqa: E402
+from nanonexus.files import output_folder, write_json  # noqa: E402
 
 
 def table(rows):
@@ -26,16 +25,10 @@ def table(rows):
                      for row in rows)
 
 
-def pydocs(folder):
-    """The token set of the embedded text, bytes, in folder; prepared if missing."""
-    if not os.path.exists(os.path.join(folder, "meta.json")):
-        subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--dataset",
-                        "pydocs", "--out", folder], check=True)
-    return folder
-
-
-def pyplot():
-    """matplotlib's pyplot, drawing to files. Call this before the work: it may be missing."""
+def pyplot(out):
+    """matplotlib's pyplot, drawing to files, here in the folder out. Call this before the work:
+    both may be impossible."""
+    output_folder(out)
     try:
         import matplotlib
         import scipy  # noqa: F401
@@ -49,12 +42,10 @@ def pyplot():
 
 def save(args, name, results, figure):
     """Write results with their settings and versions to OUT/name.json, the figure to name.svg."""
-    os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, name)
+    write_json(path + ".json", dict(settings=vars(args), results=results, versions=dict(
+        python=platform.python_version(), torch=str(torch.__version__),
+        machine=platform.processor() or platform.machine(), cores=os.cpu_count())))
     figure.tight_layout()
     figures.write(figure, path + ".svg")
-    with open(path + ".json", "w", encoding="utf-8") as f:
-        json.dump(dict(settings=vars(args), results=results, versions=dict(
-            python=platform.python_version(), torch=str(torch.__version__),
-            machine=platform.processor() or platform.machine(), cores=os.cpu_count())), f, indent=1)
     print(f"wrote {path}.svg and {name}.json")

@@ -32,12 +32,12 @@ import torch
 from controls import CONTROLS
 from runs import Run, Study
 
-from common import pydocs, pyplot, save, table
+from common import pyplot, save, table
 
 import train
 from model import GPT, PRESETS
 from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
-from nanonexus.data import TokenSet
+from nanonexus.data import TokenSet, pydocs
 from nanonexus.files import read_lines
 from nanonexus.stats import mean_spread, paired, paired_text
 
@@ -269,8 +269,7 @@ def data_of(path):
 
 def main():
     args, extra = parse_args(sys.argv[1:])
-    plt = pyplot()
-    os.makedirs(args.out, exist_ok=True)
+    plt = pyplot(args.out)
     if args.show:
         data, vocab_size = data_of(args.results)
     else:

@@ -305,7 +305,7 @@ def main():
             raise UserError(f"no preset {preset!r}: choose from {', '.join(PRESETS)}")
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
-    plt, args.compile = pyplot(), args.device == "cuda"
+    plt, args.compile = pyplot(args.out), args.device == "cuda"
     if args.device == "cpu":
         keep_freed_memory()
 

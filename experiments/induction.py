@@ -145,7 +145,7 @@ def main():
     if len(args.variants) < 2:
         raise UserError("--variants needs the baseline and at least one more")
     made_by = {variant: read_variant(variant)[0] for variant in args.variants}
-    plt = pyplot()
+    plt = pyplot(args.out)
     paths, tokens = models_and_text(args)
     T = tokens.size(1) - 1
     kind = kinds(tokens, args.match)

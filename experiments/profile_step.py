@@ -9,7 +9,6 @@ Prints the ten kernels that take longest (on a CPU: operators) with their share 
 profile.json, and trace.json for chrome://tracing.
 """
 
-import json
 import os
 from dataclasses import replace
 
@@ -22,6 +21,7 @@ from common import table
 from model import GPT, PRESETS, GPTConfig
 from nanonexus.cli import Parser, positive_int, run_script
 from nanonexus.device import keep_freed_memory
+from nanonexus.files import output_folder, write_json
 
 STEPS = 3
 
@@ -38,6 +38,7 @@ def main():
     add("--quick", action="store_true", help="a tiny model, two windows")
     add("--out", default="out/profile", help="folder (default: out/profile)")
     args = parser.parse_args()
+    output_folder(args.out)
     if args.quick:
         args.preset, args.micro_batch = "tiny", 2
     if args.device == "cpu":
@@ -68,10 +69,9 @@ def main():
     print(table([["kernel", "ms per step", "share", "calls"],
                  *([r["name"][:70], f"{r['ms']:.3f}", f"{r['share']:.1%}", f"{r['calls']:g}"]
                    for r in rows)]))
-    os.makedirs(args.out, exist_ok=True)
     profiler.export_chrome_trace(os.path.join(args.out, "trace.json"))
-    with open(os.path.join(args.out, "profile.json"), "w", encoding="utf-8") as f:
-        json.dump(dict(settings=vars(args), busy_ms=busy / 1e3, kernels=rows), f, indent=1)
+    write_json(os.path.join(args.out, "profile.json"),
+               dict(settings=vars(args), busy_ms=busy / 1e3, kernels=rows))
     print(f"wrote {args.out}/profile.json and trace.json")
 
 

@@ -190,7 +190,7 @@ def main():
         raise UserError(f"--d must be below --T, {args.T}, got {max(args.d)}")
     args.ranks_of = {d: args.ranks or sorted({max(1, d * n // 8) for n in (1, 2, 4, 8, 12, 16)})
                      for d in args.d}
-    plt = pyplot()
+    plt = pyplot(args.out)
     all_results = {title: {d: experiment(args, d, causal) for d in args.d}
                    for title, causal in (("causal", True), ("not causal", False))}
     for title, results in all_results.items():

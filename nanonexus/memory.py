@@ -39,13 +39,15 @@ def available_bytes(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as f:
+    with contextlib.suppress(OSError, ValueError, StopIteration), \
+            open("/proc/meminfo", encoding="ascii") as f:
         line = next(line for line in f if line.startswith("MemAvailable"))
         found.append(int(line.split()[1]) * 1024)
     for limit, used in (("memory.max", "memory.current"),  # version 2, then version 1
                         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup/{limit}") as f, \
-                open(f"/sys/fs/cgroup/{used}") as g:
+        with contextlib.suppress(OSError, ValueError), \
+                open(f"/sys/fs/cgroup/{limit}", "rb") as f, \
+                open(f"/sys/fs/cgroup/{used}", "rb") as g:
             found.append(int(f.read()) - int(g.read()))
     return min(found, default=None)  # None: unknown on this system
 

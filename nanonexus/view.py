@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nanonexus.cli import Parser, UserError, listed, positive_int, run_script
-from nanonexus.files import write_text
+from nanonexus.files import output_file, write_text
 from nanonexus.hf import open_model
 
 MOST_TOKENS = 256  # a page with the maps of more is slow to load, and too wide to read
@@ -50,6 +50,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    output_file(args.out)
     model, tokenizer, meta = open_model(args.checkpoint, attention="manual")
     ids = read_prompt(args.prompt, tokenizer, model.config.block_size)
     maps = attention_maps(model, ids)

@@ -1,19 +1,7 @@
 import os
-import signal
 
-import pytest
 import torch
 from questions import checkpoints, neox  # noqa: F401
 
 torch.set_num_threads(1)  # the models here are tiny: more threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # in the scripts that tests run, too
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """train.main installs handlers; give Ctrl-C back to pytest."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM,
-                                                            signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def start(tokens, out, *flags):  # noqa: F811
     raise AssertionError(job.stderr.read())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_says_so(tokens, tmp_path, number):  # noqa: F811
     job = start(tokens, tmp_path)
     job.send_signal(number)
@@ -77,6 +78,30 @@ def test_a_signal_finishes_the_step_saves_and_says_so(tokens, tmp_path, number):
     step = weights(tmp_path)["step"]
     assert f"stopped at step {step}, saved in" in said and "--resume" in said
     assert read_log(tmp_path)[-1]["step"] == step
+
+
+def test_a_reader_who_leaves_does_not_end_the_run(tokens, tmp_path):  # noqa: F811
+    """As in `python train.py | head -n 1`."""
+    job = subprocess.Popen(command(tokens, tmp_path, "--max_steps", 30), text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert job.stdout.readline()
+    job.stdout.close()
+    assert job.stderr.read() == "" and job.wait(timeout=60) == 0
+    assert weights(tmp_path)["step"] == read_log(tmp_path)[-1]["step"] == 30
+
+
+def test_a_run_in_a_thread_and_the_interrupt_after_one(tokens, tmp_path):  # noqa: F811
+    """As from a notebook: train.main leaves Ctrl-C as it was, and needs no main thread."""
+    before = signal.getsignal(signal.SIGINT)
+    run(tokens, tmp_path, "--max_steps", 1)
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(UserError, match="norm is nan") as kept:  # and all that its frames hold
+        run(tokens, tmp_path / "nan", "--max_steps", 9, "--lr", 1e30, "--grad_clip", "inf")
+    run(tokens, tmp_path / "nan", "--max_steps", 1)
+    assert kept.tb
+    with ThreadPoolExecutor(1) as pool:
+        log = pool.submit(run, tokens, tmp_path, "--resume", "--max_steps", 2).result()
+    assert log[-1]["step"] == 2
 
 
 def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):  # noqa: F811
@@ -218,7 +243,7 @@ def test_a_folder_that_vanishes(tokens, tmp_path):  # noqa: F811
 
 
 def test_a_place_that_cannot_be_written(tokens):  # noqa: F811
-    with pytest.raises(OSError):  # run_script makes one line of it
+    with pytest.raises(UserError, match="cannot write into the folder /proc/here/out"):
         run(tokens, "/proc/here/out", "--max_steps", 1)
 
 

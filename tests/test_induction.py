@@ -12,12 +12,11 @@ import runs
 import torch
 from compare import QUICK, read_variant
 
-from common import pydocs
-
 import model
 import train
 from model import GPT, GPTConfig
 from nanonexus.cli import run_script
+from nanonexus.data import pydocs
 
 
 def test_kinds():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -136,6 +135,7 @@ def test_presets_and_model_flags(tokens, tmp_path):
     assert meta["step"] == 1 and meta["tokens"] == 256 and meta["tokenizer"] == "bytes"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal to send")
 def test_an_interrupt_saves_and_resume_continues(tokens, tmp_path):
     argv = command(tokens, tmp_path / "run", "--max_steps", 100_000, "--decay_steps", 100)
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
@@ -215,6 +215,7 @@ def test_mistakes_exit_with_status_2_and_one_line(tokens, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tokens, tmp_path):
+    resource = pytest.importorskip("resource", reason="limits need POSIX")
     run(tokens, tmp_path / "run", "--max_steps", 2)
     before = (tmp_path / "run/ckpt.pt").read_bytes()
 
