@@ -23,7 +23,7 @@ from nanonexus.cli import (
     whole,
 )
 from nanonexus.device import check_device
-from nanonexus.files import write_json
+from nanonexus.files import output_file, output_folder, write_json
 from nanonexus.hf import commit_of, fetch
 from nanonexus.lm_eval_adapter import check_tasks, run_tasks
 from nanonexus.retrofit import INNERS, load, nexus
@@ -155,6 +155,7 @@ def sft(args):
     if os.path.isdir(args.out) and os.listdir(args.out) and not args.resume:
         raise UserError(f"{args.out} is not empty: --resume continues its run, another --out "
                         "starts a new one")
+    output_folder(args.out)
     if args.report_to != "none":
         importlib.import_module(args.report_to)  # fail now if it is missing
     rows(args.data)  # or if that cannot be read
@@ -227,6 +228,8 @@ def evaluate(args):
     """Print lm-eval's table for --model and, with --versus, the differences paired by document."""
     from lm_eval.utils import make_table
 
+    if args.json:
+        output_file(args.json)
     first, results = score(args.model, args)
     print(make_table(results))
     report = {args.model: results["results"], "revisions": {args.model: results["revision"]}}

@@ -14,7 +14,6 @@ step, saves and stops; --resume continues as if nothing had happened, bit for bi
 import itertools
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from nanonexus.checkpoint import probe, restore_weights, save_checkpoint
 from nanonexus.cli import UserError, run_script
 from nanonexus.controls import build, describe
 from nanonexus.device import peak_flops
+from nanonexus.files import output_folder
 from nanonexus.flags import make_config, parse_args, split_batch
 from nanonexus.generate import generate
 from nanonexus.log import Log
@@ -61,7 +61,7 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
-def train(args, config, tokens, world, saved, stop):
+def train(args, config, tokens, world, saved, stop, log):
     """Train until max_steps, or until stop asks for an end; returns the GPT and the last step."""
     device, T = world.device, config.block_size
     micro_batch, micro_steps = split_batch(args, T, world)
@@ -128,7 +128,6 @@ def train(args, config, tokens, world, saved, stop):
             tokenizer=tokens.tokenizer, tokenizer_json=tokens.tokenizer_json,
             data=tokens.fingerprint, args=vars(args), torch=str(torch.__version__)), args.keep)
 
-    log = Log(args, step if saved else None) if world.rank == 0 else None
     if log:
         log.say(f"{args.preset}, {describe(config)}, {gpt.num_params():,} parameters; {world.size} "
                 f"{device.type}, {str(dtype).removeprefix('torch.')}; {n_train * T:,} tokens of "
@@ -202,8 +201,6 @@ def train(args, config, tokens, world, saved, stop):
         if stopping:
             break
     batches.close()
-    if log:
-        log.close()
     return gpt, step
 
 
@@ -254,9 +251,8 @@ def open_dataset(args, world):
                             f"prepare_data.py --out {args.dataset}")
         return data.TokenSet(args.dataset, verify=args.verify)
     folder = os.path.join(args.out, "pydocs")
-    if world.rank == 0 and not os.path.exists(os.path.join(folder, "meta.json")):
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_data.py")
-        subprocess.run([sys.executable, script, "--dataset", "pydocs", "--out", folder], check=True)
+    if world.rank == 0:
+        data.pydocs(folder)
     world.wait()
     return data.TokenSet(folder, verify=args.verify)
 
@@ -268,11 +264,17 @@ def main(argv=None):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    os.makedirs(args.out, exist_ok=True)
+    output_folder(args.out)
     tokens = open_dataset(args, world)
     config = make_config(args, tokens, world.device, saved)
     stop = Stop(began + 60 * args.max_minutes)
-    gpt, step = train(args, config, tokens, world, saved, stop)
+    log = Log(args, saved and saved["step"]) if world.rank == 0 else None
+    try:
+        with stop:
+            gpt, step = train(args, config, tokens, world, saved, stop, log)
+    finally:  # in a notebook another run may follow
+        if log:
+            log.close()
     if world.rank == 0:
         path = os.path.join(args.out, "ckpt.pt")
         if step < args.max_steps:

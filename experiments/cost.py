@@ -344,7 +344,7 @@ def main():
                 raise UserError(f"no {kind} {name!r}: choose from {', '.join(choices)}")
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
-    plt, args.compile = pyplot(), args.device == "cuda"
+    plt, args.compile = pyplot(args.out), args.device == "cuda"
     if args.device == "cpu":
         keep_freed_memory()
 

@@ -144,7 +144,7 @@ def main():
         raise UserError("--variants needs the baseline and at least one more")
     for variant in args.variants:
         read_variant(variant)  # all are known, before any of them is trained
-    plt = pyplot()
+    plt = pyplot(args.out)
     paths, tokens = models_and_text(args)
     T = tokens.size(1) - 1
     kind = kinds(tokens, args.match)

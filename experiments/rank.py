@@ -193,7 +193,7 @@ def main():
         raise UserError(f"--d must be below --T, {args.T}, got {max(args.d)}")
     args.ranks_of = {d: args.ranks or sorted({max(1, d * n // 8) for n in (1, 2, 4, 8, 12, 16)})
                      for d in args.d}
-    plt = pyplot()
+    plt = pyplot(args.out)
     for variant in VARIANTS:  # a step without a formula is refused before the work
         scores(variant, matrices(variant, 1, 2), torch.zeros(1, 3, 2), *masks(3, causal=True))
     all_results = {title: {d: experiment(args, d, causal) for d in args.d}

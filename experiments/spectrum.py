@@ -241,7 +241,7 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.windows, args.seeds, args.contexts = 2, min(2, args.seeds), [16, 32, 64]
-    plt = pyplot()
+    plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
     start = {(inner, D): {T: [at_start(inner, T, D, seed) for seed in range(args.seeds)]
                           for T in args.contexts}

@@ -26,7 +26,7 @@ def test_table():
 
 @pytest.mark.usefixtures("plots")
 def test_save_writes_settings_seeds_and_versions(tmp_path, capsys):
-    figure, _ = common.pyplot().subplots()
+    figure, _ = common.pyplot(tmp_path / "new").subplots()
     args = SimpleNamespace(out=str(tmp_path / "new"), seeds=3)
     common.save(args, "name", {"a": [1, 2]}, figure)
     with open(tmp_path / "new" / "name.json") as f:
