@@ -191,9 +191,9 @@ class GPTConfig:
             check(right and (f.type is not int or value > 0), f"{f.name} must be {kind}, not "
                   f"{value!r}")
         check(self.n_embd % self.n_head == 0, f"n_embd must be a multiple of n_head, {self.n_head}")
-        check(0 < self.rotary_pct <= 1 and self.rotary_dim > 0 == self.rotary_dim % 2,
-              f"rotary_pct must give an even number of a head's {self.n_embd // self.n_head} "
-              f"dimensions, 2 or more, not {self.rotary_pct}")
+        check(0 < self.rotary_pct <= 1 and self.rotary_dim > 0 == self.rotary_dim % 2, "n_embd / "
+              f"n_head x rotary_pct, {self.n_embd} / {self.n_head} x {self.rotary_pct}, must be an "
+              "even number, 2 or more: the rotated dimensions of a head")
         check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
 
     @property

@@ -246,6 +246,11 @@ def show_sample(model, tokens, path):
 def open_dataset(args, world):
     """The token set; pydocs is prepared on first use, by the first process while others wait."""
     if args.dataset != "pydocs":
+        if os.path.isfile(args.dataset):
+            name = os.path.basename(args.dataset).split(".")[0]
+            raise UserError(f"--dataset {args.dataset} is a file: first make a token set of it, "
+                            f"python prepare_data.py --dataset text --input {args.dataset} --out "
+                            f"tokens/{name}, then use --dataset tokens/{name}")
         if not os.path.isdir(args.dataset):
             raise UserError(f"no token set {args.dataset}: use pydocs, or a folder made by "
                             f"prepare_data.py --out {args.dataset}")

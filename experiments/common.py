@@ -29,6 +29,15 @@ def table(rows):
                      for row in rows)
 
 
+def parse(parser, argv=None):
+    """The arguments. With --quick and no --out a folder of its own, so that a quick run neither
+    meets nor overwrites a full one."""
+    args = parser.parse_args(argv)
+    if args.quick and args.out == parser.get_default("out"):
+        args.out += "-quick"
+    return args
+
+
 def pyplot(out):
     """matplotlib's pyplot, drawing to files, here in the folder out. Call this before the work:
     both may be impossible."""

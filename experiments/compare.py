@@ -29,7 +29,7 @@ from dataclasses import fields, replace
 import figures
 from runs import Study, TrainingRun
 
-from common import INNERS, pyplot, save, table
+from common import INNERS, parse, pyplot, save, table
 
 from model import GPTConfig
 from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
@@ -188,7 +188,7 @@ def parse_args(argv):
         "OUT/results.jsonl)")
     add("--show", action="store_true", help="train nothing: the table of the existing lines")
     parser.set_defaults(**SCALES[parser.parse_args(given).scale])
-    args = parser.parse_args(given)
+    args = parse(parser, given)
     if args.dataset is None and not args.show:
         raise UserError(f"--scale {args.scale} needs --dataset, a folder that prepare_data.py made")
     if args.quick:

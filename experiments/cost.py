@@ -34,7 +34,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from common import pyplot, save, table
+from common import parse, pyplot, save, table
 
 from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
@@ -327,7 +327,7 @@ def main():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="short contexts, few rounds: under a minute")
     add("--out", default="out/cost", help="folder (default: out/cost)")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.contexts, args.orders, args.rounds, args.tokens, args.new_tokens = \
             [64, 128], [1, 2, 3], 3, 256, 20

@@ -51,7 +51,7 @@ from puzzles import SYMBOLS, TASKS, chains
 from runs import commit
 from tqdm import tqdm
 
-from common import pyplot, save, table
+from common import parse, pyplot, save, table
 
 from model import GPTConfig, output_layer
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
@@ -304,7 +304,7 @@ def main():
     add("--show", action="store_true", help="train nothing: tables of the existing lines")
     add("--quick", action="store_true", help="fewer pairs, steps and seeds, under a minute")
     add("--out", default="out/recall", help="folder (default: out/recall)")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.pairs, args.steps, args.seeds, args.lrs = 3, 60, min(2, args.seeds), [1e-2]
         args.tasks = ["one-hop"]

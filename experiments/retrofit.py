@@ -32,7 +32,7 @@ import torch
 from runs import commit
 from tqdm import tqdm
 
-from common import ROOT, pyplot, save, table
+from common import ROOT, parse, pyplot, save, table
 
 from nanonexus.cli import (
     Parser,
@@ -352,7 +352,7 @@ def build_parser():
 
 
 def main():
-    args = build_parser().parse_args()
+    args = parse(build_parser())
     if args.quick:
         args.steps, args.batch, args.sft_steps, args.examples, args.seeds = 20, 4, 12, 400, 1
     args.variants = args.variants or (["baseline", "past", "key-shift"] if args.quick else

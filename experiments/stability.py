@@ -24,7 +24,7 @@ from figures import WIDTH, name_lines, style
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from common import INNERS, pyplot, save, table
+from common import INNERS, parse, pyplot, save, table
 
 from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
@@ -184,7 +184,7 @@ def main():
     add("--seeds", type=number(int, 2, 1000), default=3, help="of every setting (default: 3)")
     add("--quick", action="store_true", help="orders 1, 2 and 6, few steps: under a minute")
     add("--out", default="out/stability", help="folder (default: out/stability)")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.orders, args.depths, args.lrs, args.steps, args.seeds = [1, 2, 6], [2], [1e-2], 20, 2
     if args.orders[0] != 1:

@@ -221,6 +221,8 @@ def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["--batch_tokens", "300"], "multiple of block_size x processes x micro_batch = 128: use 256"),
     (["--dataset", "{}/pydoc"], "no token set .*pydoc: use pydocs, or"),
+    (["--dataset", "{}/my.txt"], "--input .*my.txt --out tokens/my, then use --dataset tokens/my"),
+    (["--n_embd", "50"], "n_embd / n_head x rotary_pct, 50 / 2 x 1.0, must be an"),
     (["--max_steps", "0"], "max_steps"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "fast"], "--lr"),
     (["--preset", "tinny"], "tiny"), (["--control", "shift"], "key-shift"),
@@ -234,6 +236,7 @@ def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
     (["--log_intervall", "3"], "log_intervall"),
 ])
 def test_bad_flags_are_one_line(tokens, tmp_path, argv, message):
+    (tmp_path / "my.txt").write_text("text")
     with pytest.raises((UserError, ModelError), match=message) as caught:
         run(tokens, tmp_path / "run", *[a.format(tmp_path) for a in argv])
     assert "\n" not in str(caught.value)
