@@ -43,6 +43,8 @@ def flush(path):
 def output_folder(folder, name=""):
     """Make a folder to write into, before the work. Raises UserError if it, or in it a file whose
     name begins with `name`, cannot be made."""
+    if not folder:
+        raise UserError("'' is not the name of a folder: choose another")
     try:
         os.makedirs(os.path.realpath(folder), exist_ok=True)  # of a link, the target
         with tempfile.NamedTemporaryFile(prefix=name, dir=folder):  # adds 8, as ".partial" does
