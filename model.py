@@ -291,8 +291,8 @@ class GPT(nn.Module):
 
     def num_params(self, embeddings=True):
         """Number of parameters; embeddings=False excludes both ends, as Pythia counts."""
-        ends = 0 if embeddings else self.embed.weight.numel() + self.head.weight.numel()
-        return sum(p.numel() for p in self.parameters()) - ends
+        ends = [] if embeddings else [self.embed.weight, self.head.weight]
+        return sum(p.numel() for p in self.parameters() if all(p is not end for end in ends))
 
     def flops_per_token(self, T):
         """Floating-point operations to train on one token in a context of T: this model's matrix

@@ -68,6 +68,7 @@ def train(args, config, tokens, world, saved, stop, log):
     n_train, n_val = data.windows(tokens.train, T), data.windows(tokens.val, T)
     torch.manual_seed(args.seed)
     gpt = build(config).to(device)
+    check_loss(gpt)
     optimizers, step = make_optimizers(gpt, args), 0
     dtype = pick_dtype(args.dtype, device)
     # float16's small gradients vanish unless the loss is scaled; else the scaler does nothing
@@ -158,6 +159,8 @@ def train(args, config, tokens, world, saved, stop, log):
             total += loss.detach()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
+        if step + 1 == first:
+            check_all_learn(gpt)
         norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), args.grad_clip)
         for optimizer in optimizers:
             skips = optimizer.defaults.get("fused") or scaler.is_enabled()  # a bad update, unasked
@@ -202,6 +205,27 @@ def train(args, config, tokens, world, saved, stop, log):
             break
     batches.close()
     return gpt, step
+
+
+def check_all_learn(gpt):
+    """UserError if no gradient reached a parameter: it would stay as it is, in silence."""
+    unused = [name for name, p in gpt.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        raise UserError(f"no gradient reaches {', '.join(unused[:4])}: the loss does not use "
+                        "it (a weight of the output layer belongs into GPT.output_weights)")
+
+
+def check_loss(gpt):
+    """UserError if what trains is not what is scored and sampled."""
+    idx = torch.arange(min(8, gpt.config.block_size), device=gpt.rope.device)[None]
+    idx = idx % gpt.config.vocab_size
+    with torch.no_grad():
+        loss, logits = gpt.eval()(idx, idx), gpt(idx)
+    gpt.train()
+    want = torch.nn.functional.cross_entropy(logits.mT, idx)
+    if not (loss - want).abs() <= 1e-3 * want:
+        raise UserError(f"model(idx, targets) gives {loss:.4f}, the cross-entropy of model(idx) is "
+                        f"{want:.4f}: what changes the logits belongs into output_layer")
 
 
 def check_gradients(gpt, norms, step, windows_of, args, scaler, log):

@@ -295,7 +295,7 @@ def export(checkpoint, out, license=None):
                        auto_map={"AutoConfig": "modeling_nexus.NexusConfig",
                                  "AutoModelForCausalLM": "modeling_nexus.NexusForCausalLM"})
     weights = {"model": neox_weights(model)} if plain else {
-        "model": {f"gpt.{name}": w for name, w in model.state_dict().items()},
+        "model": {f"gpt.{name}": w.clone() for name, w in model.state_dict().items()},
         "probe": {"probe": probe(model)}}  # as in a checkpoint
     ids = dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
     unused = list(range(encoding.n_vocab, c.vocab_size))  # the padding of the vocabulary
