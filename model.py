@@ -133,6 +133,8 @@ class CausalSelfAttention(nn.Module):
             case "shared":  # the layer's own W_q, W_k, W_v once more
                 values, = self.project(merge_heads(s), "v")
                 return attend(*self.project(merge_heads(h[n]), "qk"), values, ctx, name)
+            case inner:
+                raise ModelError(f"inner_step has no case for {inner!r}")
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -187,7 +189,8 @@ class GPTConfig:
         for f in fields(self):
             value, choices = getattr(self, f.name), get_args(f.type)
             right = value in choices if choices else type(value) is f.type
-            kind = ", ".join(choices) or f.type.__name__ + ", at least 1" * (f.type is int)
+            kind = ", ".join(map(str, choices)) or str(getattr(f.type, "__name__", f.type)) \
+                + ", at least 1" * (f.type is int)
             check(right and (f.type is not int or value > 0), f"{f.name} must be {kind}, not "
                   f"{value!r}")
         check(self.n_embd % self.n_head == 0, f"n_embd must be a multiple of n_head, {self.n_head}")

@@ -43,6 +43,14 @@ def make_optimizers(model, args):
                               fused=params[0].device.type in ("cuda", "cpu"))]
 
 
+def layout(gpt, optimizers):
+    """[(class, [[parameter names of a group]])]: what the states of a checkpoint belong to."""
+    names = {id(p): name for name, p in gpt.named_parameters(remove_duplicate=False)}
+    return [[type(optimizer).__name__, [[names[id(p)] for p in group["params"]]
+                                        for group in optimizer.param_groups]]
+            for optimizer in optimizers]
+
+
 def warmup_cosine(step, warmup, decay, floor=0.1):
     """The share of the peak learning rate at a step: a linear rise over `warmup` steps, a cosine
     down to `floor` at step `decay`, constant from there on."""
@@ -69,6 +77,7 @@ def train(args, config, tokens, world, saved, stop, log):
     torch.manual_seed(args.seed)
     gpt = build(config).to(device)
     check_loss(gpt)
+    probe(gpt)  # refuses a model whose cache is wrong
     optimizers, step = make_optimizers(gpt, args), 0
     dtype = pick_dtype(args.dtype, device)
     # float16's small gradients vanish unless the loss is scaled; else the scaler does nothing
@@ -77,6 +86,9 @@ def train(args, config, tokens, world, saved, stop, log):
     if saved:
         step = saved["step"]
         restore_weights(gpt, saved, os.path.join(args.out, "ckpt.pt"))
+        if saved["layout"] != layout(gpt, optimizers):
+            raise UserError("make_optimizers has changed since: the checkpoint's optimizers have "
+                            "other classes or parameters; start a new run in another --out")
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             # the groups are this run's own: some of their settings depend on the device
             optimizer.load_state_dict(state | dict(
@@ -125,7 +137,8 @@ def train(args, config, tokens, world, saved, stop, log):
         save_checkpoint(os.path.join(args.out, "ckpt.pt"), dict(
             model=gpt.state_dict(), probe=probe(gpt), config=asdict(config),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            scaler=scaler.state_dict(), step=step, tokens=step * args.batch_tokens,
+            layout=layout(gpt, optimizers), scaler=scaler.state_dict(), step=step,
+            tokens=step * args.batch_tokens,
             tokenizer=tokens.tokenizer, tokenizer_json=tokens.tokenizer_json,
             data=tokens.fingerprint, args=vars(args), torch=str(torch.__version__)), args.keep)
 

@@ -77,8 +77,10 @@ def is_plain(model, eot):
         return False
     weights = neox_weights(model)
     theirs.load_state_dict({name: weights[saved] for name, saved in names.items()})
+    c = model.config
+    idx = (torch.arange(c.block_size) * 37 % c.vocab_size)[None]  # as long as the context
     with torch.no_grad():
-        return agree(theirs(sample_ids(model.config)).logits, model(sample_ids(model.config)))
+        return agree(theirs(idx).logits, model(idx))
 
 
 def sample_ids(config):

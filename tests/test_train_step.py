@@ -104,6 +104,16 @@ def test_a_gradient_that_is_not_a_number_stays_out_of_the_weights(
     assert all(p.isfinite().all() for p in weights(tmp_path)["model"].values())
 
 
+def test_a_resume_with_other_optimizers_is_refused(tokens, tmp_path, monkeypatch):  # noqa: F811
+    run(tokens, tmp_path, "--max_steps", 2, "--decay_steps", 4)
+    make = train.make_optimizers
+    for other in (muon_and_adamw, lambda model, args: [torch.optim.SGD(model.parameters(), 0.1)],
+                  lambda model, args: [torch.optim.AdamW(make(model, args)[0].param_groups[::-1])]):
+        monkeypatch.setattr(train, "make_optimizers", other)
+        with pytest.raises(UserError, match="make_optimizers has changed since"):
+            run(tokens, tmp_path, "--max_steps", 4, "--resume")
+
+
 def test_a_parameter_that_nothing_uses_is_named(tokens, tmp_path, monkeypatch):  # noqa: F811
     def forgotten(model, args):
         model.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
