@@ -106,7 +106,7 @@ def check_probe(model, saved, path, lacking=()):
     if not saved.isfinite().all():
         raise ModelError(f"{path}: the model has diverged, its logits are not finite")
     gap, scale = (probe(model) - saved.cpu()).abs().max(), saved.abs().max()
-    if not gap <= 1e-3 * scale:  # devices differ by 1e-5 of it
+    if not gap <= 5e-3 * scale:  # devices and backends differ by up to a thousandth
         raise ModelError(f"{path}: model.py has changed since: its logits differ by {gap:.2g} from "
                          f"those saved, of up to {scale:.2g}"
                          + f"; the file knows nothing of {', '.join(lacking)}" * bool(lacking))
