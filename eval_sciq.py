@@ -21,6 +21,7 @@ has the tasks that were finished.
 import argparse
 import difflib
 import json
+import os
 import platform
 import sys
 
@@ -29,7 +30,7 @@ import torch
 from nanonexus.cli import Parser, UserError, positive_int, run_script
 from nanonexus.controls import describe
 from nanonexus.device import check_device, keep_freed_memory
-from nanonexus.files import write_json
+from nanonexus.files import output_file, write_json
 from nanonexus.lm_eval_adapter import run_tasks
 from nanonexus.scoring import Scorer, compare, evaluate
 from nanonexus.tasks import BENCHMARKS, TASKS, read_task
@@ -73,12 +74,14 @@ def main():
     check_device(args.device)
     if args.device == "cpu":
         keep_freed_memory()
+    for path in filter(None, (args.json, args.versus and args.plot)):
+        output_file(path)
     names = BENCHMARKS if args.tasks == "all" else args.tasks.split(",")
     if args.lm_eval:
         return other_tasks(names, args)
 
     check_names(names)
-    plt = pyplot() if args.versus else None  # fail before scoring if it or the data is missing
+    plt = pyplot(args.plot) if args.versus else None  # fail before scoring
     data = {name: read_task(name, args.data, args.limit) for name in names}
     paths = [args.checkpoint, args.versus] if args.versus else [args.checkpoint]
     entries, scorers = zip(*((read_scores if path.endswith(".json") else start)(path, data, args)
@@ -207,12 +210,16 @@ def print_gaps(paired, args):
                                        f"{g['p']:7.2g}" for g in gap.values()))
 
 
-def pyplot():
-    """matplotlib's pyplot, drawing to files."""
+def pyplot(path):
+    """matplotlib's pyplot, drawing to files; UserError if it cannot draw one called path."""
     try:
         import matplotlib
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise UserError(f"{error}: --versus draws a chart, pip install -e '.[plots]'") from error
+    known, suffix = FigureCanvasBase.get_supported_filetypes(), os.path.splitext(path)[1]
+    if suffix and suffix[1:].lower() not in known:
+        raise UserError(f"--plot {path}: no such kind of picture, choose from {', '.join(known)}")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt
@@ -232,10 +239,7 @@ def plot(plt, entries, path):
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="acc (dashes: chance)")
     axes.legend()
     figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:  # an unknown extension
-        raise UserError(f"--plot {path}: {error}") from error
+    figure.savefig(path, dpi=120)
     print(f"wrote {path}")
 
 

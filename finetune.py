@@ -8,6 +8,7 @@ Nexus inside pretrained transformers models: fine-tuning with its Trainer, score
 import importlib
 import math
 import os
+import sys
 
 import torch
 
@@ -23,9 +24,10 @@ from nanonexus.cli import (
     whole,
 )
 from nanonexus.device import check_device
-from nanonexus.files import write_json
+from nanonexus.files import output_file, output_folder, write_json
 from nanonexus.hf import commit_of, fetch
 from nanonexus.lm_eval_adapter import check_tasks, run_tasks
+from nanonexus.processes import Stop
 from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.stats import mcnemar, stderr
 from nanonexus.text import TABLES, rows
@@ -142,6 +144,18 @@ def make_scheduler(optimizer, steps, warmup):
         optimizer, lambda step: warmup_cosine(step, warmup, steps, floor=0.0))
 
 
+def stop_callback(stop):
+    """Tells a Trainer to save and to end after the step in which a stop was asked for."""
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if stop.asked():
+                control.should_save = control.should_training_stop = True
+
+    return Callback()
+
+
 def sft(args):
     """Fine-tune on the answers in --data; --order 1 is the control. load() reads the resulting
     folder. A batch's examples are packed into one row; positions that start again at 0 keep each
@@ -155,6 +169,7 @@ def sft(args):
     if os.path.isdir(args.out) and os.listdir(args.out) and not args.resume:
         raise UserError(f"{args.out} is not empty: --resume continues its run, another --out "
                         "starts a new one")
+    output_folder(args.out)
     if args.report_to != "none":
         importlib.import_module(args.report_to)  # fail now if it is missing
     rows(args.data)  # or if that cannot be read
@@ -185,7 +200,13 @@ def sft(args):
     scheduler = make_scheduler(optimizer, count_steps(len(examples), settings), args.warmup)
     trainer = Trainer(model=model, args=settings, train_dataset=examples,
                       data_collator=DataCollatorWithFlattening(), optimizers=(optimizer, scheduler))
-    trainer.train(resume_from_checkpoint=newest if args.resume else None)
+    with Stop(math.inf) as stop:
+        trainer.add_callback(stop_callback(stop))
+        trainer.train(resume_from_checkpoint=newest if args.resume else None)
+    if stop.signal:
+        print(f"stopped at step {trainer.state.global_step}, saved in {args.out}; the same command "
+              "with --resume continues")
+        sys.exit(128 + stop.signal)
     if args.lora:
         model = model.merge_and_unload()
     model.config.use_cache = True
@@ -227,6 +248,8 @@ def evaluate(args):
     """Print lm-eval's table for --model and, with --versus, the differences paired by document."""
     from lm_eval.utils import make_table
 
+    if args.json:
+        output_file(args.json)
     first, results = score(args.model, args)
     print(make_table(results))
     report = {args.model: results["results"], "revisions": {args.model: results["revision"]}}

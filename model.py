@@ -133,6 +133,8 @@ class CausalSelfAttention(nn.Module):
             case "shared":  # the layer's own W_q, W_k, W_v once more
                 values, = self.project(merge_heads(s), "v")
                 return attend(*self.project(merge_heads(h[n]), "qk"), values, ctx, name)
+            case inner:
+                raise ModelError(f"inner_step has no case for {inner!r}")
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -187,13 +189,14 @@ class GPTConfig:
         for f in fields(self):
             value, choices = getattr(self, f.name), get_args(f.type)
             right = value in choices if choices else type(value) is f.type
-            kind = ", ".join(choices) or f.type.__name__ + ", at least 1" * (f.type is int)
+            kind = ", ".join(map(str, choices)) or str(getattr(f.type, "__name__", f.type)) \
+                + ", at least 1" * (f.type is int)
             check(right and (f.type is not int or value > 0), f"{f.name} must be {kind}, not "
                   f"{value!r}")
         check(self.n_embd % self.n_head == 0, f"n_embd must be a multiple of n_head, {self.n_head}")
-        check(0 < self.rotary_pct <= 1 and self.rotary_dim > 0 == self.rotary_dim % 2,
-              f"rotary_pct must give an even number of a head's {self.n_embd // self.n_head} "
-              f"dimensions, 2 or more, not {self.rotary_pct}")
+        check(0 < self.rotary_pct <= 1 and self.rotary_dim > 0 == self.rotary_dim % 2, "n_embd / "
+              f"n_head x rotary_pct, {self.n_embd} / {self.n_head} x {self.rotary_pct}, must be an "
+              "even number, 2 or more: the rotated dimensions of a head")
         check(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
 
     @property
@@ -291,8 +294,8 @@ class GPT(nn.Module):
 
     def num_params(self, embeddings=True):
         """Number of parameters; embeddings=False excludes both ends, as Pythia counts."""
-        ends = 0 if embeddings else self.embed.weight.numel() + self.head.weight.numel()
-        return sum(p.numel() for p in self.parameters()) - ends
+        ends = [] if embeddings else [self.embed.weight, self.head.weight]
+        return sum(p.numel() for p in self.parameters() if all(p is not end for end in ends))
 
     def flops_per_token(self, T):
         """Floating-point operations to train on one token in a context of T: this model's matrix

@@ -170,7 +170,7 @@ def prepare(args, folder):
     dtype = np.uint16 if tokenizer.n_vocab <= 1 << 16 else np.uint32
 
     files = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
-    counts, total, start = {"train": 0, "val": 0}, 0, time.monotonic()
+    counts, total, start = {"train": 0, "val": 0}, 0, time.perf_counter()
     bar = tqdm(total=1.0, desc=args.dataset, disable=None, bar_format="{desc} {percentage:.0f}%"
                " |{bar}| {elapsed} elapsed, {remaining} left, {postfix}")
     with bar, open(files["train"], "wb") as train, open(files["val"], "wb") as val:
@@ -183,7 +183,7 @@ def prepare(args, folder):
                 if total == limit and len(ids):
                     ids[-1] = tokenizer.eot_token  # the text that is cut short ends here
                 (train if split == "train" else val).write(ids)
-            rate = total / (time.monotonic() - start)
+            rate = total / (time.perf_counter() - start)
             bar.set_postfix_str(f"{total:,} tokens, {rate:,.0f}/s", refresh=False)
             bar.update(max(state["done"], total / limit) - bar.n)
             if total >= limit:

@@ -14,7 +14,6 @@ step, saves and stops; --resume continues as if nothing had happened, bit for bi
 import itertools
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from nanonexus.checkpoint import probe, restore_weights, save_checkpoint
 from nanonexus.cli import UserError, run_script
 from nanonexus.controls import build, describe
 from nanonexus.device import peak_flops
+from nanonexus.files import output_folder
 from nanonexus.flags import make_config, parse_args, split_batch
 from nanonexus.generate import generate
 from nanonexus.log import Log
@@ -41,6 +41,14 @@ def make_optimizers(model, args):
               dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
     return [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8,
                               fused=params[0].device.type in ("cuda", "cpu"))]
+
+
+def layout(gpt, optimizers):
+    """[(class, [[parameter names of a group]])]: what the states of a checkpoint belong to."""
+    names = {id(p): name for name, p in gpt.named_parameters(remove_duplicate=False)}
+    return [[type(optimizer).__name__, [[names[id(p)] for p in group["params"]]
+                                        for group in optimizer.param_groups]]
+            for optimizer in optimizers]
 
 
 def warmup_cosine(step, warmup, decay, floor=0.1):
@@ -61,13 +69,15 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
-def train(args, config, tokens, world, saved, stop):
+def train(args, config, tokens, world, saved, stop, log):
     """Train until max_steps, or until stop asks for an end; returns the GPT and the last step."""
     device, T = world.device, config.block_size
     micro_batch, micro_steps = split_batch(args, T, world)
     n_train, n_val = data.windows(tokens.train, T), data.windows(tokens.val, T)
     torch.manual_seed(args.seed)
     gpt = build(config).to(device)
+    check_loss(gpt)
+    probe(gpt)  # refuses a model whose cache is wrong
     optimizers, step = make_optimizers(gpt, args), 0
     dtype = pick_dtype(args.dtype, device)
     # float16's small gradients vanish unless the loss is scaled; else the scaler does nothing
@@ -76,6 +86,9 @@ def train(args, config, tokens, world, saved, stop):
     if saved:
         step = saved["step"]
         restore_weights(gpt, saved, os.path.join(args.out, "ckpt.pt"))
+        if saved["layout"] != layout(gpt, optimizers):
+            raise UserError("make_optimizers has changed since: the checkpoint's optimizers have "
+                            "other classes or parameters; start a new run in another --out")
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             # the groups are this run's own: some of their settings depend on the device
             optimizer.load_state_dict(state | dict(
@@ -124,11 +137,11 @@ def train(args, config, tokens, world, saved, stop):
         save_checkpoint(os.path.join(args.out, "ckpt.pt"), dict(
             model=gpt.state_dict(), probe=probe(gpt), config=asdict(config),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            scaler=scaler.state_dict(), step=step, tokens=step * args.batch_tokens,
+            layout=layout(gpt, optimizers), scaler=scaler.state_dict(), step=step,
+            tokens=step * args.batch_tokens,
             tokenizer=tokens.tokenizer, tokenizer_json=tokens.tokenizer_json,
             data=tokens.fingerprint, args=vars(args), torch=str(torch.__version__)), args.keep)
 
-    log = Log(args, step if saved else None) if world.rank == 0 else None
     if log:
         log.say(f"{args.preset}, {describe(config)}, {gpt.num_params():,} parameters; {world.size} "
                 f"{device.type}, {str(dtype).removeprefix('torch.')}; {n_train * T:,} tokens of "
@@ -159,6 +172,8 @@ def train(args, config, tokens, world, saved, stop):
             total += loss.detach()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
+        if step + 1 == first:
+            check_all_learn(gpt)
         norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), args.grad_clip)
         for optimizer in optimizers:
             skips = optimizer.defaults.get("fused") or scaler.is_enabled()  # a bad update, unasked
@@ -202,9 +217,28 @@ def train(args, config, tokens, world, saved, stop):
         if stopping:
             break
     batches.close()
-    if log:
-        log.close()
     return gpt, step
+
+
+def check_all_learn(gpt):
+    """UserError if no gradient reached a parameter: it would stay as it is, in silence."""
+    unused = [name for name, p in gpt.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        raise UserError(f"no gradient reaches {', '.join(unused[:4])}: the loss does not use "
+                        "it (a weight of the output layer belongs into GPT.output_weights)")
+
+
+def check_loss(gpt):
+    """UserError if what trains is not what is scored and sampled."""
+    idx = torch.arange(min(8, gpt.config.block_size), device=gpt.rope.device)[None]
+    idx = idx % gpt.config.vocab_size
+    with torch.no_grad():
+        loss, logits = gpt.eval()(idx, idx), gpt(idx)
+    gpt.train()
+    want = torch.nn.functional.cross_entropy(logits.mT, idx)
+    if not (loss - want).abs() <= 1e-3 * want:
+        raise UserError(f"model(idx, targets) gives {loss:.4f}, the cross-entropy of model(idx) is "
+                        f"{want:.4f}: what changes the logits belongs into output_layer")
 
 
 def check_gradients(gpt, norms, step, windows_of, args, scaler, log):
@@ -249,14 +283,18 @@ def show_sample(model, tokens, path):
 def open_dataset(args, world):
     """The token set; pydocs is prepared on first use, by the first process while others wait."""
     if args.dataset != "pydocs":
+        if os.path.isfile(args.dataset):
+            name = os.path.basename(args.dataset).split(".")[0]
+            raise UserError(f"--dataset {args.dataset} is a file: first make a token set of it, "
+                            f"python prepare_data.py --dataset text --input {args.dataset} --out "
+                            f"tokens/{name}, then use --dataset tokens/{name}")
         if not os.path.isdir(args.dataset):
             raise UserError(f"no token set {args.dataset}: use pydocs, or a folder made by "
                             f"prepare_data.py --out {args.dataset}")
         return data.TokenSet(args.dataset, verify=args.verify)
     folder = os.path.join(args.out, "pydocs")
-    if world.rank == 0 and not os.path.exists(os.path.join(folder, "meta.json")):
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare_data.py")
-        subprocess.run([sys.executable, script, "--dataset", "pydocs", "--out", folder], check=True)
+    if world.rank == 0:
+        data.pydocs(folder)
     world.wait()
     return data.TokenSet(folder, verify=args.verify)
 
@@ -268,11 +306,17 @@ def main(argv=None):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    os.makedirs(args.out, exist_ok=True)
+    output_folder(args.out)
     tokens = open_dataset(args, world)
     config = make_config(args, tokens, world.device, saved)
     stop = Stop(began + 60 * args.max_minutes)
-    gpt, step = train(args, config, tokens, world, saved, stop)
+    log = Log(args, saved and saved["step"]) if world.rank == 0 else None
+    try:
+        with stop:
+            gpt, step = train(args, config, tokens, world, saved, stop, log)
+    finally:  # in a notebook another run may follow
+        if log:
+            log.close()
     if world.rank == 0:
         path = os.path.join(args.out, "ckpt.pt")
         if step < args.max_steps:

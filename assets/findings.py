@@ -50,7 +50,7 @@ def main():
     for name in ("recall.json", "compare.json"):
         with open(os.path.join(folder, name), encoding="utf-8") as f:
             results.append(json.load(f)["results"])
-    figure = plot(pyplot(), results[0]["gapped-12"], results[1])
+    figure = plot(pyplot(os.path.join(ROOT, "assets")), results[0]["gapped-12"], results[1])
     figure.tight_layout()
     path = os.path.join(ROOT, "assets", "findings.svg")
     figures.write(figure, path)

@@ -206,7 +206,7 @@ def main():
     Parser(__doc__).parse_args()
     kinds = read()
     print("\n\n".join(tables(kinds)))
-    figure = plot(pyplot(), runs(kinds))
+    figure = plot(pyplot(os.path.dirname(os.path.abspath(__file__))), runs(kinds))
     figure.tight_layout()
     figures.write(figure, os.path.join(ROOT, "assets", "h200.svg"))
 

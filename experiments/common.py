@@ -2,10 +2,8 @@
 What the experiments share: the import path, the inner steps, tables and saved results.
 """
 
-import json
 import os
 import platform
-import subprocess
 import sys
 from typing import get_args
 
@@ -17,6 +15,7 @@ sys.path.insert(0, ROOT)  # the scripts here run from any folder
 
 from model import GPTConfig  # noqa: E402
 from nanonexus.cli import UserError  # noqa: E402
+from nanonexus.files import output_folder, write_json  # noqa: E402
 
 INNERS = get_args(GPTConfig.__annotations__["nexus_inner"])  # model.py's inner steps
 
@@ -30,16 +29,19 @@ def table(rows):
                      for row in rows)
 
 
-def pydocs(folder):
-    """The token set of the embedded text, bytes, in folder; prepared if missing."""
-    if not os.path.exists(os.path.join(folder, "meta.json")):
-        subprocess.run([sys.executable, os.path.join(ROOT, "prepare_data.py"), "--dataset",
-                        "pydocs", "--out", folder], check=True)
-    return folder
+def parse(parser, argv=None):
+    """The arguments. With --quick and no --out a folder of its own, so that a quick run neither
+    meets nor overwrites a full one."""
+    args = parser.parse_args(argv)
+    if args.quick and args.out == parser.get_default("out"):
+        args.out += "-quick"
+    return args
 
 
-def pyplot():
-    """matplotlib's pyplot, drawing to files. Call this before the work: it may be missing."""
+def pyplot(out):
+    """matplotlib's pyplot, drawing to files, here in the folder out. Call this before the work:
+    both may be impossible."""
+    output_folder(out)
     try:
         import matplotlib
         import scipy  # noqa: F401
@@ -53,12 +55,10 @@ def pyplot():
 
 def save(args, name, results, figure):
     """Write results with their settings and versions to OUT/name.json, the figure to name.svg."""
-    os.makedirs(args.out, exist_ok=True)
     path = os.path.join(args.out, name)
+    write_json(path + ".json", dict(settings=vars(args), results=results, versions=dict(
+        python=platform.python_version(), torch=str(torch.__version__),
+        machine=platform.processor() or platform.machine(), cores=os.cpu_count())))
     figure.tight_layout()
     figures.write(figure, path + ".svg")
-    with open(path + ".json", "w", encoding="utf-8") as f:
-        json.dump(dict(settings=vars(args), results=results, versions=dict(
-            python=platform.python_version(), torch=str(torch.__version__),
-            machine=platform.processor() or platform.machine(), cores=os.cpu_count())), f, indent=1)
     print(f"wrote {path}.svg and {name}.json")

@@ -29,12 +29,12 @@ from dataclasses import fields, replace
 import figures
 from runs import Study, TrainingRun
 
-from common import INNERS, pydocs, pyplot, save, table
+from common import INNERS, parse, pyplot, save, table
 
 from model import GPTConfig
 from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
 from nanonexus.controls import CONTROLS, build, replaces_loops
-from nanonexus.data import TokenSet
+from nanonexus.data import TokenSet, pydocs
 from nanonexus.files import read_lines
 from nanonexus.flags import PRESETS, build_parser, preset_config
 from nanonexus.stats import mean_spread, paired, paired_text
@@ -188,7 +188,7 @@ def parse_args(argv):
         "OUT/results.jsonl)")
     add("--show", action="store_true", help="train nothing: the table of the existing lines")
     parser.set_defaults(**SCALES[parser.parse_args(given).scale])
-    args = parser.parse_args(given)
+    args = parse(parser, given)
     if args.dataset is None and not args.show:
         raise UserError(f"--scale {args.scale} needs --dataset, a folder that prepare_data.py made")
     if args.quick:
@@ -263,8 +263,7 @@ def data_of(path):
 
 def main():
     args, extra = parse_args(sys.argv[1:])
-    plt = pyplot()
-    os.makedirs(args.out, exist_ok=True)
+    plt = pyplot(args.out)
     if args.show:
         data, vocab_size = data_of(args.results)
     else:

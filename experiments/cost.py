@@ -34,7 +34,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from common import pyplot, save, table
+from common import parse, pyplot, save, table
 
 from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
@@ -327,7 +327,7 @@ def main():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="short contexts, few rounds: under a minute")
     add("--out", default="out/cost", help="folder (default: out/cost)")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.contexts, args.orders, args.rounds, args.tokens, args.new_tokens = \
             [64, 128], [1, 2, 3], 3, 256, 20
@@ -344,7 +344,7 @@ def main():
                 raise UserError(f"no {kind} {name!r}: choose from {', '.join(choices)}")
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
-    plt, args.compile = pyplot(), args.device == "cuda"
+    plt, args.compile = pyplot(args.out), args.device == "cuda"
     if args.device == "cpu":
         keep_freed_memory()
 

@@ -30,7 +30,7 @@ from figures import WIDTH, mean_bar, name_rows
 from runs import model_flags, models_and_text
 from tqdm import tqdm
 
-from common import pyplot, save, table
+from common import parse, pyplot, save, table
 
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import Parser, UserError, positive_int, run_script
@@ -137,14 +137,14 @@ def main():
     add("--match", type=positive_int, default=1, help="how many tokens must recur (default: 1)")
     add("--quick", action="store_true", help="small models, few windows: under a minute")
     add("--out", default="out/induction", help="folder (default: out/induction)")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.windows, args.seeds = 16, min(2, args.seeds)
     if len(args.variants) < 2:
         raise UserError("--variants needs the baseline and at least one more")
     for variant in args.variants:
         read_variant(variant)  # all are known, before any of them is trained
-    plt = pyplot()
+    plt = pyplot(args.out)
     paths, tokens = models_and_text(args)
     T = tokens.size(1) - 1
     kind = kinds(tokens, args.match)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from figures import WIDTH, name_lines, style
 from tqdm import tqdm
 
-from common import INNERS, pyplot, save, table
+from common import INNERS, parse, pyplot, save, table
 
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
 
@@ -185,7 +185,7 @@ def main():
     add("--lr", type=positive, default=0.02, help="peak learning rate (default: 0.02)")
     add("--quick", action="store_true", help="a small version, under a minute")
     add("--out", default="out/rank", help="folder (default: out/rank)")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.d, args.seeds, args.restarts, args.steps = [16], min(3, args.seeds), 1, 300
         args.ranks = args.ranks or [2, 16, 32]
@@ -193,7 +193,7 @@ def main():
         raise UserError(f"--d must be below --T, {args.T}, got {max(args.d)}")
     args.ranks_of = {d: args.ranks or sorted({max(1, d * n // 8) for n in (1, 2, 4, 8, 12, 16)})
                      for d in args.d}
-    plt = pyplot()
+    plt = pyplot(args.out)
     for variant in VARIANTS:  # a step without a formula is refused before the work
         scores(variant, matrices(variant, 1, 2), torch.zeros(1, 3, 2), *masks(3, causal=True))
     all_results = {title: {d: experiment(args, d, causal) for d in args.d}

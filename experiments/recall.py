@@ -51,12 +51,12 @@ from puzzles import SYMBOLS, TASKS, chains
 from runs import commit
 from tqdm import tqdm
 
-from common import pyplot, save, table
+from common import parse, pyplot, save, table
 
 from model import GPTConfig, output_layer
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
 from nanonexus.controls import build as build_model
-from nanonexus.files import append_line, read_lines
+from nanonexus.files import append_line, output_file, read_lines
 
 VARIANTS = {  # fields of GPTConfig: compare.py's variants, of one layer
     **{name: model_fields(read_variant(name)) for name in compare.VARIANTS},
@@ -304,14 +304,15 @@ def main():
     add("--show", action="store_true", help="train nothing: tables of the existing lines")
     add("--quick", action="store_true", help="fewer pairs, steps and seeds, under a minute")
     add("--out", default="out/recall", help="folder (default: out/recall)")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.pairs, args.steps, args.seeds, args.lrs = 3, 60, min(2, args.seeds), [1e-2]
         args.tasks = ["one-hop"]
-    plt = pyplot()
+    plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are so small that two threads wait for each other
-    os.makedirs(args.out, exist_ok=True)
     results, found = Results(args.results or os.path.join(args.out, "results.jsonl")), {}
+    if not args.show:
+        output_file(results.path)
     runs = len(args.tasks) * len(args.variants) * (args.seeds + len(to_try(args.lrs)))
     with tqdm(total=runs, unit="run", disable=True if args.show else None, leave=False) as say:
         for task in args.tasks:

@@ -32,7 +32,7 @@ import torch
 from runs import commit
 from tqdm import tqdm
 
-from common import ROOT, pyplot, save, table
+from common import ROOT, parse, pyplot, save, table
 
 from nanonexus.cli import (
     Parser,
@@ -44,7 +44,7 @@ from nanonexus.cli import (
     run_script,
 )
 from nanonexus.device import keep_freed_memory
-from nanonexus.files import append_line, read_lines, write_json
+from nanonexus.files import append_line, output_file, read_lines, write_json
 from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.stats import mean_spread, paired, paired_text
 from nanonexus.tokenizer import EOT
@@ -228,7 +228,7 @@ def finetune(args, variant, seed):
                 "--seed", str(seed), "--log_interval", str(max(1, args.sft_steps // 20)),
                 "--save_interval", str(args.sft_steps), "--device", "cpu",
                 *VARIANTS[variant].split()]
-        done = subprocess.run(argv, capture_output=True, text=True,
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace",
                               env=os.environ | dict(OMP_NUM_THREADS="1"))
         if done.returncode:
             raise UserError(f"{' '.join(argv)} failed: {done.stderr[-500:]}")
@@ -248,7 +248,7 @@ def measure(args, folder, tokenizer, test):
 
 def run_all(args, results):
     """Pretrain if necessary, measure every change, fine-tune what the results lack."""
-    os.makedirs(args.out, exist_ok=True)
+    output_file(args.results)
     tokenizer = byte_tokenizer()
     ids, held = read_text(args, tokenizer)
     model = pretrain(args, tokenizer, ids)
@@ -352,7 +352,7 @@ def build_parser():
 
 
 def main():
-    args = build_parser().parse_args()
+    args = parse(build_parser())
     if args.quick:
         args.steps, args.batch, args.sft_steps, args.examples, args.seeds = 20, 4, 12, 400, 1
     args.variants = args.variants or (["baseline", "past", "key-shift"] if args.quick else
@@ -366,7 +366,7 @@ def main():
         raise UserError(f"{error}: pip install -e '.[retrofit]'") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    plt = pyplot()
+    plt = pyplot(args.out)
     keep_freed_memory()
     args.results = args.results or os.path.join(args.out, "results.jsonl")
 

@@ -21,7 +21,7 @@ from nanonexus.checkpoint import newest_checkpoint, read_checkpoint
 from nanonexus.cli import UserError, listed, positive_int
 from nanonexus.controls import build
 from nanonexus.data import TokenSet, read_windows, val_indices, windows
-from nanonexus.files import append_line, read_lines
+from nanonexus.files import append_line, output_file, read_lines
 
 
 class TrainingRun(NamedTuple):
@@ -110,6 +110,7 @@ class Study:
     def execute(self, runs, dataset):
         """Finish the unfinished runs, in their order, on the token set in the folder
         dataset. UserError if one stops."""
+        output_file(self.results)
         left = [run for run in runs if not self.line(run)]
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = [pool.submit(self.train, run, dataset,

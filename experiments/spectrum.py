@@ -38,7 +38,7 @@ from figures import WIDTH, name_lines, style
 from runs import model_flags, models_and_text
 from tqdm import tqdm
 
-from common import INNERS, pyplot, save, table
+from common import INNERS, parse, pyplot, save, table
 
 from model import GPT, GPTConfig
 from nanonexus.checkpoint import load_checkpoint
@@ -238,10 +238,10 @@ def main():
         help="D of the untrained models, even numbers (default: 16,32,64,128)")
     add("--quick", action="store_true", help="small models, two windows: under a minute")
     add("--out", default="out/spectrum", help="folder (default: out/spectrum)")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.windows, args.seeds, args.contexts = 2, min(2, args.seeds), [16, 32, 64]
-    plt = pyplot()
+    plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
     start = {(inner, D): {T: [at_start(inner, T, D, seed) for seed in range(args.seeds)]
                           for T in args.contexts}

@@ -24,11 +24,11 @@ from figures import WIDTH, name_lines, style
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from common import INNERS, pydocs, pyplot, save, table
+from common import INNERS, parse, pyplot, save, table
 
 from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
-from nanonexus.data import TokenSet, batch, train_indices, windows
+from nanonexus.data import TokenSet, batch, pydocs, train_indices, windows
 from nanonexus.stats import mean_spread, paired, paired_text
 
 FORMS = (*INNERS, "free")
@@ -184,12 +184,12 @@ def main():
     add("--seeds", type=number(int, 2, 1000), default=3, help="of every setting (default: 3)")
     add("--quick", action="store_true", help="orders 1, 2 and 6, few steps: under a minute")
     add("--out", default="out/stability", help="folder (default: out/stability)")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.quick:
         args.orders, args.depths, args.lrs, args.steps, args.seeds = [1, 2, 6], [2], [1e-2], 20, 2
     if args.orders[0] != 1:
         raise UserError("--orders must begin with 1, with which the others are compared")
-    plt = pyplot()
+    plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
     text = TokenSet(pydocs(os.path.join(args.out, "pydocs"))).train
     n = windows(text, T)

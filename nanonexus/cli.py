@@ -3,6 +3,8 @@ The command line: flags with bounds, help that begins with the script's docstrin
 """
 
 import argparse
+import errno
+import io
 import math
 import os
 import sys
@@ -50,11 +52,47 @@ def listed(kind):
     return lambda text: [kind(x) for x in text.split(",")]
 
 
+class Output(io.FileIO):
+    """Standard output or error whose reader may go, as `head` does, or a terminal that is closed:
+    what is written after that is lost, and the work goes on. Any other failure is raised, once."""
+
+    failed = False
+
+    def write(self, data):
+        try:
+            return len(data) if self.failed else super().write(data)
+        except OSError as error:
+            self.failed = True
+            gone = errno.EPIPE, errno.EINVAL, errno.EIO  # a pipe, a pipe on Windows, a terminal
+            if error.errno not in gone or os.path.isfile(self.fileno()):
+                raise
+            return len(data)
+
+
+def safe_streams():
+    """Let no print end the work: characters that the terminal's encoding lacks become "?", a reader
+    may go (see Output), and a stream that is closed from the start goes nowhere."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        elif name != "stdin" and stream is getattr(sys, f"__{name}__"):  # not a notebook's
+            if stream.errors != "backslashreplace":  # standard error's, which does not fail either
+                stream.reconfigure(errors="replace")
+            raw = getattr(stream.buffer, "raw", stream.buffer)  # the second: python -u
+            if type(raw) is io.FileIO:  # not Windows' console
+                setattr(sys, name, io.TextIOWrapper(
+                    io.BufferedWriter(Output(raw.fileno(), "w", closefd=False)), stream.encoding,
+                    stream.errors, line_buffering=stream.line_buffering or stream.write_through))
+
+
 def run_script(main):
     """Call main(); report a user's mistake, an OSError or a lack of memory in one line, with status
     2."""
+    safe_streams()
     try:
         main()
+        sys.stdout.flush()
     except (UserError, ModelError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "out of memory" in message \

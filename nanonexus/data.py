@@ -10,6 +10,8 @@ resumes exactly and sees the same batches on one process or on many.
 import functools
 import json
 import os
+import subprocess
+import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,6 +49,23 @@ def load_hub(name, config, split, revision=None, streaming=False):
         reason = textwrap.shorten(str(error).split("\nExample")[0], 500)
         raise UserError(f"cannot read {name} from the hub ({type(error).__name__}: {reason})"
                         ) from error
+
+
+def pydocs(folder):
+    """The token set of the embedded text, bytes, in folder, which is returned; prepared if it is
+    missing. UserError if that fails."""
+    def missing():
+        return not os.path.exists(os.path.join(folder, "meta.json"))
+
+    if missing():
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        done = subprocess.run([sys.executable, os.path.join(root, "prepare_data.py"), "--dataset",
+                               "pydocs", "--out", folder], stderr=subprocess.PIPE, text=True,
+                              errors="replace")
+        if done.returncode and missing():  # else another process was faster
+            *_, last = done.stderr.splitlines() or [f"status {done.returncode}"]
+            raise UserError(f"could not prepare {folder}: {last.partition('error: ')[2] or last}")
+    return folder
 
 
 class TokenSet:

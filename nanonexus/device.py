@@ -51,7 +51,7 @@ def pick_device(kind, local_rank=0):
 def keep_freed_memory():
     """Let glibc keep freed memory: otherwise every step on a CPU returns its activations to the
     kernel and gets them back page by page, which cost a third of the time (measured, 70M shape)."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to do
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc (the last: Windows)
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap too

@@ -82,7 +82,8 @@ def is_plain(model, eot):
                                     for name, w in neox_weights(twin).items()})
         except RuntimeError:  # other names or shapes
             return False
-        idx = sample_ids(model.config)
+        c = model.config
+        idx = (torch.arange(c.block_size) * 37 % c.vocab_size)[None]  # as long as the context
         return agree(theirs(idx).logits, twin(idx))
 
 

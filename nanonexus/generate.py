@@ -24,11 +24,13 @@ class KVCache:
         """Make room for T tokens; returns how many came before. ModelError if they do not fit."""
         check(self.len + T <= self.capacity, f"{self.len + T} tokens are more than the context of "
               f"{self.capacity}")
-        self.past, self.len = self.len, self.len + T
+        self.past, self.len, self.seen = self.len, self.len + T, set()
         return self.past
 
     def update(self, entry, x):
         """Append x (B, H, T, D) to an entry, (layer, name); returns all of it, (B, H, S, D)."""
+        assert entry not in self.seen, f"two attentions of layer {entry[0]} have one name: {entry}"
+        self.seen.add(entry)
         if entry not in self.entries:
             self.entries[entry] = x.new_empty(*x.shape[:2], self.capacity, x.size(3))
         self.entries[entry][:, :, self.past:self.len] = x

@@ -36,6 +36,9 @@ def open_model(path, device="cpu", **overrides):
         model, meta = load_checkpoint(path, device, **overrides)
         tokenizer = get_tokenizer(meta["tokenizer"], meta.get("tokenizer_json"))
     else:
+        inside = os.path.join(path, "ckpt.pt")
+        if os.path.exists(inside) and not os.path.exists(os.path.join(path, "config.json")):
+            raise UserError(f"{path} is a folder of train.py: use --checkpoint {inside}")
         try:
             folder = fetch(path)
             model = load_neox(folder, **overrides).to(device).eval()

@@ -4,12 +4,14 @@ The processes of a run under torchrun, and the signals that ask them to stop.
 
 import os
 import signal
+import threading
 import time
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from nanonexus.cli import UserError
 from nanonexus.device import pick_device
 
 
@@ -46,31 +48,56 @@ class Processes(NamedTuple):
 
 
 def join_processes(kind):
-    """The Processes that torchrun has started (or this one alone), on devices of that kind."""
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device = pick_device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+    """The Processes that torchrun has started (or this one alone), on devices of that kind. Raises
+    UserError for an environment that is not torchrun's."""
+    given = {name: os.environ.get(name, default) for name, default in (
+        ("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}
+    hint = "start several processes with torchrun; for one, unset WORLD_SIZE, RANK and LOCAL_RANK"
+    try:
+        size, rank, local_rank = map(int, given.values())
+        if not 0 <= rank < size or local_rank < 0:
+            raise ValueError
+    except ValueError as error:
+        found = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UserError(f"the environment has {found}: {hint}") from error
+    device = pick_device(kind, local_rank)
     if size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None)
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                    device_id=device if device.type == "cuda" else None)
+        except (ValueError, RuntimeError) as error:  # no MASTER_ADDR, nobody there
+            raise UserError(f"cannot join the other processes ({str(error).splitlines()[0]}): "
+                            f"{hint}") from error
     return Processes(size, rank, device)
 
 
 class Stop:
-    """When to stop early: after Ctrl-C, SIGTERM (the system) or SIGUSR1 (Slurm, before its limit),
-    or after max_minutes. A second signal stops at once."""
+    """When to stop early: at the deadline or, within `with stop:`, after Ctrl-C, SIGTERM (the
+    system), SIGHUP (the terminal has gone) or SIGUSR1 (Slurm, before its limit). A Ctrl-C after one
+    of them stops at once; the system may well send the others twice."""
 
     def __init__(self, deadline):
-        self.deadline, self.signal = deadline, None
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.on_signal)
+        self.deadline, self.signal, self.before = deadline, None, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # others cannot have handlers
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                number = getattr(signal, name, None)  # Windows lacks two
+                ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN  # nohup
+                if number and not ignored:
+                    self.before[number] = signal.signal(number, self.on_signal)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def on_signal(self, number, frame):
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
 
     def asked(self):
         return self.signal is not None or time.monotonic() > self.deadline

@@ -20,7 +20,7 @@ import torch
 from model import check
 from nanonexus.cli import Parser, UserError, listed, positive_int, run_script
 from nanonexus.controls import describe
-from nanonexus.files import write_text
+from nanonexus.files import output_file, write_text
 from nanonexus.hf import open_model
 from nanonexus.tokenizer import read_prompt
 
@@ -48,6 +48,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    output_file(args.out)
     model, tokenizer, meta = open_model(args.checkpoint, attention="manual")
     c = model.config
     ids = read_prompt(args.prompt, tokenizer, c.block_size)

@@ -1,5 +1,4 @@
 import os
-import signal
 
 import pytest
 import torch
@@ -18,10 +17,6 @@ def plots():
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """train.main installs handlers, and --deterministic a mode: give Ctrl-C back to pytest."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM,
-                                                            signal.SIGUSR1)}
+    """--deterministic is a mode of the whole process."""
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)

@@ -8,6 +8,7 @@ from questions import save as save_gpt
 
 import model as ours
 from model import CausalSelfAttention, GPTConfig, ModelError
+from nanonexus import checkpoint
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import UserError
 from nanonexus.controls import CONTROLS, build, replaces_loops
@@ -21,6 +22,7 @@ def make(**changes):
     gpt = build(replace(SMALL, **changes))
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.4)
+    gpt.head.weight.data.mul_(5)
     return gpt
 
 
@@ -64,7 +66,7 @@ def edits():
                 for n, s in zip(parts, project(self, x, parts), strict=True)]
 
     return {
-        "a soft-cap of 30": (ours, "output_layer",
+        "a soft-cap of 30": (checkpoint, "output_layer",
                              lambda h, w: 30 * torch.tanh(layer(h, w) / 30)),
         "another mask": (ours, "attend", lambda *args, **kwargs: attend(
             *args, **kwargs | dict(strict=True))),
@@ -80,6 +82,28 @@ def test_a_changed_model_is_refused(tmp_path, monkeypatch, what):
         load_checkpoint(tmp_path / "c.pt")
     save(tmp_path / "d.pt")  # and its own is taken
     load_checkpoint(tmp_path / "d.pt")
+
+
+@pytest.mark.parametrize("wrong", ["position", "window"])
+def test_what_a_cache_or_a_short_sequence_does_not_show(tmp_path, monkeypatch, wrong):
+    """Positions that begin again with a cache; a window that only a long sequence meets."""
+    save(tmp_path / "c.pt")
+    attend = ours.attend
+
+    def local(q, k, v, ctx, name="outer", strict=False):
+        far = torch.ones(24, 24, dtype=torch.bool).tril(-20)
+        mask = torch.ones(24, 24, dtype=torch.bool).tril() & ~far
+        past = 0 if ctx.cache is None else ctx.cache.past
+        return attend(q, k, v, ctx._replace(
+            mask=mask[past:past + q.size(2), :past + q.size(2)]), name, strict)
+
+    def absolute(q, k, v, ctx, name="outer", strict=False):
+        return attend(q + torch.arange(q.size(2))[:, None] / 10, k, v, ctx, name, strict)
+
+    monkeypatch.setattr(ours, "attend", dict(window=local, position=absolute)[wrong])
+    with pytest.raises(ModelError, match=dict(window="model.py has changed since",
+                                              position="logits with a cache differ by")[wrong]):
+        load_checkpoint(tmp_path / "c.pt")
 
 
 def test_another_dtype_is_no_change_of_the_model(tmp_path):

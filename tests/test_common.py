@@ -1,6 +1,7 @@
 """What the experiments share: aligned tables, results with what they need to be repeated, and the
 inner steps of model.py, an added one included."""
 
+import argparse
 import importlib
 import json
 import sys
@@ -26,7 +27,7 @@ def test_table():
 
 @pytest.mark.usefixtures("plots")
 def test_save_writes_settings_seeds_and_versions(tmp_path, capsys):
-    figure, _ = common.pyplot().subplots()
+    figure, _ = common.pyplot(tmp_path / "new").subplots()
     args = SimpleNamespace(out=str(tmp_path / "new"), seeds=3)
     common.save(args, "name", {"a": [1, 2]}, figure)
     with open(tmp_path / "new" / "name.json") as f:
@@ -60,3 +61,12 @@ def test_an_added_inner_step_is_in_the_studies_or_refused_in_one_line(monkeypatc
     error = capsys.readouterr().err
     assert end.value.code == 2 and "no formula of the inner step 'again'" in error
     assert error.count("\n") == 1
+
+
+def test_a_quick_run_has_a_folder_of_its_own():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", default="out/x")
+    found = [common.parse(parser, argv.split()).out for argv in (
+        "", "--quick", "--quick --out mine", "--out mine")]
+    assert found == ["out/x", "out/x-quick", "mine", "mine"]

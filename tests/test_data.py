@@ -1,6 +1,8 @@
 """The data order; a token set is checked on opening."""
 
 import json
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -132,3 +134,20 @@ def test_verify_finds_a_flipped_byte(folder):
     TokenSet(folder)  # the size is right: not noticed without reading it all
     with pytest.raises(UserError, match="does not have the sha256"):
         TokenSet(folder, verify=True)
+
+
+def test_the_embedded_text_is_prepared_once(folder, tmp_path, monkeypatch):
+    assert data.pydocs(str(folder)) == str(folder)  # it is there
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "x").touch()
+    with pytest.raises(UserError, match="could not prepare .*half: .* is not empty: remove") as one:
+        data.pydocs(str(half))
+    assert "\n" not in str(one.value) and "error" not in str(one.value)
+
+    def faster(argv, **kwargs):  # another process has just made it
+        shutil.copy(folder / "meta.json", half)
+        return subprocess.CompletedProcess(argv, 2, stderr="it exists")
+
+    monkeypatch.setattr(subprocess, "run", faster)
+    assert data.pydocs(str(half)) == str(half)

@@ -160,9 +160,18 @@ def test_saved_scores_serve_as_a_model(checkpoints, tmp_path, monkeypatch, capsy
 
 def test_scores_are_written_even_if_the_chart_cannot_be(checkpoints, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match="--plot .*v.xyz"):
-        call(monkeypatch, "--checkpoint", checkpoints[0], "--versus", checkpoints[0], "--tasks",
-             "demo", "--limit", 2, "--json", tmp_path / "s.json", "--plot", tmp_path / "v.xyz")
+
+    def savefig(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    flags = ["--checkpoint", checkpoints[0], "--versus", checkpoints[0], "--tasks", "demo",
+             "--limit", 2, "--json", tmp_path / "s.json"]
+    with pytest.raises(UserError, match="--plot v.xyz: no such kind of picture.* png,"):
+        call(monkeypatch, *flags, "--plot", "v.xyz")
+    assert not os.listdir(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        call(monkeypatch, *flags, "--plot", tmp_path / "v.png")
     result = json.loads((tmp_path / "s.json").read_text())
     assert result["paired"]["demo"]["acc"] == dict(difference=0.0, stderr=0.0, p=1.0)
     assert os.listdir(tmp_path) == ["s.json"]

@@ -1,12 +1,14 @@
 """Folders and lines that are complete or absent."""
 
+import errno
 import os
+import sys
 
 import pytest
 
 from nanonexus import files
 from nanonexus.cli import UserError
-from nanonexus.files import append_line, new_folder, read_lines
+from nanonexus.files import append_line, new_folder, output_file, output_folder, read_lines
 
 
 def test_a_new_folder_is_whole_or_not_there(tmp_path):
@@ -17,10 +19,12 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path):
         raise KeyError
     assert os.listdir(tmp_path / "a") == []
     os.makedirs(tmp_path / "a/set.partial")
+    (tmp_path / "a/set.partial/.lock").touch()
     (tmp_path / "a/set.partial/left").write_text("by a process that was killed")
     with new_folder(out) as folder:
-        with pytest.raises(UserError, match="another run is writing"), new_folder(out):
-            pass
+        if os.name == "posix":  # Windows has no such lock
+            with pytest.raises(UserError, match="another run is writing"), new_folder(out):
+                pass
         with open(os.path.join(folder, "x"), "w") as f:
             f.write("whole")
     assert os.listdir(tmp_path / "a") == ["set"] and os.listdir(out) == ["x"]
@@ -52,7 +56,146 @@ def test_nobody_enters_a_new_folder_while_it_is_finished(tmp_path, monkeypatch):
         tried.append(path)
 
     monkeypatch.setattr(files, "flush", flush)
+    pytest.importorskip("fcntl", reason="locks need POSIX")
     with new_folder(out) as partial:
         (tmp_path / "new.partial" / "a").write_text("whole")
-    assert tried == [f"{partial}/.", f"{partial}/a", str(tmp_path)]
+    assert tried == [os.path.join(partial, "."), os.path.join(partial, "a"), str(tmp_path)]
     assert os.listdir(tmp_path) == ["new"] and os.listdir(out) == ["a"]
+
+
+def make(out):
+    """What prepare_data.py and export do."""
+    with new_folder(out) as folder:
+        with open(os.path.join(folder, "x"), "w") as f:
+            f.write("whole")
+
+
+def test_a_link_is_followed_and_stays_a_link(tmp_path):
+    (tmp_path / "other" / "empty").mkdir(parents=True)
+    for name in ("empty", "new"):  # the second does not exist
+        os.symlink(tmp_path / "other" / name, tmp_path / name, target_is_directory=True)
+        make(tmp_path / name)
+        assert os.path.islink(tmp_path / name) and os.listdir(tmp_path / name) == ["x"]
+    assert sorted(os.listdir(tmp_path / "other")) == ["empty", "new"]
+    files.write_text(tmp_path / "new" / "x", "first")
+    os.symlink(tmp_path / "new" / "x", tmp_path / "link.json")
+    files.write_text(tmp_path / "link.json", "second")
+    assert os.path.islink(tmp_path / "link.json")
+    assert (tmp_path / "other/new/x").read_text() == "second"
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
+    out, remove = tmp_path / "out", os.rmdir
+    out.mkdir()
+
+    def rmdir(path, **kwargs):  # what Linux says of a mount point
+        if path == str(out):
+            raise OSError(errno.EBUSY, "Device or resource busy", path)
+        remove(path, **kwargs)
+
+    def refused(out, message):
+        with pytest.raises(UserError, match=message), new_folder(out):
+            raise AssertionError("the work has begun")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", rmdir)
+        refused(out, "is a mount point, or in use: choose a new folder in it")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == []
+    monkeypatch.chdir(out)
+    refused(".", "in use: choose a new folder in it")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("precious")
+    refused(out, "out.partial is in the way")
+    assert (tmp_path / "out.partial" / "mine").read_text() == "precious"
+    os.symlink(tmp_path / "loop", tmp_path / "loop")
+    refused(tmp_path / "loop", "exists and is not empty")
+
+
+def test_a_file_system_without_locks_and_flushes_of_folders(tmp_path, monkeypatch, capsys):
+    """Lustre without flock, CIFS, FUSE; any other failure is one."""
+    fcntl = pytest.importorskip("fcntl", reason="locks need POSIX")
+    fsync = os.fsync
+
+    def fails(number, folders_only=False):
+        def call(file, *flags):
+            if folders_only and not os.path.isdir(f"/proc/self/fd/{file}"):
+                return fsync(file)
+            raise OSError(number, os.strerror(number))
+        return call
+
+    for number in {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}:  # two may be one
+        monkeypatch.setattr(fcntl, "flock", fails(number))
+        make(tmp_path / str(number))
+        assert capsys.readouterr().err.count("note: no locks in") == 1
+    monkeypatch.setattr(fcntl, "flock", fails(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        make(tmp_path / "out")
+    monkeypatch.undo()
+    if os.path.isdir("/proc/self/fd"):
+        for number in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            monkeypatch.setattr(os, "fsync", fails(number, folders_only=True))
+            make(tmp_path / f"flushed {number}")
+        monkeypatch.setattr(os, "fsync", fails(errno.EIO, folders_only=True))
+        with pytest.raises(OSError, match="Input/output"):
+            make(tmp_path / "out")
+    monkeypatch.setattr(os, "fsync", fails(errno.EINVAL))  # a file must be on disk
+    with pytest.raises(OSError, match="Invalid argument"):
+        make(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_rules_of_renaming(tmp_path, monkeypatch):
+    """No lock, no rename of a folder in which a file is open, or onto a folder; a file that someone
+    is reading cannot be replaced until they have closed it."""
+    replace, refusals = os.replace, []
+
+    def windows(source, target):
+        opened = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+                  if os.path.lexists(f"/proc/self/fd/{n}")]
+        if os.path.isdir(target) or any(path.startswith(f"{source}{os.sep}") for path in opened):
+            raise OSError(errno.EACCES, "[WinError 5] Access is denied", source)
+        if len(refusals) < 2:
+            refusals.append(source)
+            raise PermissionError(errno.EACCES, "[WinError 5] Access is denied", source)
+        replace(source, target)
+
+    if sys.platform == "linux":  # elsewhere it is Windows, or cannot be emulated
+        monkeypatch.setattr(os, "replace", windows)
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+        monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+        with pytest.raises(PermissionError):  # for good, on other systems
+            make(tmp_path / "never")
+        monkeypatch.setattr(sys, "platform", "win32")
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        make(tmp_path / name)
+        assert os.listdir(tmp_path / name) == ["x"]
+    assert sorted(os.listdir(tmp_path)) == ["empty", "new"]
+    if sys.platform == "linux":
+        assert len(refusals) == 2
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output_file("a/b/scores.json")  # makes the folders
+    output_file("scores.json")
+    output_folder("c/d")
+    assert sorted(os.listdir()) == ["a", "c"] and os.listdir("a/b") == os.listdir("c/d") == []
+    (tmp_path / "file").write_text("mine")
+    for path in ("", "a", "new/", "file/x.json", "x" * 250 + ".json", os.devnull):
+        with pytest.raises(UserError, match="choose another"):
+            output_file(path)
+    for path in ("", "file", "file/new", "x" * 300):
+        with pytest.raises(UserError, match="choose another"):
+            output_folder(path)
+    assert sorted(os.listdir()) == ["a", "c", "file"] and (tmp_path / "file").read_text() == "mine"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)  # root may write anything
+        with pytest.raises(UserError, match="file can only be read"):
+            output_file("file")
+    output_file("file")
+    assert (tmp_path / "file").read_text() == "mine"
+    if os.name == "posix" and os.geteuid():
+        os.chmod("c", 0o500)
+        with pytest.raises(UserError, match="Permission denied"):
+            output_file("c/x.json")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 
 import pytest
@@ -125,6 +126,22 @@ def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
     a, b = (model.state_dict() for model in models)
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+
+
+def test_an_interrupt_saves_and_resume_continues(base, tmp_path, monkeypatch, capsys):
+    class Interrupted(finetune.Stop):
+        def asked(self):
+            signal.raise_signal(signal.SIGINT)
+            return super().asked()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "Stop", Interrupted)
+        with pytest.raises(SystemExit) as end:
+            sft(patch, base, tmp_path / "out", "--max_steps", 3)
+    assert end.value.code == 130 and "stopped at step 1, saved in" in capsys.readouterr().out
+    assert (tmp_path / "out/checkpoint-1").is_dir()
+    sft(monkeypatch, base, tmp_path / "out", "--max_steps", 3, "--resume")
+    load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("epochs, accumulate, warmup, steps, rise", [

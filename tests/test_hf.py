@@ -89,6 +89,12 @@ def test_only_the_files_that_belong_to_the_model_are_read(neox, tmp_path):
         load_neox(tmp_path)
 
 
+def test_a_folder_of_train_py_is_called_that(checkpoints, tmp_path):
+    os.symlink(checkpoints[0], tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="is a folder of train.py: use --checkpoint .*ckpt.pt"):
+        open_model(tmp_path)
+
+
 def test_old_configs_name_rotary_otherwise(neox, tmp_path):
     for name in ("model.safetensors", "tokenizer.json"):
         os.symlink(neox / name, tmp_path / name)

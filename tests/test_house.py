@@ -3,6 +3,7 @@
 import ast
 import glob
 import os
+import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -116,6 +117,21 @@ def test_nothing_runs_text_as_code():
         assert not {"pickle", "marshal", "shelve", "dill"} & (top | inner), path
 
 
+def test_text_is_utf8_on_every_system():
+    """Without an encoding, open() reads and writes text as the system's locale says."""
+    found = 0
+    for path in sources().values():
+        with open(path, encoding="utf-8") as f:
+            tree = ast.parse(f.read())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "open":
+                mode = ast.unparse(node.args[1]) if len(node.args) > 1 else "r"
+                found += 1
+                assert "b" in mode or any(k.arg == "encoding" for k in node.keywords) or \
+                    "devnull" in ast.unparse(node), (path, node.lineno)
+    assert found > 20
+
+
 def test_no_two_modules_have_one_name_and_no_file_is_long():
     modules = sources()
     assert len(set(modules)) == len(modules)
@@ -124,3 +140,15 @@ def test_no_two_modules_have_one_name_and_no_file_is_long():
         with open(path, encoding="utf-8") as f:
             lines = len(f.readlines())
         assert lines <= (350 if modules.get("model") == path else 400), path
+
+
+def test_a_model_py_of_the_users_own_is_named(tmp_path):
+    """It comes first in the current folder; nanoGPT's has a GPT too."""
+    (tmp_path / "model.py").write_text("class GPT: pass\n")
+    for argv in (["-m", "nanonexus.view"], ["-c", "import nanonexus.export"]):
+        done = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | dict(PYTHONPATH=ROOT))
+        last = done.stderr.splitlines()[-1]
+        assert f"finds {tmp_path / 'model.py'}, not nanoNexus's model.py: run this in" in last
+        if argv[0] == "-m":
+            assert done.returncode == 2 and done.stderr.count("\n") == 1

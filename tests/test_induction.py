@@ -12,12 +12,11 @@ import torch
 from compare import QUICK, read_variant
 from questions import save
 
-from common import pydocs
-
 import train
 from model import GPTConfig
 from nanonexus.cli import run_script
 from nanonexus.controls import build
+from nanonexus.data import pydocs
 
 
 def test_kinds():

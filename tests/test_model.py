@@ -10,7 +10,15 @@ import torch
 from questions import add_inner_step
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, AttnContext, GPTConfig, ModelError, apply_rotary_emb
+from model import (
+    GPT,
+    AttnContext,
+    CausalSelfAttention,
+    GPTConfig,
+    ModelError,
+    apply_rotary_emb,
+    attend,
+)
 from nanonexus.checkpoint import check_size
 from nanonexus.flags import preset_config
 from nanonexus.generate import KVCache
@@ -213,6 +221,22 @@ def test_an_added_step_has_all_that_past_has(monkeypatch, backend):
     assert all(map(torch.equal, found[0][0], found[1][0])) and found[0][1:] == found[1][1:]
     with pytest.raises(ModelError, match="self, past, cross, shared, again"):
         make(nexus_inner="another")
+
+
+def test_attentions_of_one_name_are_told_apart(monkeypatch):
+    """A step that attends twice under one name would overwrite its own cache."""
+    def twice(self, n, h, s, ctx, name):
+        return attend(h[n], h[n], attend(h[n], h[n], s, ctx, name), ctx, name)
+
+    monkeypatch.setattr(CausalSelfAttention, "inner_step", twice)
+    with pytest.raises(AssertionError, match="two attentions of layer 0 have one name"):
+        make(nexus_order=2)(tokens(1, 5), cache=KVCache(8))
+
+
+def test_tied_embeddings_are_counted_once():
+    gpt = make()
+    gpt.head.weight = gpt.embed.weight
+    assert gpt.num_params() - gpt.num_params(embeddings=False) == gpt.embed.weight.numel()
 
 
 def test_a_cache_refuses_more_than_it_holds():

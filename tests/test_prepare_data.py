@@ -233,7 +233,7 @@ def test_a_checkpoint_carries_the_tokenizer(tmp_path, monkeypatch, capsys):
     train.main(["--dataset", str(tmp_path / "set"), "--out", str(tmp_path / "run"), "--max_steps",
                 "2", "--device", "cpu", *flags.split()])
     assert "no sample" not in capsys.readouterr().out
-    source = (tmp_path / "set" / "tokenizer.json").read_text()
+    source = (tmp_path / "set" / "tokenizer.json").read_text(encoding="utf-8")
     shutil.rmtree(tmp_path / "set")
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # and needs no package but tiktoken
     model, tokenizer, meta = open_model(tmp_path / "run" / "ckpt.pt")

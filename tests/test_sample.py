@@ -30,8 +30,11 @@ def checkpoint(tmp_path_factory):
 
 
 def run(path, *argv, stdin=""):
-    return subprocess.run([sys.executable, sample.__file__, "--checkpoint", str(path), "--device",
-                           "cpu", *argv], input=stdin.encode(), capture_output=True)
+    done = subprocess.run([sys.executable, sample.__file__, "--checkpoint", str(path), "--device",
+                           "cpu", *argv], input=stdin.encode(), capture_output=True,
+                          env=os.environ | dict(PYTHONUTF8="1"))
+    done.stdout = done.stdout.replace(os.linesep.encode(), b"\n")
+    return done
 
 
 def test_the_text_is_what_generate_gives(checkpoint):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -148,8 +149,10 @@ def test_presets_and_model_flags(tokens, tmp_path):
     assert meta["step"] == 1 and meta["tokens"] == 256 and meta["tokenizer"] == "bytes"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_resume_continues(tokens, tmp_path, number):
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal to send")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_signal_saves_and_resume_continues(tokens, tmp_path, name):
+    number = getattr(signal, name)
     argv = command(tokens, tmp_path / "run", "--max_steps", 100_000, "--decay_steps", 100)
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -184,6 +187,30 @@ def test_a_second_interrupt_stops_at_once(tokens, tmp_path):
     assert errors == "interrupted\n" and job.returncode == 130
 
 
+def test_a_reader_who_leaves_does_not_end_the_run(tokens, tmp_path):
+    """As in `python train.py | head -n 1`."""
+    job = subprocess.Popen(command(tokens, tmp_path, "--max_steps", 30), text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert job.stdout.readline()
+    job.stdout.close()
+    assert job.stderr.read() == "" and job.wait(timeout=60) == 0
+    assert weights(tmp_path)["step"] == read_log(tmp_path)[-1]["step"] == 30
+
+
+def test_a_run_in_a_thread_and_the_interrupt_after_one(tokens, tmp_path):
+    """As from a notebook: train.main leaves Ctrl-C as it was, and needs no main thread."""
+    before = signal.getsignal(signal.SIGINT)
+    run(tokens, tmp_path, "--max_steps", 1)
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(UserError, match="norm is nan") as kept:  # and all that its frames hold
+        run(tokens, tmp_path / "nan", "--max_steps", 9, "--lr", 1e30, "--grad_clip", "inf")
+    run(tokens, tmp_path / "nan", "--max_steps", 1)
+    assert kept.tb
+    with ThreadPoolExecutor(1) as pool:
+        log = pool.submit(run, tokens, tmp_path, "--resume", "--max_steps", 2).result()
+    assert log[-1]["step"] == 2
+
+
 def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
     log = run(tokens, tmp_path, "--max_steps", 10**6, "--eval_interval", 10**6,
               "--max_minutes", 0.01)
@@ -194,6 +221,8 @@ def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
 @pytest.mark.parametrize("argv, message", [
     (["--batch_tokens", "300"], "multiple of block_size x processes x micro_batch = 128: use 256"),
     (["--dataset", "{}/pydoc"], "no token set .*pydoc: use pydocs, or"),
+    (["--dataset", "{}/my.txt"], "--input .*my.txt --out tokens/my, then use --dataset tokens/my"),
+    (["--n_embd", "50"], "n_embd / n_head x rotary_pct, 50 / 2 x 1.0, must be an"),
     (["--max_steps", "0"], "max_steps"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "fast"], "--lr"),
     (["--preset", "tinny"], "tiny"), (["--control", "shift"], "key-shift"),
@@ -207,6 +236,7 @@ def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
     (["--log_intervall", "3"], "log_intervall"),
 ])
 def test_bad_flags_are_one_line(tokens, tmp_path, argv, message):
+    (tmp_path / "my.txt").write_text("text")
     with pytest.raises((UserError, ModelError), match=message) as caught:
         run(tokens, tmp_path / "run", *[a.format(tmp_path) for a in argv])
     assert "\n" not in str(caught.value)

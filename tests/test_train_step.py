@@ -7,6 +7,7 @@ import torch
 from test_train import numbers, read_log, run, same, tokens, weights  # noqa: F401
 
 import train
+from model import GPT
 from nanonexus.cli import UserError
 
 
@@ -101,6 +102,38 @@ def test_a_gradient_that_is_not_a_number_stays_out_of_the_weights(
         assert re.search(said, capsys.readouterr().out)
     assert weights(tmp_path)["step"] == (2 if on_nan == "stop" else 9)
     assert all(p.isfinite().all() for p in weights(tmp_path)["model"].values())
+
+
+def test_a_resume_with_other_optimizers_is_refused(tokens, tmp_path, monkeypatch):  # noqa: F811
+    run(tokens, tmp_path, "--max_steps", 2, "--decay_steps", 4)
+    make = train.make_optimizers
+    for other in (muon_and_adamw, lambda model, args: [torch.optim.SGD(model.parameters(), 0.1)],
+                  lambda model, args: [torch.optim.AdamW(make(model, args)[0].param_groups[::-1])]):
+        monkeypatch.setattr(train, "make_optimizers", other)
+        with pytest.raises(UserError, match="make_optimizers has changed since"):
+            run(tokens, tmp_path, "--max_steps", 4, "--resume")
+
+
+def test_a_parameter_that_nothing_uses_is_named(tokens, tmp_path, monkeypatch):  # noqa: F811
+    def forgotten(model, args):
+        model.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
+        return [torch.optim.SGD(model.parameters(), lr=0.1)]
+
+    monkeypatch.setattr(train, "make_optimizers", forgotten)
+    with pytest.raises(UserError, match="no gradient reaches scale: the loss does not use it"):
+        run(tokens, tmp_path, "--max_steps", 3)
+
+
+def test_logits_changed_outside_the_output_layer_are_refused(tokens, tmp_path, monkeypatch):  # noqa: F811
+    forward = GPT.forward
+
+    def capped(self, idx, targets=None, **kwargs):
+        out = forward(self, idx, targets, **kwargs)
+        return torch.tanh(out) if targets is None else out
+
+    monkeypatch.setattr(GPT, "forward", capped)
+    with pytest.raises(UserError, match="cross-entropy of model.idx. is .*belongs into output_"):
+        run(tokens, tmp_path, "--max_steps", 3)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -1,0 +1,83 @@
+"""What a terminal, a pipe or a full disk does to a script's output: the work goes on."""
+
+import io
+import os
+import sys
+
+import pytest
+
+from nanonexus.cli import Output, UserError, run_script, safe_streams
+
+
+@pytest.fixture
+def stdout(monkeypatch):
+    """Put a stream in the place of standard output, as Python itself would."""
+    def use(stream):
+        for name in ("stdout", "__stdout__"):
+            monkeypatch.setattr(sys, name, stream)
+    return use
+
+
+@pytest.mark.parametrize("encoding, want", [
+    ("ascii", b"0.5 ? 0.1 ?\n"), ("cp1252", b"0.5 \xb1 0.1 ?\n"), ("utf-8", "0.5 ± 0.1 \ufffd\n")])
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["", "unbuffered"])
+def test_what_a_terminal_cannot_show_is_a_question_mark(tmp_path, stdout, encoding, want,
+                                                        buffering):
+    path = tmp_path / "out.txt"
+    stdout(io.TextIOWrapper(open(path, "wb", buffering), encoding, write_through=not buffering,
+                            newline="\n"))
+    run_script(lambda: print("0.5 ± 0.1 \ufffd"))
+    assert path.read_bytes().replace(b"\r", b"") == (
+        want if isinstance(want, bytes) else want.encode())
+    assert isinstance(sys.stdout.buffer.raw, Output) and sys.stdout.encoding == encoding
+
+
+def test_a_reader_that_goes_does_not_end_the_work(stdout):
+    read, write = os.pipe()
+    stdout(open(write, "w"))
+    done = []
+
+    def main():
+        print("first", flush=True)
+        os.close(read)
+        for i in range(2000):
+            print("a line that nobody reads", i, flush=i % 2)
+            done.append(i)
+
+    run_script(main)
+    assert len(done) == 2000
+    sys.stdout.flush()  # as Python does at its end
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_an_error_once(stdout, capfd):
+    stdout(open("/dev/full", "w"))
+    with pytest.raises(SystemExit) as end:
+        run_script(lambda: print("the result"))
+    assert end.value.code == 2 and "No space left on device" in capfd.readouterr().err
+    sys.stdout.flush()
+
+
+def test_closed_streams_go_nowhere(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    safe_streams()
+    print("nobody hears this", file=sys.stderr)
+    assert sys.stdin.read() == "" and not sys.stdout.isatty() and not sys.stderr.isatty()
+
+
+def test_a_notebooks_streams_are_left_alone(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    run_script(lambda: print("±"))
+    assert sys.stdout is stream and stream.getvalue() == "±\n"
+
+
+def test_a_mistake_is_one_line(capsys):
+    def main():
+        raise UserError("a flag\nof two lines")
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == 2 and capsys.readouterr().err.endswith(
+        ": error: a flag of two lines\n")
