@@ -77,7 +77,6 @@ def train(args, config, tokens, world, saved, stop, log):
     torch.manual_seed(args.seed)
     gpt = build(config).to(device)
     check_loss(gpt)
-    probe(gpt)  # refuses a model whose cache is wrong
     optimizers, step = make_optimizers(gpt, args), 0
     dtype = pick_dtype(args.dtype, device)
     # float16's small gradients vanish unless the loss is scaled; else the scaler does nothing
@@ -94,6 +93,8 @@ def train(args, config, tokens, world, saved, stop, log):
             optimizer.load_state_dict(state | dict(
                 param_groups=optimizer.state_dict()["param_groups"]))
         scaler.load_state_dict(saved["scaler"])
+    else:
+        probe(gpt)  # as restore_weights does: a model whose cache is wrong is refused
 
     model, block_masks = gpt, gpt.attention_mask
     if device.type == "cuda" if args.compile is None else args.compile:
@@ -176,10 +177,10 @@ def train(args, config, tokens, world, saved, stop, log):
             check_all_learn(gpt)
         norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), args.grad_clip)
         for optimizer in optimizers:
-            skips = optimizer.defaults.get("fused") or scaler.is_enabled()  # a bad update, unasked
-            if skips and not scaler.is_enabled():
+            fused = optimizer.defaults.get("fused")
+            if fused and not scaler.is_enabled():  # it skips a bad update, as the scaler would
                 optimizer.found_inf = (~norm.isfinite()).float()
-            if skips or norm.isfinite():  # isfinite waits for the device
+            if fused or scaler.is_enabled() or norm.isfinite():  # isfinite waits for the device
                 scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         scaler.update()

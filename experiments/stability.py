@@ -28,7 +28,7 @@ from common import INNERS, parse, pyplot, save, table
 
 from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
-from nanonexus.data import TokenSet, batch, pydocs, train_indices, windows
+from nanonexus.data import TokenSet, pydocs, train_indices, windows
 from nanonexus.stats import mean_spread, paired, paired_text
 
 FORMS = (*INNERS, "free")
@@ -191,12 +191,12 @@ def main():
         raise UserError("--orders must begin with 1, with which the others are compared")
     plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
-    text = TokenSet(pydocs(os.path.join(args.out, "pydocs"))).train
-    n = windows(text, T)
+    tokens = TokenSet(pydocs(os.path.join(args.out, "pydocs")))
+    n = windows(tokens.train, T)
 
     def batches(seed, step):
         indices = train_indices(n, seed, step, BATCH, 0, 1)
-        return [torch.from_numpy(part) for part in batch(text, T, indices)]
+        return tokens.load("train", T, indices, torch.device("cpu"))
 
     seeds, starts, runs = range(args.seeds), {}, {}
     jobs = [(form, m, d) for d in args.depths for form in FORMS for m in args.orders]

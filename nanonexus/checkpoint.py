@@ -69,13 +69,17 @@ def load_weights(model, state, path):
     return model
 
 
+def probe_ids(config):
+    """A fixed sequence as long as the context, (1, block_size): what acts far away shows, too."""
+    return (torch.arange(config.block_size) * 37 % config.vocab_size)[None]
+
+
 def probe(model):
-    """What a model answers to a fixed sequence as long as its context: the last logits, (16, V) or
-    fewer, in float32, on the CPU. Raises ModelError if a cache changes them, since then sampling
+    """What a model answers to probe_ids: the last logits, (16, V) or fewer, in float32, on the CPU.
+    Raises ModelError if a cache changes them, since then sampling
     and scoring would be another model's."""
     c, training = model.config, model.training
-    idx = (torch.arange(c.block_size) * 37 % c.vocab_size)[None]
-    idx, cache = idx.to(next(model.parameters()).device), KVCache(c.block_size)
+    idx, cache = probe_ids(c).to(next(model.parameters()).device), KVCache(c.block_size)
     with torch.no_grad():
         h = model.eval().hidden_states(idx)[0, -16:]
         parts = [p for p in idx.tensor_split([c.block_size // 2, c.block_size - 1], 1) if p.numel()]

@@ -184,12 +184,6 @@ def read_windows(tokens, block_size, indices):
     return rows.astype(np.int64)
 
 
-def batch(tokens, block_size, indices):
-    """Windows `indices` as int64 arrays (len(indices), T): inputs, and the tokens after them."""
-    rows = read_windows(tokens, block_size, indices)
-    return rows[:, :-1], rows[:, 1:]
-
-
 def split(items, size):
     """The items in lists of at most this size."""
     return [items[i:i + size] for i in range(0, len(items), size)]

@@ -23,7 +23,7 @@ import torch
 
 import model as model_file
 from model import GPTConfig
-from nanonexus.checkpoint import load_checkpoint, probe
+from nanonexus.checkpoint import load_checkpoint, probe, probe_ids
 from nanonexus.cli import Parser, UserError, run_script
 from nanonexus.controls import describe
 from nanonexus.files import new_folder, read_lines
@@ -82,8 +82,7 @@ def is_plain(model, eot):
                                     for name, w in neox_weights(twin).items()})
         except RuntimeError:  # other names or shapes
             return False
-        c = model.config
-        idx = (torch.arange(c.block_size) * 37 % c.vocab_size)[None]  # as long as the context
+        idx = probe_ids(model.config)
         return agree(theirs(idx).logits, twin(idx))
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from model import check, output_layer
 from nanonexus.cli import UserError
+from nanonexus.data import split
 from nanonexus.files import sha256
 from nanonexus.generate import KVCache
 from nanonexus.hf import open_model
@@ -110,7 +111,7 @@ class Scorer:
             last = output_layer(h, *self.model.output_weights())  # (B, 1, V)
         rows.sort(key=lambda row: len(row[1]))  # little padding per part
         step = max(1, budget // 2 // longest)
-        for part in (rows[i:i + step] for i in range(0, len(rows), step)):
+        for part in split(rows, step):
             width = len(part[-1][1])
             owners = torch.tensor([i for i, _ in part], device=self.device)
             ids = torch.tensor([c + (0,) * (width - len(c)) for _, c in part], device=self.device)
