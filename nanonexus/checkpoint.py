@@ -37,7 +37,7 @@ def save_checkpoint(path, state, keep=1):
             os.fsync(f.fileno())
         for i in range(keep - 2, 0, -1):
             if os.path.exists(older(path, i)):
-                os.replace(older(path, i), older(path, i + 1))
+                replace(older(path, i), older(path, i + 1))
         if keep > 1 and os.path.exists(path):  # via a second name, so that path always exists
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path + ".link")
@@ -45,8 +45,8 @@ def save_checkpoint(path, state, keep=1):
                 os.link(path, path + ".link")
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, path + ".link")
-            os.replace(path + ".link", older(path, 1))
-            with contextlib.suppress(FileNotFoundError):  # os.replace keeps two names of one file
+            replace(path + ".link", older(path, 1))
+            with contextlib.suppress(FileNotFoundError):  # a rename keeps two names of one file
                 os.remove(path + ".link")
         replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -63,8 +63,10 @@ def load_weights(model, state, path):
     own = model.state_dict()
     for key in sorted(own.keys() | state.keys()):
         if key not in own or key not in state or own[key].shape != state[key].shape:
-            raise ModelError(f"{path}: the weight {key} is missing, unknown or of another shape "
-                             "than its config says")
+            wrong = "is missing" if key not in state else "has no place in this model" \
+                if key not in own else f"is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+            raise ModelError(f"{path}: the weight {key} {wrong}: it is not of the model that its "
+                             "config and model.py make")
     model.load_state_dict(state)
     return model
 

@@ -9,7 +9,6 @@ trust_remote_code=True. The folder is opened by another process and compared wit
 it gets its name.
 """
 
-import copy
 import json
 import os
 import shlex
@@ -23,11 +22,11 @@ import torch
 
 import model as model_file
 from model import GPTConfig
-from nanonexus.checkpoint import load_checkpoint, probe, probe_ids
+from nanonexus.checkpoint import load_checkpoint, probe
 from nanonexus.cli import Parser, UserError, run_script
 from nanonexus.controls import describe
 from nanonexus.files import new_folder, read_lines
-from nanonexus.hf import NAMES
+from nanonexus.hf import agree, is_neox, neox_config, neox_weights
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer
 
 MODELING = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modeling_nexus.py")
@@ -36,64 +35,10 @@ ASIDE = {"out", "resume", "verify", "device", "sample", "wandb", "tensorboard", 
          "save_interval", "keep", "max_minutes"}
 
 
-def neox_weights(model):
-    """The model's weights under GPT-NeoX's names and in its layout: what nanonexus.hf reads back,
-    bit for bit."""
-    H, result = model.config.n_head, {}
-    for name, w in model.state_dict().items():
-        if ".qkv." in name:  # ours: all q, all k, all v; theirs: head after head, q, k, v each
-            w = w.unflatten(0, (3, H, -1)).transpose(0, 1).flatten(0, 2)
-        for theirs, ours in NAMES.items():
-            name = name.replace(ours, theirs) if ours else name
-        result[name if name.startswith("embed_out.") else f"gpt_neox.{name}"] = w.contiguous()
-    return result
-
-
-def neox_config(config, eot):
-    """config.json of a GPTConfig as a GPT-NeoX, with rotary as transformers 4 and 5 name it. eot:
-    the id that ends a text."""
-    return dict(
-        architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", vocab_size=config.vocab_size,
-        hidden_size=config.n_embd, num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head, intermediate_size=4 * config.n_embd,
-        hidden_act="gelu_pytorch_tanh" if config.gelu == "tanh" else "gelu",
-        max_position_embeddings=config.block_size, layer_norm_eps=1e-5, attention_bias=True,
-        rotary_pct=config.rotary_pct, rotary_emb_base=10000, rope_parameters=dict(
-            rope_type="default", rope_theta=10000.0, partial_rotary_factor=config.rotary_pct),
-        use_parallel_residual=config.parallel_residual, hidden_dropout=config.dropout,
-        attention_dropout=0.0, tie_word_embeddings=False, use_cache=True, bos_token_id=eot,
-        eos_token_id=eot, torch_dtype="float32")
-
-
-def is_plain(model, eot):
-    """Whether the model is a GPT-NeoX: its parameters, by names and shapes, and its logits, with
-    weights so large that a cap or a norm shows, however little the model has learnt."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**neox_config(model.config, eot))).eval()
-    head = "lm_head" if hasattr(theirs, "lm_head") else "embed_out"  # transformers 5.24 or before
-    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in twin.parameters():
-            mean, std = (0, 2 * p.size(-1) ** -0.5) if p.dim() > 1 else (0.5, 0.5)
-            p.normal_(mean, std, generator=generator)
-        try:
-            theirs.load_state_dict({name.replace("embed_out", head): w
-                                    for name, w in neox_weights(twin).items()})
-        except RuntimeError:  # other names or shapes
-            return False
-        idx = probe_ids(model.config)
-        return agree(theirs(idx).logits, twin(idx))
-
-
 def sample_ids(config):
     """Token ids (2, T) on which models are compared."""
     T = min(24, config.block_size)
     return torch.arange(2 * T).view(2, T) * 37 % config.vocab_size
-
-
-def agree(found, wanted):
-    return (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 # What a process that knows nothing of this project finds in the folder.
@@ -294,7 +239,7 @@ def export(checkpoint, out, license=None):
     if encoding.n_vocab > c.vocab_size:
         raise UserError(f"the tokenizer of {checkpoint} has {encoding.n_vocab} tokens, its model "
                         f"only {c.vocab_size}: they do not match")
-    config, plain = neox_config(c, eot), is_plain(model, eot)
+    config, plain = neox_config(c, eot), is_neox(model)
     if not plain:
         config |= dict(architectures=["NexusForCausalLM"], model_type="nanonexus", gpt=asdict(c),
                        auto_map={"AutoConfig": "modeling_nexus.NexusConfig",

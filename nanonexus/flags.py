@@ -63,7 +63,7 @@ def build_parser(doc):
         choices = CONTROLS if f.name == "control" else get_args(f.type)
         kind = dict(choices=choices) if choices else dict(action=flag) if f.type is bool else \
             dict(type=positive_int if f.type is int else f.type)
-        add(f"--{f.name}", help=comments.get(f.name), **kind)
+        add(f"--{f.name}", help=(comments.get(f.name) or "").replace("%", "%%"), **kind)
     add = parser.add_argument_group("optimisation (defaults depend on the preset)").add_argument
     add("--batch_tokens", type=positive_int, default=2**19, help="tokens per step, over all "
         "processes and micro-steps")
@@ -151,6 +151,9 @@ def make_config(args, tokens, device, saved):
         raise UserError(f"--vocab_size {config.vocab_size} is less than the token set's "
                         f"{tokens.vocab_size}")
     if saved:
+        if unknown := saved["config"].keys() - asdict(config):
+            raise UserError(f"the checkpoint has {', '.join(sorted(unknown))}, which GPTConfig "
+                            "lacks: it was trained with another model.py")
         agree(asdict(config), saved["config"], saved["config"].keys() - {"attention"})
         if saved["data"] != tokens.fingerprint:
             raise UserError(f"{tokens.folder} is not the token set that the checkpoint was "

@@ -1,14 +1,17 @@
 """
 One way to load models, open_model: a ckpt.pt of train.py, or a GPT-NeoX folder or hub name of
-Hugging Face, whose weights, config and tokenizer are converted to ours here.
+Hugging Face, whose weights, config and tokenizer are converted to ours here, and back.
 """
 
+import copy
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
+
+import torch
 
 from model import GPTConfig, ModelError
-from nanonexus.checkpoint import check_probe, load_checkpoint, load_weights, make_config
+from nanonexus.checkpoint import check_probe, load_checkpoint, load_weights, make_config, probe_ids
 from nanonexus.cli import UserError
 from nanonexus.controls import build
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer, printable
@@ -110,8 +113,72 @@ def load_neox(path_or_name, **overrides):
     if seen is not None:  # what it answered as it was exported
         check_probe(load_weights(build(config), weights, path_or_name), seen, path_or_name,
                     [f.name for f in fields(GPTConfig) if f.name not in values])
+    elif not is_neox(build(small(config))):
+        raise ModelError(f"{path_or_name} holds a GPT-NeoX, and model.py computes something else "
+                         "by now: use the model.py that came with the project")
     config = make_config(values | overrides, path_or_name)
     return load_weights(build(config), weights, path_or_name)
+
+
+def neox_weights(model):
+    """The model's weights under GPT-NeoX's names and in its layout: what load_neox reads back, bit
+    for bit."""
+    H, result = model.config.n_head, {}
+    for name, w in model.state_dict().items():
+        if ".qkv." in name:  # ours: all q, all k, all v; theirs: head after head, q, k, v each
+            w = w.unflatten(0, (3, H, -1)).transpose(0, 1).flatten(0, 2)
+        for theirs, ours in NAMES.items():
+            name = name.replace(ours, theirs) if ours else name
+        result[name if name.startswith("embed_out.") else f"gpt_neox.{name}"] = w.contiguous()
+    return result
+
+
+def neox_config(config, eot):
+    """config.json of a GPTConfig as a GPT-NeoX, with rotary as transformers 4 and 5 name it. eot:
+    the id that ends a text."""
+    return dict(
+        architectures=["GPTNeoXForCausalLM"], model_type="gpt_neox", vocab_size=config.vocab_size,
+        hidden_size=config.n_embd, num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head, intermediate_size=4 * config.n_embd,
+        hidden_act="gelu_pytorch_tanh" if config.gelu == "tanh" else "gelu",
+        max_position_embeddings=config.block_size, layer_norm_eps=1e-5, attention_bias=True,
+        rotary_pct=config.rotary_pct, rotary_emb_base=10000, rope_parameters=dict(
+            rope_type="default", rope_theta=10000.0, partial_rotary_factor=config.rotary_pct),
+        use_parallel_residual=config.parallel_residual, hidden_dropout=config.dropout,
+        attention_dropout=0.0, tie_word_embeddings=False, use_cache=True, bos_token_id=eot,
+        eos_token_id=eot, torch_dtype="float32")
+
+
+def is_neox(model):
+    """Whether the model is a GPT-NeoX: its parameters, by names and shapes, and its logits, with
+    weights so large that a cap or a norm shows, however little the model has learnt."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**neox_config(model.config, eot=0))).eval()
+    head = "lm_head" if hasattr(theirs, "lm_head") else "embed_out"  # transformers 5.24 or before
+    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in twin.parameters():
+            mean, std = (0, 2 * p.size(-1) ** -0.5) if p.dim() > 1 else (0.5, 0.5)
+            p.normal_(mean, std, generator=generator)
+        try:
+            theirs.load_state_dict({name.replace("embed_out", head): w
+                                    for name, w in neox_weights(twin).items()})
+        except RuntimeError:  # other names or shapes
+            return False
+        idx = probe_ids(model.config)
+        return agree(theirs(idx).logits, twin(idx))
+
+
+def agree(found, wanted):
+    return (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def small(config):
+    """A GPTConfig of the same kind of baseline, as small as can be."""
+    width = config.n_embd // config.n_head
+    return replace(config, vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=2 * width,
+                   dropout=0.0, nexus_order=1)
 
 
 def weight_files(folder):

@@ -53,7 +53,7 @@ def test_a_control_comes_back_as_itself(tmp_path, name):
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     saved["config"]["control"] = ""
     torch.save(saved, tmp_path / "d.pt")
-    with pytest.raises(ModelError, match="logits differ by|the weight .* is missing, unknown"):
+    with pytest.raises(ModelError, match="logits differ by|the weight .* (is|has no)"):
         load_checkpoint(tmp_path / "d.pt")
 
 
@@ -165,7 +165,7 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch):
 
 def test_weights_that_do_not_fit_the_config_are_named(tmp_path):
     save(tmp_path / "c.pt")
-    with pytest.raises(ModelError, match="the weight embed.weight is missing, unknown or"):
+    with pytest.raises(ModelError, match=r"embed.weight is \(61, 32\), not \(62, 32\)"):
         load_checkpoint(tmp_path / "c.pt", vocab_size=62)
     with pytest.raises(ModelError, match="no control 'shift': choose from key-shift"):
         load_checkpoint(tmp_path / "c.pt", control="shift")
@@ -174,7 +174,7 @@ def test_weights_that_do_not_fit_the_config_are_named(tmp_path):
         weights = dict(saved["model"])
         change(weights)
         torch.save(saved | dict(model=weights), tmp_path / "d.pt")
-        with pytest.raises(ModelError, match="the weight (extra|norm.bias) is missing, unknown or"):
+        with pytest.raises(ModelError, match="(extra has no place|norm.bias is missing)"):
             load_checkpoint(tmp_path / "d.pt")
     saved["config"]["n_expert"] = 8
     torch.save(saved, tmp_path / "c.pt")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from questions import save
 
+import model as model_file
 from model import GPT, GPTConfig, ModelError
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import UserError
@@ -125,7 +126,7 @@ def test_rotary_is_read_as_transformers_reads_it(neox, tmp_path, change):
 @pytest.mark.parametrize("change, message", [
     (dict(model_type="llama"), "model_type 'llama'"), (dict(intermediate_size=128), "intermediate"),
     (dict(hidden_act="relu"), "hidden_act 'relu'"),
-    (dict(vocab_size=449), "embed.weight is missing, unknown or of another shape"),
+    (dict(vocab_size=449), r"embed.weight is \(448, 64\), not \(449, 64\)"),
     (dict(tie_word_embeddings=True), "tie_word"), (dict(layer_norm_eps=1e-6), "layer_norm_eps"),
     (dict(rope_parameters=dict(rope_type="yarn")), "rope_type 'yarn'"),
     (dict(rope_parameters=dict(type="linear")), "rope_parameters type 'linear'"),
@@ -144,6 +145,13 @@ def test_models_that_ours_cannot_represent_are_refused(neox, tmp_path, change, m
     with pytest.raises(ModelError, match=message) as caught:
         load_neox(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_refused_once_model_py_is_no_gpt_neox(neox, monkeypatch):
+    """A folder of somebody else's holds no logits to compare with: transformers knows them."""
+    monkeypatch.setattr(model_file, "apply_rotary_emb", lambda x, cos, sin: x)
+    with pytest.raises(ModelError, match="model.py computes something else by now"):
+        load_neox(neox)
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(neox, tmp_path):
