@@ -101,5 +101,5 @@ def test_a_change_reaches_everything(name, plain, before, tokens, tmp_path):  # 
         assert losses[0] == before[0][0] and refused.returncode == 0
     else:
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
-        assert re.search("model.py has changed|nexus_inner must be|no control|the weight .* not of the model",
+        assert re.search("model.py has changed|nexus_inner must be|no control|not of the model",
                          refused.stderr)
