@@ -8,8 +8,8 @@ Both use one primitive, causal attention with rotary position embedding in each 
     Nexus    h_s <- s, then m-1 times h_s <- Attn(h_s, h_s, s), for s = q, s = k   order m > 1
              out = Attn(h_q, h_k, v)
 
-No parameter is added. The difference is in CausalSelfAttention: one `if` in forward, and refine.
-The GPT is Pythia's (GPT-NeoX); nexus_order=1 is that GPT, bit for bit.
+No parameter is added. The difference is in CausalSelfAttention: one `if` in forward, and refine,
+which has the other readings of the paper too. Order 1 is Pythia's GPT (GPT-NeoX), bit for bit.
 
 References: Nexus https://arxiv.org/abs/2512.03377, Pythia (sizes and training recipe) 2304.01373,
 GPT-NeoX-20B (architecture and initialisation) 2204.06745, rotary position embedding 2104.09864.
@@ -48,17 +48,16 @@ def apply_rotary_emb(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
 
 def rotary_table(config):
-    """cos and sin for every position of the context, (2, block_size, R / 2)."""
-    # angles in float64: position * rate loses precision in float32 at long contexts
+    """cos and sin for every position of the context, (2, block_size, R / 2); the angles in
+    float64, since position * rate loses precision in float32 at long contexts."""
     rates = 10000.0 ** (-torch.arange(0, config.rotary_dim, 2).double() / config.rotary_dim)
     angles = torch.arange(config.block_size).double()[:, None] * rates  # (block_size, R / 2)
     return torch.stack([angles.cos(), angles.sin()]).to(torch.get_default_dtype())
 
 def attend(q, k, v, ctx, name="outer", strict=False):
-    """Attn(q, k, v) = softmax(mask + rope(q) rope(k)^T / sqrt(D)) v, the one primitive of the
-    baseline and of every inner loop. q, k, v (B, H, T, D) -> (B, H, T, D). name: which one of its
-    layer, for the cache and the maps. strict: a token sees those before it and not itself; if there
-    are none, the result is 0."""
+    """Attn(q, k, v), the one primitive, all (B, H, T, D). name: what the cache and the maps call
+    this attention in its layer. strict: a token sees those before it and not itself; if there are
+    none, the result is 0."""
     query = apply_rotary_emb(q, *ctx.rope)
     key = query if k is q else apply_rotary_emb(k, *ctx.rope)
     key, v = ctx.remember(f"{name} keys", key), ctx.remember(f"{name} values", v)
@@ -95,6 +94,9 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)  # rows: queries, keys, values
         self.proj = nn.Linear(config.n_embd, config.n_embd)
+        if config.nexus_inner == "separate" and config.nexus_order > 1:  # 3 C^2 per stream
+            self.inner = nn.ModuleDict({n: nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+                                        for n in config.nexus_streams})
 
     def forward(self, x, ctx):
         q, k, v = self.prepare(*self.project(x), ctx)  # (B, H, T, D) each
@@ -102,12 +104,12 @@ class CausalSelfAttention(nn.Module):
             q, k = self.refine(x, q, k, v, ctx)
         return self.proj(merge_heads(attend(q, k, v, ctx)))  # (B, T, C)
 
-    def project(self, x, parts="qkv"):
+    def project(self, x, parts="qkv", linear=None):
         """x (B, T, C) -> its queries, keys and values, or only "qk" or "v": (B, H, T, D) each."""
-        C, first = x.size(-1), "qkv".index(parts)
+        linear, C, first = linear or self.qkv, x.size(-1), "qkv".index(parts)
         rows = slice(first * C, (first + len(parts)) * C)
-        heads = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows]).unflatten(
-            -1, (-1, C // self.config.n_head)).transpose(1, 2)
+        y = F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+        heads = y.unflatten(-1, (-1, C // self.config.n_head)).transpose(1, 2)
         return heads.chunk(len(parts), dim=1)
 
     def prepare(self, q, k, v, ctx):
@@ -116,23 +118,28 @@ class CausalSelfAttention(nn.Module):
     def refine(self, x, q, k, v, ctx):
         """Nexus: the queries and keys after m-1 inner loops, all (B, H, T, D); x (B, T, C)."""
         s = h = {"q": q, "k": k}  # s, the unrefined streams, are the values of every loop
+        streams, inner = self.config.nexus_streams, self.config.nexus_inner
         for loop in range(1, self.config.nexus_order):
-            h = h | {n: self.inner_step(n, h, s[n], ctx, f"{n}{loop}")
-                     for n in self.config.nexus_streams}
+            if inner == "tokens":  # the paper's in words: tokens gather, then are projected anew
+                y = merge_heads(attend(h["q"], h["k"], v, ctx, f"h{loop}"))
+                h = h | dict(zip(streams, self.project(y, streams), strict=True))
+            else:
+                h = h | {n: self.inner_step(n, h, s[n], ctx, f"{n}{loop}") for n in streams}
         return h["q"], h["k"]
 
     def inner_step(self, n, h, s, ctx, name):
         """One loop of stream n ("q" or "k"), from both streams h and its own values s."""
         match self.config.nexus_inner:
-            case "self":  # the paper's, as far as its text is known
+            case "self":  # the paper's as a formula, by two accounts
                 return attend(h[n], h[n], s, ctx, name)
+            case "shared" | "separate" as inner:  # its ablation: W_q, W_k, W_v once more, or others
+                linear = self.qkv if inner == "shared" else self.inner[n]
+                values, = self.project(merge_heads(s), "v", linear)
+                return attend(*self.project(merge_heads(h[n]), "qk", linear), values, ctx, name)
             case "past":  # ours: a token keeps itself and gathers from those before it
                 return s + attend(h[n], h[n], s, ctx, name, strict=True)
             case "cross":  # ours: the same, with the map from queries to keys for both streams
                 return s + attend(h["q"], h["k"], s, ctx, name, strict=True)
-            case "shared":  # the layer's own W_q, W_k, W_v once more
-                values, = self.project(merge_heads(s), "v")
-                return attend(*self.project(merge_heads(h[n]), "qk"), values, ctx, name)
             case inner:
                 raise ModelError(f"inner_step has no case for {inner!r}")
 
@@ -182,17 +189,16 @@ class GPTConfig:
     attention: Literal["sdpa", "flex", "manual"] = "sdpa"  # flex trains on CUDA, manual shows maps
     nexus_order: int = 1  # 1 is the baseline, 2 refines once, 3 twice, ...
     nexus_streams: Literal["qk", "q", "k"] = "qk"  # which streams are refined
-    nexus_inner: Literal["self", "past", "cross", "shared"] = "cross"  # how they are refined
+    nexus_inner: Literal["self", "shared", "separate", "tokens", "past", "cross"] = "self"  # how
     control: str = ""  # one of nanonexus/controls.py instead of, or besides, Nexus
 
     def __post_init__(self):
         for f in fields(self):
             value, choices = getattr(self, f.name), get_args(f.type)
             right = value in choices if choices else type(value) is f.type
-            kind = ", ".join(map(str, choices)) or str(getattr(f.type, "__name__", f.type)) \
-                + ", at least 1" * (f.type is int)
-            check(right and (f.type is not int or value > 0), f"{f.name} must be {kind}, not "
-                  f"{value!r}")
+            kind = ", ".join(map(str, choices)) or getattr(f.type, "__name__", str(f.type))
+            check(right and (f.type is not int or value > 0), f"{f.name} must be {kind}"
+                  + ", at least 1" * (f.type is int) + f", not {value!r}")
         check(self.n_embd % self.n_head == 0, f"n_embd must be a multiple of n_head, {self.n_head}")
         check(0 < self.rotary_pct <= 1 and self.rotary_dim > 0 == self.rotary_dim % 2, "n_embd / "
               f"n_head x rotary_pct, {self.n_embd} / {self.n_head} x {self.rotary_pct}, must be an "
@@ -262,7 +268,7 @@ class GPT(nn.Module):
         """The output layer's input, (B, T, C), for token ids idx (B, T). ModelError if too long.
         cache: a nanonexus.generate.KVCache, to continue after the tokens that it has seen.
         maps: a dict that manual attention fills with its weights, {(layer, name): (B, H, T, S)};
-        name is "outer", or "q1" for the first inner loop of q, and so on.
+        name is "outer", "q1" for the first inner loop of q, "h1" if it is of both, and so on.
         docs: (B, S), the document of each token, cached ones included; none sees another's.
         mask: attention_mask's output, if made before."""
         c, T = self.config, idx.size(1)
@@ -314,9 +320,9 @@ class GPT(nn.Module):
 
 class SumCrossEntropy(torch.autograd.Function):
     """The sum of -log softmax(output_layer(h, *weights))[target] over the rows of h (N, C) whose
-    target is not -1: a scalar, in float32 or better. At a vocabulary of 50,304 the logits of 32,768
-    tokens take 6.6 GB, their gradients as much again: more than all else in a 70M model. So they
-    exist for `rows` at a time, and each part's gradients are computed right after its loss."""
+    target is not -1: a scalar, in float32 or better. Of 32,768 tokens and a vocabulary of 50,304
+    the logits take 6.6 GB and their gradients as much. So only `rows` at a time exist, and each
+    part's gradients are computed right after its loss."""
 
     @staticmethod
     def forward(ctx, learn, rows, targets, h, *weights):

@@ -49,8 +49,8 @@ VARIANTS = {  # name -> flags of train.py
     **{inner + end: flags.format(inner) for inner in INNERS for end, flags in ENDS.items()},
     **{name: f"--control {name} --nexus_order {2 if replaces_loops(name) else 1}"
        for name in CONTROLS},
-    "near-k": "--control near --nexus_order 2 --nexus_inner cross --nexus_streams k",
-    "near-gated-k": "--control near-gated --nexus_order 2 --nexus_inner cross --nexus_streams k",
+    "near-k": "--control near --nexus_order 2 --nexus_streams k",
+    "near-gated-k": "--control near-gated --nexus_order 2 --nexus_streams k",
     "shift-past": "--control key-shift --nexus_order 2 --nexus_inner past",
     "shift-past-k": "--control key-shift --nexus_order 2 --nexus_inner past --nexus_streams k",
     "shift-cross-k": "--control key-shift --nexus_order 2 --nexus_inner cross --nexus_streams k",

@@ -16,8 +16,7 @@ with an MLP in place of each projection, q = W2 gelu(W1 x): it leaves the span o
 by token, without looking at any other. `mlp` has the baseline's parameters (hidden width d/2), as
 `self`, `past` and `cross` have; mlp-1.5x those of `shared` (3d/4), mlp-4x those of `separate` (2d).
 
-`separate` has its own projections in the inner step, and is not in model.py. Where there is no
-causal mask, "strictly earlier" in `past` and `cross` becomes "any other".
+Where there is no causal mask, "strictly earlier" in `past` and `cross` becomes "any other".
 """
 
 import math
@@ -34,7 +33,7 @@ from nanonexus.cli import Parser, UserError, listed, number, positive, positive_
 
 VARIANTS = {  # name -> (order, inner map)
     "baseline": (1, None), "mlp": (1, "mlp"), "mlp-1.5x": (1, "mlp"), "mlp-4x": (1, "mlp"),
-    **{inner: (2, inner) for inner in INNERS}, "self-3": (3, "self"), "separate": (2, "separate"),
+    **{inner: (2, inner) for inner in INNERS}, "self-3": (3, "self"),
 }
 
 
@@ -75,6 +74,9 @@ def scores(variant, W, X, mask, strict):
                 projections = [W[:3]] * 2 if inner == "shared" else [W[2:5], W[5:8]]
                 h = [attn(a @ q, a @ k).softmax(-1) @ (b @ v)
                      for a, b, (q, k, v) in zip(h, s, projections, strict=True)]
+            case "tokens":
+                y = attn(*h).softmax(-1) @ (X @ W[2])
+                h = [y @ W[0], y @ W[1]]
             case _:
                 raise UserError(f"rank.py has no formula of the inner step {inner!r}: add a case "
                                 "to scores(), or drop it from VARIANTS")
@@ -85,7 +87,8 @@ def matrices(variant, B, d):
     """A variant's weights for B problems, a list of (B, rows, columns), drawn at random."""
     hidden = max(1, round(d / 2 * {"mlp-1.5x": 1.5, "mlp-4x": 4}.get(variant, 1)))
     shapes = {"mlp": [(d, hidden), (hidden, d)] * 2, "shared": [(d, d)] * 3,
-              "separate": [(d, d)] * 8}.get(VARIANTS[variant][1], [(d, d)] * 2)
+              "tokens": [(d, d)] * 3, "separate": [(d, d)] * 8,
+              }.get(VARIANTS[variant][1], [(d, d)] * 2)
     return [(torch.randn(B, *shape) / math.sqrt(shape[0])).requires_grad_() for shape in shapes]
 
 

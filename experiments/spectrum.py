@@ -52,11 +52,11 @@ INNER = ["entropy, q", "entropy, k", "own token, q", "own token, k", "token befo
 
 def by_layer(maps, config):
     """[({stream: its inner maps (loops, B, H, T, T)}, the outer map (B, H, T, T)) per layer], from
-    the maps of GPT.hidden_states; a control without inner maps has none."""
+    the maps of GPT.hidden_states; "h" is both streams; a control without inner maps has none."""
     loops = range(1, config.nexus_order)
     return [({n: torch.stack([maps[layer, f"{n}{loop}"] for loop in loops])
-              for n in config.nexus_streams if (layer, f"{n}1") in maps}, maps[layer, "outer"])
-            for layer in range(config.n_layer)]
+              for n in config.nexus_streams + "h" if (layer, f"{n}1") in maps},
+             maps[layer, "outer"]) for layer in range(config.n_layer)]
 
 
 def is_strict(weights):

@@ -184,6 +184,9 @@ def upgrade(saved, path):
     if saved["format"] not in (1, FORMAT):
         raise ModelError(f"{path} has the format {saved['format']}, written by a later version; "
                          f"this one reads up to {FORMAT}")
+    for values in (saved["config"], saved.get("args") or {}):
+        if values.get("control") in ("separate", "tokens"):  # formerly controls
+            values.update(control="", nexus_inner=values["control"])
     if saved["format"] == 1:
         saved["config"] = {"nexus_inner": "self"} | saved["config"]  # formerly the only one
         saved["config"].pop("checkpoint_attention", None)  # formerly a field

@@ -25,11 +25,13 @@ Between the two, in `refine`:
              https://arxiv.org/abs/2108.12409, with a learnt slope)
   near-gated the same, but a learnt gate per head lets the content in, from nothing at the start
 Other recursions, in `refine`:
-  tokens     h <- Attn(h W_q, h W_k, x W_v), from h = x; then q, k = h W_q, h W_k: a reading of the
-             paper without new weights
-  tokens-residual  the same with h <- x + Attn(h W_q, h W_k, x W_v)
+  tokens-residual  `tokens` with h <- x + Attn(h W_q, h W_k, x W_v)
   mix        the same with h <- x + Attn(h W_q, h W_k, x W_v) W_o: the layer itself applied before
-  separate   inner loops with projections of their own, 3 C^2 per stream
+What the own token does, in `inner_step`. Attn_< sees earlier tokens alone:
+                      own token seen                       own token unseen
+    nothing is kept   Attn(h_s, h_s, s)      self          Attn_<(h_s, h_s, s)      self-strict
+    s is kept         s + Attn(h_s, h_s, s)  self-residual s + Attn_<(h_s, h_s, s)  past
+  and the same of h_q and h_k: cross-plain, cross-strict, cross-residual and, of model.py, cross
 The whole sublayer:
   twice      the attention sublayer of each block applied twice, with the same weights
 
@@ -250,58 +252,67 @@ class Twice(Block):
         return super().forward(x + self.dropout(self.attn(self.norm1(x), before)), ctx)
 
 
-class Separate(CausalSelfAttention):
-    """h_s <- Attn(h_s A, h_s B, s C) with separate A, B, C per stream, the same in all loops, that
-    start like every other matrix."""
+class TokensResidual(CausalSelfAttention):
+    """`tokens`, but each token keeps what it was: h <- x + Attn(h W_q, h W_k, x W_v), from h = x;
+    then q, k = h W_q, h W_k."""
 
-    def __init__(self, config):
-        super().__init__(config)
-        C = config.n_embd
-        self.inner = nn.ModuleDict({n: nn.Linear(C, 3 * C, bias=False)
-                                    for n in config.nexus_streams})
-
-    def inner_step(self, n, h, s, ctx, name):
-        A, B, C = self.inner[n].weight.chunk(3)
-        return attend(self.through(A, h[n]), self.through(B, h[n]), self.through(C, s), ctx, name)
-
-    def through(self, weight, x):
-        """x (B, H, T, D), heads merged, times weight (C, C), the same shape."""
-        return F.linear(merge_heads(x), weight).unflatten(-1, (x.size(1), -1)).transpose(1, 2)
-
-
-class Tokens(CausalSelfAttention):
-    """The tokens gather, and what they have gathered gives the queries and keys: from h = x,
-    order - 1 times h <- Attn(h W_q, h W_k, x W_v), heads merged, no output projection; then q and k
-    (or the one that is refined) are those of h, and v is that of x. It adds no parameter."""
-
-    def gathered(self, x, y):
-        """h (B, T, C) of the input x and what the heads have gathered, y."""
+    def gathered(self, y):
+        """What the heads have gathered, y (B, T, C), as it is added to x."""
         return y
 
     def refine(self, x, q, k, v, ctx):
-        h = {"q": q, "k": k}
+        h, streams = {"q": q, "k": k}, self.config.nexus_streams
         for loop in range(1, self.config.nexus_order):
             y = merge_heads(attend(h["q"], h["k"], v, ctx, f"h{loop}"))
-            h = dict(zip("qk", self.project(self.gathered(x, y), "qk"), strict=True))
-        h = {"q": q, "k": k} | {n: h[n] for n in self.config.nexus_streams}
+            h |= zip(streams, self.project(x + self.gathered(y), streams), strict=True)
         return h["q"], h["k"]
 
 
-class TokensResidual(Tokens):
-    """Tokens with h <- x + Attn(h W_q, h W_k, x W_v): each token keeps what it was."""
+class Mix(TokensResidual):
+    """The same with h <- x + Attn(h W_q, h W_k, x W_v) W_o: q and k are projected from what the
+    layer itself, output projection included, makes of x."""
 
-    def gathered(self, x, y):
-        return x + y
+    def gathered(self, y):
+        return self.proj(y)
 
 
-class Mix(Tokens):
-    """Tokens with h <- x + Attn(h W_q, h W_k, x W_v) W_o: q and k are projected from what the layer
-    itself, output projection included, makes of x."""
+class SelfResidual(CausalSelfAttention):
+    """h_s <- s + Attn(h_s, h_s, s): `self`, but the token keeps what it was. `past` does not see
+    its own token either."""
 
-    def gathered(self, x, y):
-        return x + self.proj(y)
+    crossed, residual, strict = False, True, False
+
+    def inner_step(self, n, h, s, ctx, name):
+        a, b = "qk" if self.crossed else (n, n)
+        y = attend(h[a], h[b], s, ctx, name, strict=self.strict)
+        return s + y if self.residual else y
+
+
+class SelfStrict(SelfResidual):
+    """h_s <- Attn_<(h_s, h_s, s): `self`, but of earlier tokens alone, and nothing is kept."""
+
+    residual, strict = False, True
+
+
+class CrossResidual(SelfResidual):
+    """h_s <- s + Attn(h_q, h_k, s): `cross`, but a token sees itself too."""
+
+    crossed = True
+
+
+class CrossStrict(SelfStrict):
+    """h_s <- Attn_<(h_q, h_k, s): `cross`, but nothing is kept."""
+
+    crossed = True
+
+
+class CrossPlain(CrossResidual):
+    """h_s <- Attn(h_q, h_k, s): `self` with the map of `cross`."""
+
+    residual = False
 
 
 CONTROLS = {"key-shift": KeyShift, "kv-shift": KVShift, "canon": Canon, "mean": Mean, "bias": Bias,
-            "near": Near, "near-gated": NearGated, "mix": Mix, "twice": Twice, "separate": Separate,
-            "tokens": Tokens, "tokens-residual": TokensResidual}
+            "near": Near, "near-gated": NearGated, "tokens-residual": TokensResidual, "mix": Mix,
+            "self-residual": SelfResidual, "self-strict": SelfStrict, "cross-plain": CrossPlain,
+            "cross-residual": CrossResidual, "cross-strict": CrossStrict, "twice": Twice}

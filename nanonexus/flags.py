@@ -121,6 +121,8 @@ def parse_args(doc, argv=None):
     args = parser.parse_args(argv)
     if args.nexus_order is None:
         args.nexus_order = 1 if args.control and not replaces_loops(args.control) else 2
+    if not saved and args.nexus_inner and args.control and replaces_loops(args.control):
+        raise UserError(f"--control {args.control} takes the place of --nexus_inner: drop one")
     if args.warmup_steps is None:
         args.warmup_steps = max(1, args.max_steps // 100)
     if args.decay_steps is None:

@@ -113,7 +113,7 @@ def test_another_dtype_is_no_change_of_the_model(tmp_path):
 
 
 def test_a_field_that_the_file_lacks_must_have_had_its_default(tmp_path):
-    save(tmp_path / "c.pt", nexus_order=2, nexus_inner="self")
+    save(tmp_path / "c.pt", nexus_order=2, nexus_inner="past")
     saved = torch.load(tmp_path / "c.pt", weights_only=True)
     for lost, fine in (("gelu", True), ("nexus_inner", False)):
         config = {key: value for key, value in saved["config"].items() if key != lost}
@@ -191,3 +191,14 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert (tmp_path / "c.pt").read_bytes() == before
     with pytest.raises(UserError, match="there is none yet"):
         save(tmp_path / "no-folder/c.pt")
+
+
+@pytest.mark.parametrize("inner", ["separate", "tokens"])
+def test_readings_that_were_controls_are_still_read(inner, tmp_path):
+    save(tmp_path / "c.pt", nexus_order=2, nexus_inner=inner)
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    saved["config"] |= dict(control=inner, nexus_inner="cross")  # as they were called
+    torch.save(saved | dict(args=dict(control=inner, lr=1.0)), tmp_path / "c.pt")
+    model, meta = load_checkpoint(tmp_path / "c.pt")
+    assert (model.config.nexus_inner, model.config.control) == (inner, "")
+    assert meta["args"] == dict(control="", nexus_inner=inner, lr=1.0)

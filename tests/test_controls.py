@@ -14,8 +14,9 @@ from nanonexus.generate import KVCache, generate
 SMALL = dict(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, rotary_pct=0.5,
              parallel_residual=False)
 NEW = {"key-shift": 2, "kv-shift": 8, "canon": 4 * 96, "mean": 0, "bias": 2 * 2 * 24,
-       "near": 4, "near-gated": 6, "mix": 0, "twice": 0,
-       "tokens": 0, "tokens-residual": 0, "separate": 2 * 3 * 32 * 32}  # parameters per layer
+       "near": 4, "near-gated": 6} | dict.fromkeys((
+           "tokens-residual", "mix", "self-residual", "self-strict", "cross-plain",
+           "cross-residual", "cross-strict", "twice"), 0)  # parameters per layer
 every = pytest.mark.parametrize("name", CONTROLS)
 
 
@@ -86,7 +87,7 @@ def test_parameters_start_where_they_should_and_learn(name):
     gpt(tokens(), tokens().roll(-1, 1)).backward()
     for p in own(gpt):
         assert p.grad.abs().max() > 1e-9 and p.isfinite().all()
-        assert p.dim() == 1 or name in ("canon", "separate")  # 1-D: without weight decay
+        assert p.dim() == 1 or name == "canon"  # 1-D: without weight decay
     start = {"key-shift": 0.0, "bias": 0.0}.get(name)
     assert start is None or all((p == start).all() for p in own(gpt))
     if name == "kv-shift":
@@ -223,44 +224,31 @@ def test_twice_is_the_sublayer_before_the_block(parallel):
     assert torch.allclose(block(x, ctx), once + again + mlp, atol=1e-12)
 
 
-@pytest.mark.parametrize("order", [2, 3])
-def test_separate_loops_have_their_own_projections(order):
-    attention, x, q, k, v = layer_and_input("separate", nexus_order=order)
-    ctx, streams = context(make(), 7), []
-    for s, name in ((q, "q"), (k, "k")):
-        A, B, C = attention.inner[name].weight.chunk(3)
-        h = s.flatten(1)  # (T, C)
-        for _ in range(order - 1):
-            parts = [(y @ weight.T).view(7, 2, 16).transpose(0, 1)[None]
-                     for y, weight in ((h, A), (h, B), (s.flatten(1), C))]
-            h = model.attend(*parts, ctx).transpose(1, 2).flatten(2)[0]
-        streams.append(h.view(7, 2, 16))
-    assert_is(attention, x, *streams, v)
-
-
-@pytest.mark.parametrize("name, streams, order", [
-    ("tokens", "qk", 2), ("tokens", "qk", 3), ("tokens", "k", 3), ("tokens-residual", "qk", 3),
-    ("tokens-residual", "q", 2)])
-def test_tokens_gather_before_they_are_projected(name, streams, order):
-    """In output and in gradients, from the layer's weights alone."""
-    attention, x, q, k, v = layer_and_input(name, nexus_order=order, nexus_streams=streams)
-    h, gpt = x[0], make()
+@pytest.mark.parametrize("streams, order", [("qk", 3), ("q", 2)])
+def test_tokens_gather_and_keep_what_they_are_before_they_are_projected(streams, order):
+    attention, x, q, k, v = layer_and_input("tokens-residual", nexus_order=order,
+                                            nexus_streams=streams)
     for _ in range(order - 1):
-        a, b, _ = attention.qkv(h).view(7, 3, 2, 16).unbind(1)
-        a, b = (apply_rotary_emb(s.transpose(0, 1), *gpt.rope[:, :7]) for s in (a, b))
-        rows = [torch.cat([(torch.stack([a[i, t] @ b[i, s] / 4 for s in range(t + 1)]).softmax(0)
-                            @ v[:t + 1, i]) for i in range(2)]) for t in range(7)]
-        h = torch.stack(rows) + (x[0] if name == "tokens-residual" else 0)
-    refined = dict(zip("qk", attention.qkv(h).view(7, 3, 2, 16).unbind(1)[:2], strict=True))
-    want = outer(attention, refined["q"] if "q" in streams else q,
-                 refined["k"] if "k" in streams else k, v)
-    got = attention(x, context(gpt, 7))
-    assert torch.allclose(got, want, atol=1e-12)
-    weights = list(attention.parameters())
-    for a, b in zip(torch.autograd.grad(got.square().sum(), weights),
-                    torch.autograd.grad(want.square().sum(), weights), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-        assert b.abs().max() > 0
+        ctx = context(make(), 7)
+        heads = [s.transpose(0, 1)[None] for s in (q, k, v)]  # (1, H, T, D)
+        y = model.attend(*heads, ctx)[0].transpose(0, 1).flatten(1)
+        a, b, _ = attention.qkv(x[0] + y).view(7, 3, 2, 16).unbind(1)
+        q, k = a if "q" in streams else q, b if "k" in streams else k
+    assert_is(attention, x, q, k, v)
+
+
+@pytest.mark.parametrize("name", ["self-residual", "self-strict", "cross-plain", "cross-residual",
+                                  "cross-strict"])
+def test_the_own_token_is_seen_or_not_and_kept_or_not(name):
+    attention, x, q, k, v = layer_and_input(name)
+    streams, seen = {"q": q, "k": k}, "strict" not in name
+    new = {}
+    for n, s in streams.items():
+        a, b = (q, k) if "cross" in name else (s, s)
+        y = model.attend(*(h.transpose(0, 1)[None] for h in (a, b, s)), context(make(), 7),
+                         strict=not seen)[0].transpose(0, 1)
+        new[n] = s + y if "residual" in name else y
+    assert_is(attention, x, new["q"], new["k"], v)
 
 
 def test_a_shift_comes_before_the_inner_loops():

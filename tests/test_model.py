@@ -115,6 +115,12 @@ def reference_attention(attn, x):
             elif c.nexus_inner == "shared":
                 (wq, wk, wv), (bq, bk, bv) = weights, biases
                 new[n] = heads(h[n] @ wq.T + bq, h[n] @ wk.T + bk, s @ wv.T + bv)
+            elif c.nexus_inner == "separate":
+                wq, wk, wv = attn.inner[n].weight.chunk(3)
+                new[n] = heads(h[n] @ wq.T, h[n] @ wk.T, s @ wv.T)
+            elif c.nexus_inner == "tokens":  # gather first, one map for both streams
+                w, b = dict(zip("qkv", weights, strict=True)), dict(zip("qkv", biases, strict=True))
+                new[n] = heads(h["q"], h["k"], streams["v"]) @ w[n].T + b[n]
         h.update(new)
     streams.update(h)
     y = heads(streams["q"], streams["k"], streams["v"])
@@ -199,6 +205,8 @@ def test_cache_keeps_what_its_docstring_says(variant):
     gpt(tokens(1, 24), cache=cache)
     m, n = variant["nexus_order"], len(variant.get("nexus_streams", ""))
     heads = sum(buffer.size(1) for buffer in cache.entries.values())
+    if variant.get("nexus_inner") == "tokens":  # one attention for both streams
+        n = 1
     assert heads == SMALL.n_layer * SMALL.n_head * (2 + 2 * n * (m - 1))
 
 
@@ -219,7 +227,7 @@ def test_an_added_step_has_all_that_past_has(monkeypatch, backend):
             outputs += [gpt(part, cache=cache) for part in idx.split([7, 1, 12], 1)]
         found.append((outputs, list(maps or {}), list(cache.entries), gpt.flops_per_token(24)))
     assert all(map(torch.equal, found[0][0], found[1][0])) and found[0][1:] == found[1][1:]
-    with pytest.raises(ModelError, match="self, past, cross, shared, again"):
+    with pytest.raises(ModelError, match="self, .*, cross, again"):
         make(nexus_inner="another")
 
 
@@ -253,6 +261,8 @@ def test_maps_are_the_attention_of_every_loop(variant):
     gpt, idx, maps = make(attention="manual", n_layer=1, **variant), tokens(1, 9), {}
     gpt(idx, maps=maps)
     loops, streams = range(1, variant["nexus_order"]), variant.get("nexus_streams", "")
+    if variant.get("nexus_inner") == "tokens":  # one map for both
+        streams = "h"
     assert list(maps) == [(0, f"{n}{i}") for i in loops for n in streams] + [(0, "outer")]
     for weights in maps.values():
         assert weights.shape == (1, 2, 9, 9)
@@ -303,8 +313,11 @@ COUNTS = {"pythia-70m": (70_426_624, 18_915_328), "pythia-160m": (162_322_944, 8
 def test_parameter_counts_are_pythias(preset):
     with torch.device("meta"):
         for m, inner in itertools.product((1, 2, 4), INNER):
-            gpt = GPT(preset_config(preset, nexus_order=m, nexus_inner=inner))
-            assert (gpt.num_params(), gpt.num_params(embeddings=False)) == COUNTS[preset]
+            config = preset_config(preset, nexus_order=m, nexus_inner=inner)
+            gpt, own = GPT(config), 6 * config.n_layer * config.n_embd**2
+            own *= inner == "separate" and m > 1  # the only one with weights
+            assert (gpt.num_params() - own, gpt.num_params(embeddings=False) - own
+                    ) == COUNTS[preset]
 
 
 def test_initialisation_is_gpt_neox():
@@ -325,7 +338,8 @@ def test_flops_are_torchs(variant):
         gpt(tokens(1, T)).sum().backward()
     # torch counts the attention that the causal mask hides, flops_per_token does not
     c, m = gpt.config, variant["nexus_order"]
-    hidden = 3 * c.n_layer * (1 + len(c.nexus_streams) * (m - 1)) * 2 * c.n_embd * T
+    maps = 1 if c.nexus_inner == "tokens" else len(c.nexus_streams)  # of a loop
+    hidden = 3 * c.n_layer * (1 + maps * (m - 1)) * 2 * c.n_embd * T
     assert counter.get_total_flops() == T * (gpt.flops_per_token(T) + hidden)
 
 
@@ -336,7 +350,7 @@ def test_flops_are_torchs(variant):
     (dict(n_head=3), "multiple of n_head"), (dict(rotary_pct=0.0), "rotary_pct"),
     (dict(rotary_pct=1.5), "rotary_pct"), (dict(rotary_pct=0.2), "even"),
     (dict(dropout=1.0), "dropout"), (dict(attention="flash"), "sdpa, flex, manual"),
-    (dict(nexus_streams="v"), "qk, q, k"), (dict(nexus_inner="own"), "self, past, cross, shared"),
+    (dict(nexus_streams="v"), "qk, q, k"), (dict(nexus_inner="own"), "self, shared, separate"),
     (dict(n_embd="32"), "n_embd must be int"),
     (dict(n_layer=2.0), "n_layer must be int"), (dict(gelu="relu"), "tanh, erf"),
     (dict(parallel_residual=1), "parallel_residual must be bool"),
