@@ -13,7 +13,7 @@ import statistics
 SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5))
 
 DASHES = {"k": DASHED, "q": DOTTED, "3": DASH_DOT}  # how a name ends
-ADDED = "#0000ff"  # of an inner step or a control that has no colour here
+ADDED = "#00dd66"  # of an inner step or a control that has no colour here
 STYLES = {  # variant: its colour, its dash; others have their inner step's and their ending's
     "baseline": ("#000000", SOLID),
     "two-layers": ("#606060", DOTTED), "two-layers-small": ("#606060", (0, (5, 1, 1, 1, 1, 1))),
@@ -21,9 +21,11 @@ STYLES = {  # variant: its colour, its dash; others have their inner step's and 
     "longer": ("#606060", DASH_DOT), "twice": ("#606060", SOLID),
     "mean": ("#000000", DASHED), "bias": ("#000000", DASH_DOT),
     "self": ("#d55e00", SOLID), "past": ("#0072b2", SOLID), "cross": ("#009e73", SOLID),
-    "shared": ("#e69f00", SOLID), "separate": ("#e69f00", DASHED), "mix": ("#e69f00", DOTTED),
-    "shared-k": ("#e69f00", (0, (8, 2))), "shared-q": ("#e69f00", (0, (1, 4))),
-    "tokens": ("#e69f00", (0, (8, 2, 1, 2))), "tokens-residual": ("#e69f00", (0, (3, 5))),
+    "shared": ("#e69f00", SOLID), "separate": ("#99cc33", SOLID), "tokens": ("#7f00ff", SOLID),
+    "tokens-residual": ("#7f00ff", (0, (8, 2))), "mix": ("#7f00ff", (0, (1, 4))),
+    "self-residual": ("#d55e00", (0, (8, 2))), "self-strict": ("#d55e00", (0, (1, 4))),
+    "cross-residual": ("#009e73", (0, (8, 2))), "cross-strict": ("#009e73", (0, (1, 4))),
+    "cross-plain": ("#009e73", (0, (8, 2, 1, 2))),
     "near": ("#990000", SOLID), "near-k": ("#990000", DASHED),
     "near-gated": ("#990000", DOTTED), "near-gated-k": ("#990000", DASH_DOT),
     "key-shift": ("#cc79a7", SOLID), "kv-shift": ("#cc79a7", DASHED),

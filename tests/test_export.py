@@ -174,11 +174,11 @@ def test_a_step_added_to_model_py_exports(tmp_path, monkeypatch):
     checkpoint(tmp_path / "ckpt.pt", GPTConfig(
         vocab_size=320, block_size=24, n_layer=1, n_head=1, n_embd=8, rotary_pct=1.0,
         nexus_order=2, nexus_inner="again"))
-    with pytest.raises(UserError, match="opened by transformers: .*nexus_inner must be self, past"):
+    with pytest.raises(UserError, match="opened by transformers: .*nexus_inner must be self, "):
         export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
     assert sorted(os.listdir(tmp_path)) == ["ckpt.pt"]
     source = open(export.model_file.__file__).read()
-    source = source.replace('"shared"] =', '"shared", "again"] =')
+    source = source.replace('"cross"] =', '"cross", "again"] =')
     (tmp_path / "model.py").write_text(source.replace('case "past":', 'case "past" | "again":'))
     monkeypatch.setattr(export.model_file, "__file__", str(tmp_path / "model.py"))
     export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
@@ -357,6 +357,9 @@ def test_what_was_not_recorded_is_not_invented(folders, tmp_path):
     checkpoint(tmp_path / "ckpt.pt", GPTConfig(vocab_size=320, n_layer=1, n_head=1, n_embd=8,
                                                rotary_pct=1.0))
     with pytest.raises(UserError, match="log.jsonl has a damaged line"):
+        export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n5\n')
+    with pytest.raises(UserError, match="a line that is not an object, 5: remove it"):
         export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 

@@ -50,8 +50,8 @@ def test_the_text_is_what_generate_gives(checkpoint):
              "--num_samples", "2"]
     out = run(path, "--prompt", "naïve ", *flags)
     assert out.stdout.decode() == "\n---\n".join(want) + "\n", out.stderr
-    assert out.stderr.decode() == f"{path}: order 2, cross\n"  # which model it is
-    assert run(path, *flags, stdin="naïve ").stdout == out.stdout
+    assert out.stderr.decode() == f"{path}: order 2, self\n"  # which model it is
+    assert run(path, *flags, stdin="naïve \n").stdout == out.stdout  # as `echo` writes it
 
 
 @pytest.mark.parametrize("argv, stdin, message", [
