@@ -26,8 +26,9 @@ the key up; a refined key can carry its neighbour within one layer. The tasks:
 
 The residual is sequential; with -parallel it is Pythia's, where the MLP never sees what attention
 found. mqar-T-two-layers gives every variant two layers; mqar-64-v64, -v512 and -v2048 have that
-many symbols instead of 8,192. The variant two-layers is a baseline with a second layer, and
-two-layers-small the same, its matrices that write into the residual stream a tenth at the start.
+many symbols instead of 8,192. The variant two-layers is a baseline with a second layer;
+two-layers-small and two-layers-fan-in are the same from other initialisations, and key-shift-0.02,
+-0.12 and -0.95 a key shift whose a does not start at 1/2.
 
 Every variant gets its learning rate from the same small grid on seed 1000, by the area under its
 curve, unless --lrs is one rate; then the seeds that count are run. A run stops when it answers
@@ -60,12 +61,10 @@ from nanonexus.files import append_line, output_file, read_lines
 
 VARIANTS = {  # fields of GPTConfig: compare.py's variants, of one layer
     **{name: model_fields(read_variant(name)) for name in compare.VARIANTS},
-    # baselines with more parameters and more compute; -small: what writes into the residual stream
-    # starts at a tenth, since GPT-NeoX's initialisation is made for many layers
-    "two-layers": dict(n_layer=2), "two-layers-small": dict(n_layer=2),
+    # baselines with more parameters and more compute, from three initialisations: see initialise
+    **dict.fromkeys(("two-layers", "two-layers-small", "two-layers-fan-in"), dict(n_layer=2)),
+    **{f"key-shift-{a}": dict(control="key-shift") for a in (0.02, 0.12, 0.95)},
 }
-MEASURED = ("baseline,self,self-3,self-q,self-k,shared,past,past-k,cross,cross-k,key-shift,"
-            "kv-shift,canon,mean,bias,near-k,near-gated-k,two-layers,two-layers-small")
 LR_SEED = 1000  # for the runs that choose the learning rate
 
 
@@ -90,11 +89,28 @@ def build(run, **overrides):
         vocab_size=task.vocab, block_size=length, n_layer=task.layers, n_head=run.heads,
         n_embd=run.width, rotary_pct=1.0, parallel_residual=task.parallel, gelu="erf")
         | VARIANTS[run.variant] | overrides))
-    if run.variant.endswith("-small"):
-        for block in model.blocks:
-            for linear in (block.attn.proj, block.mlp.down):
-                linear.weight.data.mul_(0.1)
+    initialise(model, run.variant)
     return model
+
+
+@torch.no_grad()
+def initialise(model, variant):
+    """The initialisations that are not model.py's. -small: output projections at a tenth, since
+    GPT-NeoX's are made for many layers; -fan-in: embeddings of standard deviation 1, matrices of
+    1 / sqrt(fan-in), output projections also / sqrt(2 layers); key-shift-A: the shift's a."""
+    outputs = [m for block in model.blocks for m in (block.attn.proj, block.mlp.down)]
+    if variant.endswith("-small"):
+        for linear in outputs:
+            linear.weight.mul_(0.1)
+    elif variant.endswith("-fan-in"):
+        model.embed.weight.normal_()
+        for linear in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+            linear.weight.normal_(std=linear.in_features ** -0.5)
+        for linear in outputs:
+            linear.weight.mul_((2 * len(model.blocks)) ** -0.5)
+    elif variant.startswith("key-shift-"):
+        for block in model.blocks:
+            block.attn.shift.fill_(torch.tensor(float(variant[10:])).logit())
 
 
 def logits_and_answers(model, idx, targets, asked):
@@ -284,8 +300,9 @@ def main():
     add = parser.add_argument
     add("--tasks", type=listed(one_of(TASKS)), help=f"of {', '.join(TASKS)} (default: the first "
         "four)", default=list(TASKS)[:4])
-    add("--variants", type=listed(one_of(VARIANTS)), default=MEASURED,
-        help=f"of {', '.join(VARIANTS)} (default: {MEASURED})")
+    add("--variants", type=listed(one_of(VARIANTS)), default="baseline,self,shared,separate,tokens,"
+        "past,cross,key-shift,two-layers-fan-in", help=f"of {', '.join(VARIANTS)} (default: "
+        "baseline, the readings, the key shift and two standard layers)")
     add("--seeds", type=positive_int, default=5, help="seeds that count (default: 5)")
     add("--lrs", type=listed(positive), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
