@@ -9,18 +9,20 @@ Every decoder here rotates its queries and keys by one function, apply_rotary_po
 it attends. That is where Nexus hooks in: what is to be rotated is first refined, by loops of the
 model's own attention (same mask, scaling and backend). All else is the model's own code.
 
-A loop refines the queries and keys s into h_s, which begins as s, by one of four maps:
+A loop refines the queries and keys s into h_s, which begins as s, by one of five maps:
 
-    self     h_s <- Attn(h_s, h_s, s)          the paper's, as far as its text is known
+    self     h_s <- Attn(h_s, h_s, s)          the paper's, as a formula
+    tokens   h <- Attn(h_q, h_k, v)            the paper's, in words: what the heads have gathered,
+             h_q, h_k <- h W_q, h W_k          (B, T, C), is projected in place of the input
     past     h_s <- s + Attn_<(h_s, h_s, s)    Attn_< sees only earlier tokens; the first of a
     cross    h_s <- s + Attn_<(h_q, h_k, s)    document keeps s
     shift    h_s <- h_s of the token before    no attention: with a gate from 0 on the keys alone,
                                                k_t <- (1 - g) k_t + g k_(t-1), g learnt per head
 
 Where H query heads share K keys in groups, each head of a stream has its own map in self, past and
-shift: H for the queries, K for the keys. In cross a query head takes its group's key. A key takes
-its group's mean query: its logits are the group's mean logits, no head is preferred, and a group of
-one query gives the definition.
+shift: H for the queries, K for the keys. In cross and tokens a query head takes its group's key. In
+cross a key takes its group's mean query: its logits are the group's mean logits, no head is
+preferred, and a group of one query gives the definition.
 """
 
 import copy
@@ -43,7 +45,7 @@ from nanonexus.hf import fetch, weight_files
 # Tested, with their mask, cache and scaling. Others rotate only a part of each head, or not always.
 FAMILIES = ("gemma", "gpt_neox", "granite", "llama", "mistral", "mixtral", "olmo", "olmo2", "qwen2",
             "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2")
-INNERS = ("self", "past", "cross", "shift")
+INNERS = ("self", "past", "cross", "shift", "tokens")
 BACKENDS = ("sdpa", "eager", "flex_attention")  # whose masks can hide a token's own position
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # from 5.24, before, in GPT-NeoX
 
@@ -53,6 +55,7 @@ class Refinement(NamedTuple):
     cosines."""
 
     attention: nn.Module
+    x: torch.Tensor  # what the attention is given, (B, T, C)
     cos: torch.Tensor
     mask: object  # as the model made it: None, a tensor (B, 1, T, S) or a BlockMask
     cache: object
@@ -89,7 +92,7 @@ class Nexus:
         cos, sin = given["position_embeddings"]
         extra = {k: v for k, v in given.items() if k not in self.nexus_names}
         cache = next((given[name] for name in CACHE_NAMES if name in given), None)
-        context = Refinement(self, cos, given.get("attention_mask"), cache,
+        context = Refinement(self, given["hidden_states"], cos, given.get("attention_mask"), cache,
                              given.get("cache_position"), extra)
         return self.nexus_forward(**given | dict(position_embeddings=(context, sin)))
 
@@ -98,16 +101,20 @@ class Nexus:
         CausalSelfAttention.refine in model.py. The streams are concatenated, as H + K heads."""
         H, K, names = q.size(1), k.size(1), self.nexus_streams
         backend = self.config._attn_implementation
-        if self.nexus_inner != "self" and backend not in BACKENDS:
+        if self.nexus_inner not in ("self", "tokens") and backend not in BACKENDS:
             raise ModelError(f"the inner map {self.nexus_inner!r} needs the attention "
                              f"{', '.join(BACKENDS)}, not {backend!r}, whose masks it cannot read")
 
         def apart(h):
             return h[:, :H] if "q" in names else q, h[:, -K:] if "k" in names else k
 
+        def heads(linear, x):  # (B, T, C) -> (B, heads, T, D)
+            return linear(x).unflatten(-1, (-1, q.size(-1))).transpose(1, 2)
+
         h = s = torch.cat([{"q": q, "k": k}[n] for n in names], dim=1)
-        if self.nexus_inner != "shift":
-            values = keep(context, "values", s)  # of every loop
+        if self.nexus_inner != "shift":  # of every loop
+            values = keep(context, "values", heads(self.v_proj, context.x)
+                          if self.nexus_inner == "tokens" else s)
         for loop in range(1, self.nexus_order):
             match self.nexus_inner:
                 case "self":
@@ -124,6 +131,12 @@ class Nexus:
                     keys = {"q": key.repeat_interleave(H // K, 1), "k": key}
                     key = torch.cat([keys[n] for n in names], dim=1)
                     h = s + attend_earlier(query, key, values, context)
+                case "tokens":
+                    hq, hk = apart(h)
+                    key, value = (shared.repeat_interleave(H // K, 1) for shared in (
+                        keep(context, loop, rotary(hk)), values))
+                    y = attend(rotary(hq), key, value, context).transpose(1, 2).flatten(2)
+                    h = torch.cat([heads(getattr(self, f"{n}_proj"), y) for n in names], dim=1)
                 case "shift":
                     h = previous(h, keep(context, loop, h), context)
         return apart(self.nexus_gate(s, h) if self.nexus_gate is not None else h)
@@ -268,7 +281,8 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
 
     order: 1 restores the original, m > 1 adds m - 1 inner loops to each attention.
     streams: what is refined, "qk", "q" or "k". layers: indices of the layers (None: all).
-    inner: the map of a loop, "self", "past", "cross" or "shift", see above.
+    inner: the map of a loop, "self", "past", "cross", "shift" or, in Llama, Mistral and Qwen2,
+    "tokens", see above.
     gate: None, or the initial value of a new parameter per head and stream; 0 starts as the
     original model, whereas order 2 without a gate changes a pretrained model at once.
     Called again with the same settings, it keeps what the gates have learnt.
@@ -288,6 +302,11 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
     for i in chosen:
         if type(i) is not int or not 0 <= i < len(modules):
             raise ModelError(f"layers must be from 0 to {len(modules) - 1}, got {i!r}")
+    c, plain = model.config, ("llama", "mistral", "qwen2")
+    if inner == "tokens" and (c.model_type not in plain or modules[0].o_proj.in_features
+                              != c.hidden_size):
+        raise ModelError(f"the inner map 'tokens' needs heads whose outputs have the model's width "
+                         f"and the projections of {', '.join(plain)}: this is {c.model_type!r}")
     if gate is not None and order == 1:
         raise ModelError("a gate needs order 2 or more: order 1 has nothing to gate")
 
@@ -304,7 +323,7 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
     if order == 1:
         return model
     for i in set(chosen):
-        attention, c = modules[i], model.config
+        attention = modules[i]
         attention.__class__ = nexus_class(type(attention))
         attention.nexus_order, attention.nexus_streams = order, streams
         attention.nexus_inner = inner
