@@ -40,6 +40,7 @@ from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
 from nanonexus.controls import build
 from nanonexus.device import keep_freed_memory, peak_flops
+from nanonexus.files import output_folder
 from nanonexus.flags import PRESETS, preset_config
 from nanonexus.generate import KVCache, generate
 
@@ -246,8 +247,8 @@ def at_context(preset, T, args):
 def kernels(step, path, args):
     """[(ms of a training step, calls in it, name)] of its kernels, the longest first; a trace goes
     to the file at path."""
-    cuda = args.device == "cuda"
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
+    cuda = args.device == "cuda"  # not both: an operator would count again what its kernels take
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(STEPS):
             step()
     profiler.export_chrome_trace(path)
@@ -353,7 +354,9 @@ def main():
                 raise UserError(f"no {kind} {name!r}: choose from {', '.join(choices)}")
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
-    plt, args.compile = pyplot(args.out), args.device == "cuda"
+    output_folder(args.out)
+    plt = None if args.profile or args.variants else pyplot(args.out)
+    args.compile = args.device == "cuda"
     if args.device == "cpu":
         keep_freed_memory()
 

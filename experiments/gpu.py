@@ -95,11 +95,11 @@ def copying(args, run):
 class Session:
     """One call: runs what is not done yet, each job in a process of its own, until its end."""
 
-    def __init__(self, args, given, extra):
+    def __init__(self, args, given, extra, began):
         self.args, self.given, self.extra = args, given, extra
         self.T = preset_config(args.preset).block_size
-        self.began, self.said, self.lock = time.monotonic(), [], threading.Lock()
-        self.end = self.began + args.deadline - SAVING - 5
+        self.began, self.said, self.lock = began, [], threading.Lock()
+        self.end = began + args.deadline - SAVING - 5
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self.stop)
 
@@ -322,6 +322,7 @@ def parse_args():
 
 
 def main():
+    began = time.monotonic()
     args, given, extra = parse_args()
     for folder in (args.out, os.path.join(args.work, "log"), os.path.join(args.work, "runs")):
         output_folder(folder)
@@ -350,7 +351,7 @@ def main():
     if os.path.isdir(cache := os.path.join(args.data, "tiktoken")):
         env["TIKTOKEN_CACHE_DIR"] = cache
     os.environ.update(env | os.environ)
-    session = Session(args, given, extra)
+    session = Session(args, given, extra, began)
     session.say(f"{args.machine['device']}; logs and checkpoints in {args.work}")
     session.execute()
     session.say("end")

@@ -73,9 +73,9 @@ def models(preset, variants, device):
             loss.backward()
             name = f"order {c.nexus_order} {variant} bf16={bf16}"
             yield f"loss {name}", error(loss, want), limit
-            yield f"gradients {name}", max(error(p.grad, r.grad) for p, r in zip(
-                sdpa.parameters(), manual.parameters(), strict=True) if r.grad.norm() > 1e-6), \
-                5 * limit
+            errors = (error(p.grad, r.grad) for p, r in zip(
+                sdpa.parameters(), manual.parameters(), strict=True) if r.grad.norm() > 1e-6)
+            yield f"gradients {name}", max(errors, default=math.nan), 5 * limit
 
 
 def optimizer(device):

@@ -64,6 +64,7 @@ def test_every_part_yields_its_numbers_and_none_is_repeated(tokens_on_disk, tmp_
         flat = [x for value in numbers for x in (value if isinstance(value, list) else [value])]
         assert len(flat) >= 4 and all(map(math.isfinite, flat)), (kind, found)
     assert kinds["parity"][0]["found"]["bad"] == []
+    assert all(len(line["kernels"]) == 16 for line in kinds["speed"])
     for kind in ("curve", "scores"):
         assert [line["run"] for line in kinds[kind]] == RUNS
     steps = {run: [line["step"] for line in kinds["copying"] if line["run"] == run] for run in RUNS}
