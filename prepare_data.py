@@ -32,7 +32,7 @@ from nanonexus.cli import Parser, UserError, number, run_script
 from nanonexus.data import VERSION, load_hub
 from nanonexus.files import new_folder, sha256
 from nanonexus.split import pieces
-from nanonexus.text import SUPPORTED, check, column, find, no_field, read_files
+from nanonexus.text import SUPPORTED, check, column, find, has_rows, no_field, read_files
 from nanonexus.tokenizer import EOT, bpe_size, get_tokenizer, padded_vocab, train_bpe
 
 # name -> (hub repository, its configuration, the text field, fraction for validation)
@@ -109,6 +109,8 @@ def documents(args, state):
         paths = find(args.input)
         for path in paths:
             check(path, field or "text")
+        if field and not any(map(has_rows, paths)):
+            raise UserError("--text_field goes with files of rows, such as .jsonl")
         names = [os.path.basename(path) for path in paths]
         names[8:] = [f"{len(names) - 8} others"] * (len(names) > 8)
         return read_files(paths, field or "text", state), ", ".join(names), None, 0.1
@@ -196,6 +198,8 @@ def prepare(args, folder):
         raise UserError(f"{source} gives {total} tokens, too few for a training and a validation "
                         "part: use more text, or a larger --max_tokens or --val_fraction"
                         + notes.replace("\n", "; "))
+    if size and tokenizer.n_vocab < size:
+        notes += f"\nthe text is too short for {args.tokenizer}: {tokenizer.n_vocab:,} ids"
     if size:
         files["tokenizer"] = os.path.join(folder, "tokenizer.json")
         with open(files["tokenizer"], "w", encoding="utf-8") as f:
@@ -231,6 +235,8 @@ def main():
     args = parser.parse_args()
     if (args.config or args.revision) and args.dataset in ("pydocs", "text"):
         raise UserError("--config and --revision go with a dataset on the hub")
+    if args.text_field and args.dataset == "pydocs":
+        raise UserError("--text_field goes with files of rows, or a dataset on the hub")
     with new_folder(args.out) as folder:
         said = prepare(args, folder)
     print(said)

@@ -27,7 +27,8 @@ def parse_args():
     add = parser.add_argument
     add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of train.py, a GPT-NeoX folder, or "
         "a name on the hub (default: out/ckpt.pt)")
-    add("--prompt", help="text to continue (default: read from standard input)")
+    add("--prompt", help="text to continue (default: read from standard input, "
+        "without its last newline)")
     add("--max_new_tokens", type=positive_int, default=200)
     add("--temperature", type=non_negative, default=0.8, help="0 always takes the most likely "
         "token")
@@ -46,7 +47,7 @@ def main():
     if args.prompt is None and sys.stdin.isatty():
         raise UserError("no prompt: give --prompt TEXT, or text on standard input")
     model, tokenizer, _ = open_model(args.checkpoint, args.device)
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
     ids = read_prompt(prompt, tokenizer, model.config.block_size)
     for i in range(args.num_samples):
         stream = generate_stream(

@@ -157,6 +157,7 @@ def train(args, config, tokens, world, saved, stop, log):
              for part in data.split(windows_of(later), micro_batch))
     batches = data.ahead(lambda part: tokens.load("train", T, part, device), parts)
     first, norms, timer, timed_from = step + 1, [], None, None  # the first step is not timed
+    agree_every = 1  # steps between processes' agreements on stopping
     while step < args.max_steps:
         for optimizer, lrs in zip(optimizers, peaks, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
@@ -194,8 +195,11 @@ def train(args, config, tokens, world, saved, stop, log):
         if log:
             log.advance()
         stopping = stop.asked()
-        if world.size > 1:  # processes must stop together: they agree at log steps
-            stopping = step % args.log_interval == 0 and world.any(stopping)
+        if world.size > 1:  # processes must stop together: they agree every few seconds
+            if step == first + 2:
+                took = torch.tensor((time.perf_counter() - timer) / 2, device=device)
+                agree_every = max(1, int(3 / world.mean(took, 1)))
+            stopping = step % agree_every == 0 and world.any(stopping)
         logging = last or step % args.log_interval == 0 or step % args.eval_interval == 0
         saving = last or stopping or step % args.save_interval == 0
         if logging or saving:  # waits for the device
@@ -311,7 +315,7 @@ def main(argv=None):
     tokens = open_dataset(args, world)
     config = make_config(args, tokens, world.device, saved)
     stop = Stop(began + 60 * args.max_minutes)
-    log = Log(args, saved and saved["step"]) if world.rank == 0 else None
+    log = Log(args, saved) if world.rank == 0 else None
     try:
         with stop:
             gpt, step = train(args, config, tokens, world, saved, stop, log)

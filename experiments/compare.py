@@ -35,7 +35,7 @@ from model import GPTConfig
 from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
 from nanonexus.controls import CONTROLS, build, replaces_loops
 from nanonexus.data import TokenSet, pydocs
-from nanonexus.files import read_lines
+from nanonexus.files import read_lines, write_json
 from nanonexus.flags import PRESETS, build_parser, preset_config
 from nanonexus.stats import mean_spread, paired, paired_text
 
@@ -246,16 +246,16 @@ def check_settings(out, settings):
     path = os.path.join(out, "settings.json")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
-            if json.load(f) != settings:
+            if f.read() != json.dumps(settings, indent=1):
                 raise UserError(f"{out} holds runs with other settings (settings.json): choose "
                                 "another --out, or remove it")
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(settings, f)
+    write_json(path, settings)
 
 
 def data_of(path):
     """(fingerprint, vocab_size) of the one token set in a file of results."""
-    found = {(line["data"], line["vocab_size"]) for line in read_lines(path)}
+    found = {(line.get("data"), line.get("vocab_size")) for line in read_lines(path)} - {
+        (None, None)}
     if len(found) != 1:
         raise UserError(f"{path} has lines of {len(found)} token sets: one is needed")
     return found.pop()

@@ -98,7 +98,7 @@ class Study:
     def __init__(self, out, results, data, jobs):
         self.out, self.results, self.data, self.jobs = out, results, data, jobs
         self.commit, self.lock = commit(), threading.Lock()
-        self.lines = {(line["flags"], line["data"]): line for line in read_lines(results)}
+        self.lines = {(line.get("flags"), line.get("data")): line for line in read_lines(results)}
 
     def key(self, run):
         return " ".join(run.flags), self.data

@@ -7,6 +7,7 @@ import errno
 import io
 import math
 import os
+import re
 import sys
 
 from model import ModelError
@@ -22,6 +23,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, **kwargs):
         super().__init__(description=doc, allow_abbrev=False, **kwargs,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """A shell leaves the ~ of --out=~/run as it is: it would name a folder of that name."""
+        args = [re.sub(r"^(--\w+=)~(?=/|$)", lambda m: m[1] + os.path.expanduser("~"), arg)
+                for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")

@@ -141,7 +141,7 @@ def last_validation(checkpoint, step):
     """(loss in nats per token, step) of the last validation up to `step`, from the log.jsonl next
     to the checkpoint; None if there is none. Raises UserError if the log is damaged."""
     events = [event for event in read_lines(os.path.join(os.path.dirname(checkpoint), "log.jsonl"))
-              if event["step"] <= step and event.get("val_loss") is not None]
+              if event.get("step", step + 1) <= step and event.get("val_loss") is not None]
     return (events[-1]["val_loss"], events[-1]["step"]) if events else None
 
 

@@ -175,9 +175,12 @@ def read_lines(path):
         return []
     with open(path, encoding="utf-8") as f:
         try:
-            return [json.loads(line) for line in f if line.endswith("\n")]
+            lines = [json.loads(line) for line in f if line.endswith("\n")]
         except ValueError as error:
             raise UserError(f"{path} has a damaged line ({error}): remove it") from error
+    if strange := [line for line in lines if not isinstance(line, dict)]:
+        raise UserError(f"{path} has a line that is not an object, {strange[0]!r:.60}: remove it")
+    return lines
 
 
 def append(file, line):

@@ -4,6 +4,7 @@ configuration and batch that follow from them.
 """
 
 import argparse
+import glob
 import inspect
 import math
 import os
@@ -12,7 +13,7 @@ from dataclasses import asdict, fields
 from typing import get_args
 
 from model import GPTConfig
-from nanonexus.checkpoint import check_size, newest_checkpoint
+from nanonexus.checkpoint import check_size, newest_checkpoint, older
 from nanonexus.cli import Parser, UserError, non_negative, positive, positive_int, whole
 from nanonexus.controls import CONTROLS, replaces_loops
 
@@ -29,7 +30,7 @@ PRESETS = {
     "pythia-1b": dict(n_layer=16, n_head=8, n_embd=2048, lr=2.5e-4),
 }
 # A resumed run must agree with its checkpoint on these, or it would not be the same run.
-FIXED = ["batch_tokens", "doc_mask", "decay_steps", "lr", "warmup_steps", "weight_decay",
+FIXED = ["preset", "batch_tokens", "doc_mask", "decay_steps", "lr", "warmup_steps", "weight_decay",
          "grad_clip", "seed"]
 
 
@@ -114,19 +115,29 @@ def parse_args(doc, argv=None):
         keep = {k: v for k, v in saved["args"].items() if k not in ("resume", "out", "device")}
         parser.set_defaults(**keep)
     else:
-        if os.path.exists(path):
-            raise UserError(f"{path} exists: --resume continues it, another --out starts a new run")
+        if found := [path] * os.path.exists(path) + glob.glob(older(glob.escape(path), "*")):
+            raise UserError(f"{found[0]} exists: --resume continues it, another --out starts a new "
+                            "run")
         parser.set_defaults(**{k: v for k, v in PRESETS[args.preset].items()
                                if k not in ("vocab_size", "micro_batch")})
-    args = parser.parse_args(argv)
-    if args.nexus_order is None:
-        args.nexus_order = 1 if args.control and not replaces_loops(args.control) else 2
-    if args.warmup_steps is None:
-        args.warmup_steps = max(1, args.max_steps // 100)
+    given, args = args, parser.parse_args(argv)
+    if args.nexus_order is None:  # who names a part of the loops wants some
+        wanted = args.nexus_inner or args.nexus_streams
+        args.nexus_order = 1 if args.control and not (wanted or replaces_loops(args.control)) else 2
     if args.decay_steps is None:
         args.decay_steps = args.max_steps
+    if args.warmup_steps is None:
+        args.warmup_steps = max(1, args.max_steps // 100)
+    if not saved and given.warmup_steps is None:  # a short run shall reach its peak, and come down
+        args.warmup_steps = min(args.warmup_steps, max(1, args.decay_steps // 2))
     if saved:
         agree(vars(args), saved["args"], FIXED)
+        if args.max_steps < saved["step"]:
+            raise UserError(f"{path} is at step {saved['step']}: give a larger --max_steps than "
+                            f"{args.max_steps}")
+    elif args.decay_steps < args.warmup_steps < args.max_steps:
+        raise UserError(f"--warmup_steps {args.warmup_steps} ends after --decay_steps "
+                        f"{args.decay_steps}: lower it")
     return args, saved
 
 

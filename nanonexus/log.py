@@ -3,6 +3,7 @@ A run's log: log.jsonl, the terminal, and W&B or TensorBoard if requested.
 """
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -14,43 +15,46 @@ from nanonexus.files import append, lock, write_text
 SPIKE = 1.0  # nats above the median of the last ten logged losses
 
 
-def read(path, resumed_at, args):
+def read(path, saved, args):
     """The events of log.jsonl that a run never stopped would have at this step: steps after the
     checkpoint will be taken and logged again, and what was logged only because the run ended there
-    is dropped. So is a last line cut short by a kill; any other damage is a UserError."""
-    events = []
+    is dropped. So is a last line cut short by a kill; any other damage is a UserError. saved: the
+    checkpoint to resume from. args: of the run that goes on."""
+    events, before = [], saved["args"]
+    end = before["max_steps"] if before["max_steps"] < args.max_steps else None
     with open(path, encoding="utf-8", errors="replace") as f:
         for number, line in enumerate(f, 1):
             if not line.endswith("\n"):
                 break
             try:
                 event = json.loads(line)
-                if event["step"] <= resumed_at and (event["step"] == args.max_steps or 0 in (
-                        event["step"] % args.log_interval, event["step"] % args.eval_interval)):
+                if event["step"] == end and end % before["eval_interval"]:
+                    if end % before["log_interval"]:
+                        continue
+                    event["val_loss"] = None
+                if event["step"] <= saved["step"]:
                     events.append(event)
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{path} is damaged in line {number}: remove that line, or the "
                                 "file, and resume") from error
-    for event in events:
-        if event["step"] % args.eval_interval and event["step"] != args.max_steps:
-            event["val_loss"] = None
     return events
 
 
 class Log:
     """Only the first process of a run has one; it holds the lock on the folder."""
 
-    def __init__(self, args, resumed_at):
+    def __init__(self, args, saved):
         self.lock = lock(args.out)
         path, self.out = os.path.join(args.out, "log.jsonl"), args.out
         events = []
-        if resumed_at is not None and os.path.exists(path):
-            events = read(path, resumed_at, args)
+        if saved and os.path.exists(path):
+            events = read(path, saved, args)
         write_text(path, "".join(json.dumps(event) + "\n" for event in events))
         self.file = open(path, "ab", buffering=0)
         self.losses = [event["train_loss"] for event in events if event.get("train_loss")]
         self.bar, self.wandb, self.board = None, None, None
-        self.max_steps, self.start, self.step0 = args.max_steps, time.monotonic(), resumed_at or 0
+        self.max_steps, self.start = args.max_steps, time.monotonic()
+        self.step0 = saved["step"] if saved else 0
         if sys.stderr.isatty():
             from tqdm import tqdm
             self.bar = tqdm(total=args.max_steps, initial=self.step0, unit="step", leave=False)
@@ -72,6 +76,8 @@ class Log:
                 event["spike"] = True
                 self.say(f"step {step}: the loss has jumped to {loss:.2f}")
             self.losses.append(loss)
+        event = {k: v if not isinstance(v, float) or math.isfinite(v) else None
+                 for k, v in event.items()}  # JSON has no NaN
         try:
             append(self.file, json.dumps(event).encode() + b"\n")
         except OSError as error:

@@ -7,6 +7,7 @@ where.
 """
 
 import bz2
+import codecs
 import contextlib
 import csv
 import glob
@@ -64,23 +65,26 @@ def opened(path):
             yield raw, f if reader is read_parquet else io.TextIOWrapper(f, "utf-8-sig"), reader
     except UnicodeDecodeError as error:
         with open(path, "rb") as raw, unpack(raw) as f:
-            raise UserError(f"{path} cannot be read as UTF-8 text: {first_damage(f)} (convert it, "
-                            "as iconv -f latin1 -t utf-8 does)") from error
+            where, kind = first_damage(f)
+            raise UserError(f"{path} cannot be read as UTF-8 text: {where} (convert it, as iconv "
+                            f"-f {kind} -t utf-8 does)") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = textwrap.shorten(getattr(error, "strerror", None) or str(error), 200)
         raise UserError(f"{path} cannot be read: {reason}") from error
 
 
 def first_damage(f):
-    """Where a binary file is not UTF-8."""
-    start = 0
+    """Where a binary file is not UTF-8, and what it may be."""
+    start, kind = 0, "latin1"
     for number, line in enumerate(f, 1):
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and number == 1:
+            kind = "utf-16"
         try:
             line.decode()
         except UnicodeDecodeError as error:
-            return f"line {number}, byte {start + error.start}: {error.reason}"
+            return f"line {number}, byte {start + error.start}: {error.reason}", kind
         start += len(line)
-    return "it ends within a character"
+    return "it ends within a character", kind
 
 
 def check(path, field=None):
@@ -105,9 +109,13 @@ def items(path, field=None, state=None):
         yield from reader(f, path, field)
 
 
+def has_rows(path):
+    return reader_of(path)[1] is not read_plain
+
+
 def rows(path):
     """(place, row as a dict) of a file that is not plain text."""
-    if reader_of(path)[1] is read_plain:
+    if not has_rows(path):
         raise UserError(f"{path} is plain text: rows come from {', '.join(TABLES)}")
     check(path)
     return items(path)
@@ -154,10 +162,18 @@ def no_field(source, field, names):
 
 # --- one generator for each kind of file: (place, document or row) --------------------------------
 
+def lines_of(f, path):
+    """The lines of a text; UserError at a NUL byte, as in files that a crash left half written."""
+    for number, line in enumerate(f, 1):
+        if "\0" in line:
+            raise UserError(f"{path}, line {number}: not text, it holds NUL bytes")
+        yield line
+
+
 def read_plain(f, path, field):
     """A line that holds only <|endoftext|> ends a document."""
     document = []
-    for line in f:
+    for line in lines_of(f, path):
         if EOT in line and line.strip(BOM + " \t\n") == EOT:
             yield path, "".join(document).removeprefix(BOM)
             document = []
@@ -197,8 +213,10 @@ def parse(text, place):
 def read_csv(f, path, field):
     """The first line names the columns."""
     csv.field_size_limit(2**31 - 1)
-    table = csv.DictReader(f, strict=True)
+    table = csv.DictReader(lines_of(f, path), strict=True)
     try:
+        if len(set(table.fieldnames or ())) < len(table.fieldnames or ()):
+            raise csv.Error(f"two columns have one name: {', '.join(table.fieldnames)}")
         if field and table.fieldnames and field not in table.fieldnames:
             raise no_field(path, field, table.fieldnames)
         for row in table:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanonexus.cli import Output, UserError, run_script, safe_streams
+from nanonexus.cli import Output, Parser, UserError, run_script, safe_streams
 
 
 @pytest.fixture
@@ -30,6 +30,15 @@ def test_what_a_terminal_cannot_show_is_a_question_mark(tmp_path, stdout, encodi
     assert path.read_bytes().replace(b"\r", b"") == (
         want if isinstance(want, bytes) else want.encode())
     assert isinstance(sys.stdout.buffer.raw, Output) and sys.stdout.encoding == encoding
+
+
+def test_a_tilde_that_the_shell_leaves_is_the_home(monkeypatch):
+    parser = Parser("")
+    parser.add_argument("--out")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    for given, want in (("~/run", "/home/me/run"), ("~a/b", "~a/b"), ("a~", "a~")):
+        assert parser.parse_args([f"--out={given}"]).out == want
 
 
 def test_a_reader_that_goes_does_not_end_the_work(stdout):

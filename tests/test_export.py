@@ -358,6 +358,9 @@ def test_what_was_not_recorded_is_not_invented(folders, tmp_path):
                                                rotary_pct=1.0))
     with pytest.raises(UserError, match="log.jsonl has a damaged line"):
         export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
+    (tmp_path / "log.jsonl").write_text('{"a": 1}\n5\n')
+    with pytest.raises(UserError, match="a line that is not an object, 5: remove it"):
+        export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
     assert not (tmp_path / "hf").exists()
 
 

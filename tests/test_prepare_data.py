@@ -53,7 +53,7 @@ def test_every_document_arrives(tmp_path, monkeypatch, suffix):
     write(tmp_path / f"a{suffix}", many(15))
     write(tmp_path / f"b{suffix}", many(22)[15:])
     run("--dataset", "text", "--input", tmp_path / f"*{suffix}", "--out", tmp_path / "set",
-        "--text_field", "body", "--workers", 1, monkeypatch=monkeypatch)
+        *["--text_field", "body"] * ("JSONL" in suffix), "--workers", 1, monkeypatch=monkeypatch)
     docs = many(22)
     assert parts(tmp_path / "set") == [docs[:9] + docs[10:19] + docs[20:], [docs[9], docs[19]]]
     meta = json.loads((tmp_path / "set/meta.json").read_text())
@@ -259,6 +259,8 @@ def test_wikitext_lines_become_articles():
      "rows.jsonl has no field 'body' but txt: choose with --text_field"),
     (["--dataset", "text", "--input", "{}/null.jsonl"], "2 tokens, too few.*; 1 rows without text"),
     (["--dataset", "text", "--input", "{}/empty.txt", "{}/a.tar.gz"], "a.tar.gz: cannot read .tar"),
+    (["--dataset", "text", "--input", "{}/empty.txt", "--text_field", "body"], "files of rows"),
+    (["--text_field", "body"], "files of rows"),
     (["--config", "en"], "go with a dataset on the hub"),
     (["--dataset", "text", "--input", "{}/empty.txt", "--revision", "main"], "go with a dataset"),
     (["--input", "{}/empty.txt"], "goes with --dataset text"),

@@ -51,7 +51,7 @@ def test_the_text_is_what_generate_gives(checkpoint):
     out = run(path, "--prompt", "naïve ", *flags)
     assert out.stdout.decode() == "\n---\n".join(want) + "\n", out.stderr
     assert out.stderr.decode() == f"{path}: order 2, cross\n"  # which model it is
-    assert run(path, *flags, stdin="naïve ").stdout == out.stdout
+    assert run(path, *flags, stdin="naïve \n").stdout == out.stdout  # as `echo` writes it
 
 
 @pytest.mark.parametrize("argv, stdin, message", [

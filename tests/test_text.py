@@ -117,7 +117,10 @@ def damaged(data, at=None):
 @pytest.mark.parametrize("name, data, message", [
     ("a.txt", "é\nnaïve".encode("latin-1"), r"UTF-8 text: line 1, byte 0: .*iconv"),
     ("a.txt", b"line\n" * 9000 + b"na\xefve\n", r"UTF-8 text: line 9001, byte 45002:"),
-    ("a.txt", "text".encode("utf-16"), "line 1, byte 0:"),
+    ("a.txt", "text".encode("utf-16"), "line 1, byte 0:.*iconv -f utf-16"),
+    ("a.txt", b"line\n" * 9000 + b"\0" * 9000, "line 9001: not text, it holds NUL bytes"),
+    ("a.csv", b"text\n" + b"line\n" * 9000 + b"\0\n", "line 9002: not text"),
+    ("a.csv", b"text,text\na,b\n", "two columns have one name: text, text"),
     ("a.csv", b"text\nna\xefve\n", "line 2, byte 7:"),
     ("a.md", "cut 🙂".encode()[:-1], "line 1, byte 4: unexpected end"),
     ("a.txt", "text".encode("utf-16-le"), "is not text: it holds NUL bytes"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from model import GPT, ModelError
 from nanonexus import data
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import UserError, run_script
-from nanonexus.flags import build_parser, preset_config
+from nanonexus.flags import build_parser, parse_args, preset_config
 from nanonexus.log import Log
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
@@ -92,6 +93,15 @@ def test_steps_after_the_checkpoint_are_taken_and_logged_again(tokens, tmp_path)
         f.write(json.dumps(dict(step=6, train_loss=9.9)) + '\n{"step": 7, "tra')
     torn = run(tokens, tmp_path / "torn", "--resume", "--max_steps", 8)
     assert numbers(torn) == numbers(whole)
+
+
+def test_other_intervals_from_now_on_leave_the_log_as_it_is(tokens, tmp_path):
+    first = run(tokens, tmp_path, "--max_steps", 4, "--decay_steps", 8)
+    then = run(tokens, tmp_path, "--resume", "--max_steps", 8, "--log_interval", 8,
+               "--eval_interval", 8)
+    assert numbers(then[:4]) == numbers(first[:4])  # steps 0 to 3
+    assert [event["step"] for event in then] == [0, 1, 2, 3, 4, 8]
+    assert first[4]["val_loss"] and then[4]["val_loss"] is None  # it was validated as the last
 
 
 def test_resuming_a_finished_run_changes_nothing(tokens, tmp_path):
@@ -224,6 +234,7 @@ def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
     (["--dataset", "{}/my.txt"], "--input .*my.txt --out tokens/my, then use --dataset tokens/my"),
     (["--n_embd", "50"], "n_embd / n_head x rotary_pct, 50 / 2 x 1.0, must be an"),
     (["--max_steps", "0"], "max_steps"),
+    (["--warmup_steps", "8", "--decay_steps", "4"], "8 ends after --decay_steps 4: lower it"),
     (["--lr", "-1"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "fast"], "--lr"),
     (["--preset", "tinny"], "tiny"), (["--control", "shift"], "key-shift"),
     (["--control", "near", "--nexus_order", "1"], "near needs nexus_order 2"),
@@ -247,12 +258,26 @@ def test_a_resume_must_agree_with_its_checkpoint(tokens, tmp_path):
     run(tokens, tmp_path, "--max_steps", 2)
     for argv, message in ((["--lr", "0.5"], "--lr 0.5 contradicts the checkpoint's 0.003"),
                           (["--seed", "7"], "--seed 7 contradicts"),
+                          (["--preset", "pythia-70m"], "--preset pythia-70m contradicts"),
+                          (["--max_steps", "1"], "is at step 2: give a larger --max_steps than 1"),
                           (["--nexus_order", "1"], "--nexus_order 1 contradicts")):
         with pytest.raises(UserError, match=message):
             run(tokens, tmp_path, "--resume", *argv)
     run(tokens, tmp_path, "--resume", "--max_steps", 3, "--rotary_pct", "1.0")  # as the preset
-    with pytest.raises(UserError, match="--resume continues it"):
-        run(tokens, tmp_path)
+    for _ in range(2):  # the second time only an earlier checkpoint is left
+        with pytest.raises(UserError, match="--resume continues it"):
+            run(tokens, tmp_path)
+        (tmp_path / "ckpt.pt").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("argv, order, warmup", [
+    ("", 2, 50), ("--control key-shift", 1, 50), ("--control near", 2, 50),
+    ("--control key-shift --nexus_inner past", 2, 50),
+    ("--control key-shift --nexus_streams k", 2, 50), ("--nexus_order 1 --max_steps 20", 1, 10),
+    ("--max_steps 20 --decay_steps 400", 2, 50), ("--warmup_steps 7 --max_steps 8", 2, 7)])
+def test_defaults_follow_from_other_flags(argv, order, warmup, tmp_path):
+    args, _ = parse_args("", ["--out", str(tmp_path), *argv.split()])
+    assert (args.nexus_order, args.warmup_steps) == (order, warmup)
 
 
 def test_a_resume_needs_the_same_tokens(tokens, tmp_path, monkeypatch):
@@ -304,9 +329,10 @@ def test_the_largest_micro_batch_that_fits_is_chosen(tokens, tmp_path):
 def test_a_spike_is_marked(tmp_path, capsys):
     log = Log(argparse.Namespace(out=str(tmp_path), max_steps=20, wandb=None, tensorboard=False),
               None)
-    for step, loss in enumerate([3.0] * 10 + [3.9, 4.1, 3.0], 1):
+    for step, loss in enumerate([3.0] * 10 + [3.9, 4.1, 3.0, math.nan], 1):
         log.write(dict(step=step, train_loss=loss))
     assert [event["step"] for event in read_log(tmp_path) if event.get("spike")] == [12]
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()  # which is not JSON
     assert "jumped to 4.10" in capsys.readouterr().out
 
 
