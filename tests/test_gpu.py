@@ -10,6 +10,7 @@ import tarfile
 import time
 
 import h200
+import pytest
 from test_train import ROOT
 from test_train import tokens as tokens_on_disk  # noqa: F401
 
@@ -69,9 +70,9 @@ def test_every_part_yields_its_numbers_and_none_is_repeated(tokens_on_disk, tmp_
         assert [line["run"] for line in kinds[kind]] == RUNS
     steps = {run: [line["step"] for line in kinds["copying"] if line["run"] == run] for run in RUNS}
     assert steps[RUNS[1]] == [10, 20] and {10, 20} <= set(steps[RUNS[0]]), steps
-    gap = kinds["scores"][1]["tasks"]["demo"]["minus_baseline"]["acc"]
-    assert gap["difference"] == kinds["scores"][1]["tasks"]["demo"]["acc"] - \
-        kinds["scores"][0]["tasks"]["demo"]["acc"] and 0 <= gap["p"] <= 1
+    base, shift = (line["tasks"]["demo"] for line in kinds["scores"])
+    gap = shift["minus_baseline"]["acc"]
+    assert gap["difference"] == pytest.approx(shift["acc"] - base["acc"]) and 0 <= gap["p"] <= 1
     assert [row[0] for row in h200.trained(h200.runs(kinds))[1:]] == ["baseline", "key shift"]
     assert "nan" not in str(h200.correct(kinds["parity"][0]["found"]["found"]))
     with tarfile.open(tmp_path / "out" / "details.tar.gz") as tar:
