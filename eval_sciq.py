@@ -158,8 +158,8 @@ def read_scores(path, data, args):
         raise UserError(f"{path} does not have the documents of {', '.join(data)}: score that "
                         "model with the same --tasks, --json FILE and --save_docs") from error
     if not same:
-        raise UserError(f"{path} scored other documents, or in another dtype or order: use the same "
-                        "--data, --limit, --dtype and --nexus_order")
+        raise UserError(f"{path} scored other documents, or in another dtype or order: use the "
+                        "same --data, --limit, --dtype and --nexus_order")
     return entry, None
 
 
