@@ -32,6 +32,7 @@ from nanonexus.controls import describe
 from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import output_file, write_json
 from nanonexus.lm_eval_adapter import run_tasks
+from nanonexus.processes import Stop
 from nanonexus.scoring import Scorer, compare, evaluate
 from nanonexus.tasks import BENCHMARKS, TASKS, read_task
 
@@ -66,7 +67,12 @@ def parse_args():
     add("--save_docs", action="store_true", help="add each document's log-likelihoods to the JSON")
     add("--plot", metavar="FILE", default="versus.png", help="the chart of --versus (versus.png)")
     add("--lm_eval", action="store_true", help="run any tasks of lm-evaluation-harness instead")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.lm_eval:
+        parser.refuse(args, ["versus", "data", "save_docs", "plot"], "with --lm_eval")
+    elif not args.versus:
+        parser.refuse(args, ["plot"], "without --versus")
+    return args
 
 
 def main():
@@ -74,9 +80,9 @@ def main():
     check_device(args.device)
     if args.device == "cpu":
         keep_freed_memory()
-    for path in filter(None, (args.json, args.versus and args.plot)):
-        output_file(path)
     names = BENCHMARKS if args.tasks == "all" else args.tasks.split(",")
+    for path in filter(None, (args.json, args.versus and args.plot)):
+        output_file(path, args.checkpoint, args.versus, *names)
     if args.lm_eval:
         return other_tasks(names, args)
 
@@ -87,13 +93,14 @@ def main():
     entries, scorers = zip(*((read_scores if path.endswith(".json") else start)(path, data, args)
                              for path in paths), strict=True)
     data = leave_out(data, paths, entries)
-    try:
-        for path, entry, scorer in zip(paths, entries, scorers, strict=True):
-            score(path, entry, scorer, data, args)
-    finally:  # whatever ends it, what has been scored is written
-        result = report(entries, args)
-        if args.json and result["tasks"]:
-            write_json(args.json, result)
+    with Stop():
+        try:
+            for path, entry, scorer in zip(paths, entries, scorers, strict=True):
+                score(path, entry, scorer, data, args)
+        finally:  # whatever ends it, what has been scored is written
+            result = report(entries, args)
+            if args.json and result["tasks"]:
+                write_json(args.json, result)
     if args.versus:
         print_gaps(result["paired"], args)
         plot(plt, entries, args.plot)
@@ -141,7 +148,8 @@ def read_scores(path, data, args):
         left_out = {name: {int(row): int(tokens) for row, tokens in rows.items()}
                     for name, rows in entry.get("left_out", {}).items() if name in data and rows}
         tasks = {name: entry["tasks"][name] for name in data if name not in left_out}
-        same = entry["dtype"] == args.dtype and all(
+        same = entry["dtype"] == args.dtype and args.nexus_order in (
+            None, entry["config"]["nexus_order"]) and all(
             (task["data_sha256"], len(task["docs"])) == (data[name][1], len(data[name][0]))
             for name, task in tasks.items())
         entry = dict(checkpoint=entry["checkpoint"], config=entry["config"], tasks=tasks,
@@ -150,8 +158,8 @@ def read_scores(path, data, args):
         raise UserError(f"{path} does not have the documents of {', '.join(data)}: score that "
                         "model with the same --tasks, --json FILE and --save_docs") from error
     if not same:
-        raise UserError(f"{path} scored other documents, or in another dtype: use the same --data, "
-                        "--limit and --dtype")
+        raise UserError(f"{path} scored other documents, or in another dtype or order: use the "
+                        "same --data, --limit, --dtype and --nexus_order")
     return entry, None
 
 
@@ -181,7 +189,8 @@ def score(path, entry, scorer, data, args):
           + f"\n{'task':15}{'n':>6}  {'acc':>15}  {'acc_norm':>15}  {'chance':>6}")
     for name, (docs, digest) in data.items():
         if scorer:
-            entry["tasks"][name] = evaluate(scorer, name, docs) | dict(data_sha256=digest)
+            entry["tasks"][name] = evaluate(scorer, name, docs) | dict(
+                cut=scorer.cut, data_sha256=digest)
         r = entry["tasks"][name]
         print(f"{name:15}{r['n']:>6}  {r['acc']:.4f} ± {r['acc_stderr']:.4f}"
               f"  {r['acc_norm']:.4f} ± {r['acc_norm_stderr']:.4f}  {r['chance']:6.4f}")

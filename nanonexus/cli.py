@@ -33,6 +33,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
+    def refuse(self, args, names, why):
+        """UserError for those of the flags that are not at their default, which `why` ignores."""
+        if given := [f"--{name}" for name in names
+                     if getattr(args, name) != self.get_default(name)]:
+            raise UserError(f"no effect {why}: {', '.join(given)}")
+
 
 def number(kind, least, most=sys.float_info.max, above=False):
     """The argparse type of an int or a float from `least` (or above it) to `most`; 1e9 is an int

@@ -54,11 +54,15 @@ def output_folder(folder, name=""):
                         "another") from error
 
 
-def output_file(path):
+def output_file(path, *inputs):
     """Make the folder of a file to write, before the work. Raises UserError if the file cannot be
-    written there."""
+    written there, or is one of the inputs (paths, names on the hub or None)."""
     if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise UserError(f"{path!r} is not the name of a file: choose another")
+    for other in inputs:
+        if other and os.path.exists(path) and os.path.exists(other) \
+                and os.path.samefile(path, other):
+            raise UserError(f"{path} is read as {other}: choose another file to write")
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise UserError(f"{path} can only be read: choose another file")
     output_folder(*os.path.split(os.path.realpath(path)))

@@ -193,7 +193,11 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch
         patch.setattr(os, "access", lambda path, mode: False)  # root may write anything
         with pytest.raises(UserError, match="file can only be read"):
             output_file("file")
-    output_file("file")
+    os.symlink("file", "link")
+    for inputs in (["link"], [None, "no/name", "./file"]):
+        with pytest.raises(UserError, match=f"file is read as {inputs[-1]}: choose another"):
+            output_file("file", *inputs)
+    output_file("file", None, "c", "no/name")
     assert (tmp_path / "file").read_text() == "mine"
     if os.name == "posix" and os.geteuid():
         os.chmod("c", 0o500)

@@ -3,6 +3,7 @@ own; what our GPT cannot represent is refused."""
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -213,6 +214,16 @@ def test_a_tokenizer_of_words_scores_but_has_no_bytes(tmp_path):
     assert tokenizer.eot_token is None and tokenizer.decode_bytes([3]) == b""  # an unused id
     with pytest.raises(UserError, match="not a byte-level tokenizer: '▁b'"):
         tokenizer.decode_bytes([7])
+
+
+@pytest.mark.parametrize("eos", [7, [7, 3]])
+def test_an_end_of_text_of_another_name_is_the_configs(neox, tmp_path, eos):
+    shutil.copytree(neox, tmp_path, dirs_exist_ok=True)
+    config = json.loads((neox / "config.json").read_text()) | dict(eos_token_id=eos)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = (neox / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(tokenizer.replace("<|endoftext|>", "</s>"))
+    assert FolderTokenizer(neox).eot_token == 0 and FolderTokenizer(tmp_path).eot_token == 7
 
 
 def test_a_checkpoint_opens_with_its_tokenizer(checkpoints, tmp_path):

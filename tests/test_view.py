@@ -253,6 +253,8 @@ def test_spell(token, text):
     (["--prompt", "a", "--layers", "3"], "the model has 2 layers, there is no 3"),
     (["--prompt", "a", "--layers", "0"], "--layers"),
     (["--prompt", "a", "--out", "ckpt.pt/view.html"], "ckpt.pt"),
+    (["--prompt", "a", "--out", "ckpt.pt"], "ckpt.pt is read as ckpt.pt"),
+    (["--prompt", "a", "--baseline", "heads.pt", "--out", "heads.pt"], "is read as heads.pt"),
     (["--prompt", "a", "--baseline", "none.pt"], "no checkpoint at none.pt"),
     (["--prompt", "a", "--baseline", "layers.pt"], "layers.pt has n_layer 3, the checkpoint 2"),
     (["--prompt", "a", "--baseline", "heads.pt"], "heads.pt has n_head 4, the checkpoint 2"),
