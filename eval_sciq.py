@@ -72,6 +72,11 @@ def parse_args():
 def main():
     args = parse_args()
     check_device(args.device)
+    if args.save_docs and not args.json:
+        raise UserError("--save_docs adds to the file of --json FILE: give one")
+    if args.lm_eval and (args.versus or args.data or args.save_docs):
+        raise UserError("--lm_eval reads its own tasks, with one model: no --versus, --data or "
+                        "--save_docs")
     if args.device == "cpu":
         keep_freed_memory()
     for path in filter(None, (args.json, args.versus and args.plot)):

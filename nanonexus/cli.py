@@ -23,6 +23,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, allow_abbrev=False, **kwargs,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value in ("", []):  # an unset variable of the shell, or --flag=--
+                self.error(f"argument --{name}: expected a value")
+        return found, rest
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -48,8 +55,12 @@ positive, non_negative = number(float, 0, math.inf, above=True), number(float, 0
 
 
 def listed(kind):
-    """The type of a flag that takes several: listed(int)("1,2") is [1, 2]."""
-    return lambda text: [kind(x) for x in text.split(",")]
+    """The type of a flag that takes several: listed(int)("1,2,1") is [1, 2]."""
+    def read(text):
+        return list(dict.fromkeys(kind(x) for x in text.split(",")))  # each of them once
+
+    read.__name__ = f"list of {kind.__name__}"  # in argparse's own message
+    return read
 
 
 class Output(io.FileIO):

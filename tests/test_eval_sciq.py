@@ -187,7 +187,8 @@ def test_scores_are_written_even_if_the_chart_cannot_be(checkpoints, tmp_path, m
     (["--checkpoint", "{0}/no.pt"], "no checkpoint at"), (["--limit", "0"], "--limit"),
     (["--checkpoint", "{0}/file.pt"], "damaged"), (["--batch_size", "big"], "--batch_size"),
     (["--batch_size", "0"], "must be auto or a number from 1, got 0"),
-    (["--nexus_order", "0"], "--nexus_order"),
+    (["--nexus_order", "0"], "--nexus_order"), (["--save_docs"], "--save_docs adds"),
+    (["--lm_eval", "--data", "d"], "--lm_eval reads its own"),
     (["--checkpoint", "{0}"], "not a complete GPT-NeoX")])
 def test_mistakes_are_one_line(checkpoints, tmp_path, monkeypatch, argv, message):
     if "GPT-NeoX" in message:
