@@ -35,7 +35,7 @@ from model import GPTConfig
 from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
 from nanonexus.controls import CONTROLS, build, replaces_loops
 from nanonexus.data import TokenSet, pydocs
-from nanonexus.files import read_lines
+from nanonexus.files import read_json, read_lines
 from nanonexus.flags import PRESETS, build_parser, preset_config
 from nanonexus.stats import mean_spread, paired, paired_text
 
@@ -244,18 +244,16 @@ class Plan:
 def check_settings(out, settings):
     """UserError if the folder holds runs with other settings than these."""
     path = os.path.join(out, "settings.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            if json.load(f) != settings:
-                raise UserError(f"{out} holds runs with other settings (settings.json): choose "
-                                "another --out, or remove it")
+    if os.path.exists(path) and read_json(path) != settings:
+        raise UserError(f"{out} holds runs with other settings (settings.json): choose another "
+                        "--out, or remove it")
     with open(path, "w", encoding="utf-8") as f:
         json.dump(settings, f)
 
 
 def data_of(path):
     """(fingerprint, vocab_size) of the one token set in a file of results."""
-    found = {(line["data"], line["vocab_size"]) for line in read_lines(path)}
+    found = {(line["data"], line["vocab_size"]) for line in read_lines(path, "data", "vocab_size")}
     if len(found) != 1:
         raise UserError(f"{path} has lines of {len(found)} token sets: one is needed")
     return found.pop()

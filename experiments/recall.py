@@ -145,7 +145,7 @@ class Results:
     def __init__(self, path):
         self.path, self.commit = path, commit()
         self.lines = {RecallRun(*(line[field] for field in RecallRun._fields)): line
-                      for line in read_lines(path)}
+                      for line in read_lines(path, *RecallRun._fields, "curve", "parameters")}
 
     def finish(self, run):
         """Train the run if its line is missing, and append that."""

@@ -28,6 +28,8 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(found).items():
             if value in ("", []):  # an unset variable of the shell, or --flag=--
                 self.error(f"argument --{name}: expected a value")
+            if isinstance(value, str) and value != value.encode(errors="replace").decode():
+                self.error(f"argument --{name}: the value is not UTF-8")
         return found, rest
 
     def error(self, message):
@@ -51,7 +53,7 @@ def number(kind, least, most=sys.float_info.max, above=False):
 
 
 positive_int, whole = number(int, 1, 2**31), number(int, 0, 2**31)
-positive, non_negative = number(float, 0, math.inf, above=True), number(float, 0)
+positive, non_negative = number(float, 0, math.inf, above=True), number(float, 0, 1e30)
 
 
 def listed(kind):

@@ -9,7 +9,7 @@ import sys
 import time
 
 from nanonexus.cli import UserError
-from nanonexus.files import append, lock, write_text
+from nanonexus.files import append, lock, read_lines, reading, write_text
 
 SPIKE = 1.0  # nats above the median of the last ten logged losses
 
@@ -18,19 +18,10 @@ def read(path, resumed_at, args):
     """The events of log.jsonl that a run never stopped would have at this step: steps after the
     checkpoint will be taken and logged again, and what was logged only because the run ended there
     is dropped. So is a last line cut short by a kill; any other damage is a UserError."""
-    events = []
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for number, line in enumerate(f, 1):
-            if not line.endswith("\n"):
-                break
-            try:
-                event = json.loads(line)
-                if event["step"] <= resumed_at and (event["step"] == args.max_steps or 0 in (
-                        event["step"] % args.log_interval, event["step"] % args.eval_interval)):
-                    events.append(event)
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path} is damaged in line {number}: remove that line, or the "
-                                "file, and resume") from error
+    with reading(path):
+        events = [event for event in read_lines(path, "step") if event["step"] <= resumed_at and (
+            event["step"] == args.max_steps or 0 in (
+                event["step"] % args.log_interval, event["step"] % args.eval_interval))]
     for event in events:
         if event["step"] % args.eval_interval and event["step"] != args.max_steps:
             event["val_loss"] = None

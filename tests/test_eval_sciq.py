@@ -150,6 +150,9 @@ def test_saved_scores_serve_as_a_model(checkpoints, tmp_path, monkeypatch, capsy
             call(monkeypatch, "--checkpoint", paths[0], *tasks, tmp_path / "s.json", *flags)
     (tmp_path / "sciq_test.jsonl").unlink()
     whole = json.loads((tmp_path / "a.json").read_text())
+    whole["tasks"]["demo"]["n"] = whole["checkpoint"]["path"] = "$a$b_{"  # not what is shown
+    (tmp_path / "b.json").write_text(json.dumps(whole))
+    call(monkeypatch, "--checkpoint", *paths[:1], "--versus", paths[1], *tasks, tmp_path / "s.json")
     whole["tasks"]["demo"]["data_sha256"] = "0"
     for text, message in ((json.dumps(whole), "other documents"), ("[1]", "does not have"),
                           ('{"tasks": {"demo": {"n": 9}}, "dtype": "float32"}', "does not have")):
