@@ -32,7 +32,7 @@ from runs import Study, TrainingRun
 from common import INNERS, parse, pyplot, save, table
 
 from model import GPTConfig
-from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
+from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
 from nanonexus.controls import CONTROLS, build, replaces_loops
 from nanonexus.data import TokenSet, pydocs
 from nanonexus.files import read_json, read_lines
@@ -173,7 +173,7 @@ def parse_args(argv):
         "self)")
     add("--seeds", type=positive_int, help="seeds 0 to N-1, each for every variant (default: 3; "
         "at scale text 5)")
-    add("--lrs", type=listed(positive), help="learning rates to choose from for each variant "
+    add("--lrs", type=listed(rate), help="learning rates to choose from for each variant "
         "(default: train.py's, no choice; at scale text 2e-3,4e-3,8e-3)")
     add("--preset", choices=PRESETS, default="tiny")
     add("--dataset", help="a token set's folder (default: pydocs)")

@@ -54,6 +54,7 @@ def number(kind, least, most=sys.float_info.max, above=False):
 
 positive_int, whole = number(int, 1, 2**31), number(int, 0, 2**31)
 positive, non_negative = number(float, 0, math.inf, above=True), number(float, 0, 1e30)
+rate = number(float, 0, 1000, above=True)  # of learning
 
 
 def listed(kind):
