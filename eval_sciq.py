@@ -20,7 +20,6 @@ has the tasks that were finished.
 
 import argparse
 import difflib
-import json
 import os
 import platform
 import sys
@@ -30,11 +29,12 @@ import torch
 from nanonexus.cli import Parser, UserError, positive_int, run_script
 from nanonexus.controls import describe
 from nanonexus.device import check_device, keep_freed_memory
-from nanonexus.files import output_file, write_json
+from nanonexus.files import output_file, read_json, reading, write_json
 from nanonexus.lm_eval_adapter import run_tasks
 from nanonexus.processes import Stop
-from nanonexus.scoring import Scorer, compare, evaluate
+from nanonexus.scoring import Scorer, compare, evaluate, summary
 from nanonexus.tasks import BENCHMARKS, TASKS, read_task
+from nanonexus.tokenizer import printable
 
 
 def batch_size(text):
@@ -78,6 +78,8 @@ def parse_args():
 def main():
     args = parse_args()
     check_device(args.device)
+    if args.save_docs and not args.json:
+        raise UserError("--save_docs adds to the file of --json FILE: give one")
     if args.device == "cpu":
         keep_freed_memory()
     names = BENCHMARKS if args.tasks == "all" else args.tasks.split(",")
@@ -142,21 +144,20 @@ def start(path, data, args):
 def read_scores(path, data, args):
     """start's entry, all tasks scored, from a JSON file of an earlier call with --save_docs; None.
     UserError unless it has the same documents, scored in the same dtype."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            entry = json.load(f)
+    with reading(path, f"it does not have the documents of {', '.join(data)}: score that model "
+                 "with the same --tasks, --json FILE and --save_docs"):
+        entry = read_json(path)
         left_out = {name: {int(row): int(tokens) for row, tokens in rows.items()}
                     for name, rows in entry.get("left_out", {}).items() if name in data and rows}
-        tasks = {name: entry["tasks"][name] for name in data if name not in left_out}
+        tasks = {name: entry["tasks"][name] | summary(entry["tasks"][name]["docs"])
+                 for name in data if name not in left_out}
         same = entry["dtype"] == args.dtype and args.nexus_order in (
             None, entry["config"]["nexus_order"]) and all(
             (task["data_sha256"], len(task["docs"])) == (data[name][1], len(data[name][0]))
             for name, task in tasks.items())
-        entry = dict(checkpoint=entry["checkpoint"], config=entry["config"], tasks=tasks,
-                     left_out=left_out)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} does not have the documents of {', '.join(data)}: score that "
-                        "model with the same --tasks, --json FILE and --save_docs") from error
+        name = str(entry["checkpoint"]["path"])
+        entry = dict(checkpoint=entry["checkpoint"] | dict(path=name), config=entry["config"],
+                     tasks=tasks, left_out=left_out)
     if not same:
         raise UserError(f"{path} scored other documents, or in another dtype or order: use the "
                         "same --data, --limit, --dtype and --nexus_order")
@@ -241,12 +242,13 @@ def plot(plt, entries, path):
     for shift, entry in zip((-0.2, 0.2), entries, strict=True):
         tasks = entry["tasks"].values()
         axes.bar([i + shift for i in range(len(names))], [t["acc"] for t in tasks], 0.4,
-                 yerr=[t["acc_stderr"] for t in tasks], label=entry["checkpoint"]["path"],
-                 capsize=3)
+                 yerr=[t["acc_stderr"] for t in tasks], capsize=3,
+                 label=printable(entry["checkpoint"]["path"]))
     for i, name in enumerate(names):
         axes.plot([i - 0.4, i + 0.4], [entries[0]["tasks"][name]["chance"]] * 2, "k--", lw=1)
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="acc (dashes: chance)")
-    axes.legend()
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)  # a path may have dollars
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")

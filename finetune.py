@@ -325,8 +325,8 @@ def main():
         add("--inner", default="self", choices=INNERS, help="the map of an inner loop, see "
             "nanonexus/retrofit.py (default: self, the paper's)")
         add("--layers", type=whole, nargs="+", help="indices of the layers (default: all)")
-        add("--gate", type=number(float, -100), help="initial value of a gate per head; 0 starts "
-            "as the original model (default: no gate)")
+        add("--gate", type=number(float, -100, 100), help="initial value of a gate per head; 0 "
+            "starts as the original model (default: no gate)")
         add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32",
             choices=["float32", "bfloat16"])
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -104,8 +104,8 @@ def load_neox(path_or_name, **overrides):
                            name.endswith((".inv_freq", "attention.bias", "attention.masked_bias")))
         seen = os.path.join(folder, "probe.safetensors")
         seen = load_file(seen)["probe"] if os.path.exists(seen) else None
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError,
-            SafetensorError) as error:
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError,
+            RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path_or_name} is not a complete GPT-NeoX model with safetensors "

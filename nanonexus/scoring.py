@@ -151,16 +151,22 @@ def evaluate(scorer, name, docs):
     pairs = [scorer.encode_pair(doc.context, " " + choice)
              for doc in docs for choice in doc.choices]
     results = iter(scorer.loglikelihoods(pairs, name))
-    entries, hits, hits_norm = [], [], []
-    for doc in docs:
+    entries = []
+    for doc in docs:  # of choices that tie, the first counts
         lls = [next(results)[0] for _ in doc.choices]
         norm = [ll / len(choice) for ll, choice in zip(lls, doc.choices, strict=True)]
-        hits.append(float(lls.index(max(lls)) == doc.gold))  # a tie goes to the first
-        hits_norm.append(float(norm.index(max(norm)) == doc.gold))
-        entries.append(dict(lls=lls, gold=doc.gold, acc=hits[-1], acc_norm=hits_norm[-1]))
-    return dict(n=len(docs), acc=statistics.mean(hits), acc_stderr=stderr(hits),
-                acc_norm=statistics.mean(hits_norm), acc_norm_stderr=stderr(hits_norm),
-                chance=statistics.mean(1 / len(doc.choices) for doc in docs), docs=entries)
+        acc, acc_norm = (float(x.index(max(x)) == doc.gold) for x in (lls, norm))
+        entries.append(dict(lls=lls, gold=doc.gold, acc=acc, acc_norm=acc_norm))
+    return summary(entries)
+
+
+def summary(docs):
+    """evaluate's result, from its documents."""
+    result = dict(n=len(docs), chance=statistics.mean(1 / len(doc["lls"]) for doc in docs))
+    for metric in ("acc", "acc_norm"):
+        hits = [float(doc[metric]) for doc in docs]
+        result |= {metric: statistics.mean(hits), f"{metric}_stderr": stderr(hits)}
+    return result | dict(docs=docs)
 
 
 def compare(first, second):

@@ -161,6 +161,9 @@ def test_saved_scores_serve_as_a_model(checkpoints, tmp_path, monkeypatch, capsy
             call(monkeypatch, "--checkpoint", paths[0], *tasks, tmp_path / "s.json", *flags)
     (tmp_path / "sciq_test.jsonl").unlink()
     whole = json.loads((tmp_path / "a.json").read_text())
+    whole["tasks"]["demo"]["n"] = whole["checkpoint"]["path"] = "$a$b_{"  # not what is shown
+    (tmp_path / "b.json").write_text(json.dumps(whole))
+    call(monkeypatch, "--checkpoint", *paths[:1], "--versus", paths[1], *tasks, tmp_path / "s.json")
     whole["tasks"]["demo"]["data_sha256"] = "0"
     for text, message in ((json.dumps(whole), "other documents"), ("[1]", "does not have"),
                           ('{"tasks": {"demo": {"n": 9}}, "dtype": "float32"}', "does not have")):
@@ -198,7 +201,7 @@ def test_scores_are_written_even_if_the_chart_cannot_be(checkpoints, tmp_path, m
     (["--checkpoint", "{0}/no.pt"], "no checkpoint at"), (["--limit", "0"], "--limit"),
     (["--checkpoint", "{0}/file.pt"], "damaged"), (["--batch_size", "big"], "--batch_size"),
     (["--batch_size", "0"], "must be auto or a number from 1, got 0"),
-    (["--nexus_order", "0"], "--nexus_order"),
+    (["--nexus_order", "0"], "--nexus_order"), (["--save_docs"], "--save_docs adds"),
     (["--lm_eval", "--versus", "a", "--data", "b", "--save_docs", "--plot", "c"],
      "no effect with --lm_eval: --versus, --data, --save_docs, --plot"),
     (["--plot", "a.png"], "no effect without --versus: --plot"),

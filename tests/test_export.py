@@ -356,7 +356,7 @@ def test_what_was_not_recorded_is_not_invented(folders, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "val_loss": 5.5}\n}garbage{\n')
     checkpoint(tmp_path / "ckpt.pt", GPTConfig(vocab_size=320, n_layer=1, n_head=1, n_embd=8,
                                                rotary_pct=1.0))
-    with pytest.raises(UserError, match="log.jsonl has a damaged line"):
+    with pytest.raises(UserError, match="log.jsonl, line 2, is damaged"):
         export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
     (tmp_path / "log.jsonl").write_text('{"a": 1}\n5\n')
     with pytest.raises(UserError, match="a line that is not an object, 5: remove it"):

@@ -42,8 +42,12 @@ def test_a_line_cut_short_is_replaced_by_the_next(tmp_path):
     append_line(path, dict(i=2))
     assert read_lines(path) == [dict(i=0), dict(i=2)]
     path.write_text('{"i": 0}\n}\n{"i": 2}\n')
-    with pytest.raises(UserError, match="lines.jsonl has a damaged line"):
+    with pytest.raises(UserError, match="lines.jsonl, line 2, is damaged"):
         read_lines(path)
+    for text in (b"null\n", b"1\n", b"{}\n", b"[" * 100_000 + b"\n", b"\xff\n"):
+        path.write_bytes(b'{"i": 0}\n' + text)
+        with pytest.raises(UserError, match="lines.jsonl, line 2, is damaged, or of another kind"):
+            read_lines(path, "i")
 
 
 def test_nobody_enters_a_new_folder_while_it_is_finished(tmp_path, monkeypatch):

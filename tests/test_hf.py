@@ -245,7 +245,8 @@ def test_a_checkpoint_opens_with_its_tokenizer(checkpoints, tmp_path):
 @pytest.mark.parametrize("change", [
     dict(num_attention_heads=5), dict(num_attention_heads=0), dict(hidden_size="64"),
     dict(vocab_size=1e3), dict(vocab_size=10**11), dict(nexus="no"), dict(rope_parameters=3),
-    dict(hidden_size=1 << 20, intermediate_size=1 << 22), dict(num_hidden_layers=None)])
+    dict(hidden_size=1 << 20, intermediate_size=1 << 22), dict(num_hidden_layers=None),
+    dict(hidden_dropout=10**400)])
 def test_any_config_ends_in_one_line(neox, tmp_path, change):
     os.symlink(neox / "model.safetensors", tmp_path / "model.safetensors")
     config = json.loads((neox / "config.json").read_text())

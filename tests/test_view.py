@@ -246,7 +246,7 @@ def test_spell(token, text):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--prompt", ""], "the prompt is empty"), ([], "--prompt"),
+    (["--prompt", ""], "--prompt: expected a value"), ([], "--prompt"),
     (["--prompt", "x" * 65], "the prompt has 65 tokens, the model's context is 64"),
     (["--prompt", "x" * 257, "--checkpoint", "long.pt"], "257 tokens, a page shows at most 256"),
     (["--prompt", "a", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
