@@ -6,7 +6,6 @@ Nexus inside pretrained transformers models: fine-tuning with its Trainer, score
 """
 
 import importlib
-import json
 import math
 import os
 import sys
@@ -25,7 +24,7 @@ from nanonexus.cli import (
     whole,
 )
 from nanonexus.device import check_device
-from nanonexus.files import output_file, output_folder, sha256, write_json
+from nanonexus.files import output_file, output_folder, read_json, sha256, write_json
 from nanonexus.flags import agree
 from nanonexus.hf import commit_of, fetch
 from nanonexus.lm_eval_adapter import check_tasks, run_tasks
@@ -243,10 +242,7 @@ def sft(args):
 def saved_run(args):
     """What the run that --resume continues was given, {} if its folder does not tell."""
     path = os.path.join(args.out, RUN)
-    if not args.resume or not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    return read_json(path) if args.resume and os.path.exists(path) else {}
 
 
 # --- scores ---------------------------------------------------------------------------------------
