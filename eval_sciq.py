@@ -20,7 +20,6 @@ has the tasks that were finished.
 
 import argparse
 import difflib
-import json
 import os
 import platform
 import sys
@@ -30,10 +29,12 @@ import torch
 from nanonexus.cli import Parser, UserError, positive_int, run_script
 from nanonexus.controls import describe
 from nanonexus.device import check_device, keep_freed_memory
-from nanonexus.files import output_file, write_json
+from nanonexus.files import output_file, read_json, reading, write_json
 from nanonexus.lm_eval_adapter import run_tasks
-from nanonexus.scoring import Scorer, compare, evaluate
+from nanonexus.processes import Stop
+from nanonexus.scoring import Scorer, compare, evaluate, summary
 from nanonexus.tasks import BENCHMARKS, TASKS, read_task
+from nanonexus.tokenizer import printable
 
 
 def batch_size(text):
@@ -66,17 +67,24 @@ def parse_args():
     add("--save_docs", action="store_true", help="add each document's log-likelihoods to the JSON")
     add("--plot", metavar="FILE", default="versus.png", help="the chart of --versus (versus.png)")
     add("--lm_eval", action="store_true", help="run any tasks of lm-evaluation-harness instead")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.lm_eval:
+        parser.refuse(args, ["versus", "data", "save_docs", "plot"], "with --lm_eval")
+    elif not args.versus:
+        parser.refuse(args, ["plot"], "without --versus")
+    return args
 
 
 def main():
     args = parse_args()
     check_device(args.device)
+    if args.save_docs and not args.json:
+        raise UserError("--save_docs adds to the file of --json FILE: give one")
     if args.device == "cpu":
         keep_freed_memory()
-    for path in filter(None, (args.json, args.versus and args.plot)):
-        output_file(path)
     names = BENCHMARKS if args.tasks == "all" else args.tasks.split(",")
+    for path in filter(None, (args.json, args.versus and args.plot)):
+        output_file(path, args.checkpoint, args.versus, *names)
     if args.lm_eval:
         return other_tasks(names, args)
 
@@ -87,13 +95,14 @@ def main():
     entries, scorers = zip(*((read_scores if path.endswith(".json") else start)(path, data, args)
                              for path in paths), strict=True)
     data = leave_out(data, paths, entries)
-    try:
-        for path, entry, scorer in zip(paths, entries, scorers, strict=True):
-            score(path, entry, scorer, data, args)
-    finally:  # whatever ends it, what has been scored is written
-        result = report(entries, args)
-        if args.json and result["tasks"]:
-            write_json(args.json, result)
+    with Stop():
+        try:
+            for path, entry, scorer in zip(paths, entries, scorers, strict=True):
+                score(path, entry, scorer, data, args)
+        finally:  # whatever ends it, what has been scored is written
+            result = report(entries, args)
+            if args.json and result["tasks"]:
+                write_json(args.json, result)
     if args.versus:
         print_gaps(result["paired"], args)
         plot(plt, entries, args.plot)
@@ -135,23 +144,23 @@ def start(path, data, args):
 def read_scores(path, data, args):
     """start's entry, all tasks scored, from a JSON file of an earlier call with --save_docs; None.
     UserError unless it has the same documents, scored in the same dtype."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            entry = json.load(f)
+    with reading(path, f"it does not have the documents of {', '.join(data)}: score that model "
+                 "with the same --tasks, --json FILE and --save_docs"):
+        entry = read_json(path)
         left_out = {name: {int(row): int(tokens) for row, tokens in rows.items()}
                     for name, rows in entry.get("left_out", {}).items() if name in data and rows}
-        tasks = {name: entry["tasks"][name] for name in data if name not in left_out}
-        same = entry["dtype"] == args.dtype and all(
+        tasks = {name: entry["tasks"][name] | summary(entry["tasks"][name]["docs"])
+                 for name in data if name not in left_out}
+        same = entry["dtype"] == args.dtype and args.nexus_order in (
+            None, entry["config"]["nexus_order"]) and all(
             (task["data_sha256"], len(task["docs"])) == (data[name][1], len(data[name][0]))
             for name, task in tasks.items())
-        entry = dict(checkpoint=entry["checkpoint"], config=entry["config"], tasks=tasks,
-                     left_out=left_out)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} does not have the documents of {', '.join(data)}: score that "
-                        "model with the same --tasks, --json FILE and --save_docs") from error
+        name = str(entry["checkpoint"]["path"])
+        entry = dict(checkpoint=entry["checkpoint"] | dict(path=name), config=entry["config"],
+                     tasks=tasks, left_out=left_out)
     if not same:
-        raise UserError(f"{path} scored other documents, or in another dtype: use the same --data, "
-                        "--limit and --dtype")
+        raise UserError(f"{path} scored other documents, or in another dtype or order: use the "
+                        "same --data, --limit, --dtype and --nexus_order")
     return entry, None
 
 
@@ -181,7 +190,8 @@ def score(path, entry, scorer, data, args):
           + f"\n{'task':15}{'n':>6}  {'acc':>15}  {'acc_norm':>15}  {'chance':>6}")
     for name, (docs, digest) in data.items():
         if scorer:
-            entry["tasks"][name] = evaluate(scorer, name, docs) | dict(data_sha256=digest)
+            entry["tasks"][name] = evaluate(scorer, name, docs) | dict(
+                cut=scorer.cut, data_sha256=digest)
         r = entry["tasks"][name]
         print(f"{name:15}{r['n']:>6}  {r['acc']:.4f} ± {r['acc_stderr']:.4f}"
               f"  {r['acc_norm']:.4f} ± {r['acc_norm_stderr']:.4f}  {r['chance']:6.4f}")
@@ -232,12 +242,13 @@ def plot(plt, entries, path):
     for shift, entry in zip((-0.2, 0.2), entries, strict=True):
         tasks = entry["tasks"].values()
         axes.bar([i + shift for i in range(len(names))], [t["acc"] for t in tasks], 0.4,
-                 yerr=[t["acc_stderr"] for t in tasks], label=entry["checkpoint"]["path"],
-                 capsize=3)
+                 yerr=[t["acc_stderr"] for t in tasks], capsize=3,
+                 label=printable(entry["checkpoint"]["path"]))
     for i, name in enumerate(names):
         axes.plot([i - 0.4, i + 0.4], [entries[0]["tasks"][name]["chance"]] * 2, "k--", lw=1)
     axes.set(xticks=range(len(names)), xticklabels=names, ylabel="acc (dashes: chance)")
-    axes.legend()
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)  # a path may have dollars
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     print(f"wrote {path}")

@@ -24,7 +24,8 @@ from nanonexus.cli import (
     whole,
 )
 from nanonexus.device import check_device
-from nanonexus.files import output_file, output_folder, write_json
+from nanonexus.files import output_file, output_folder, read_json, sha256, write_json
+from nanonexus.flags import agree
 from nanonexus.hf import commit_of, fetch
 from nanonexus.lm_eval_adapter import check_tasks, run_tasks
 from nanonexus.processes import Stop
@@ -32,6 +33,12 @@ from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.stats import mcnemar, stderr
 from nanonexus.text import TABLES, rows
 from train import warmup_cosine
+
+# A resumed run must agree with these, which it wrote to this file in --out, or it would be another.
+FIXED = ["model", "data", "order", "streams", "layers", "gate", "inner", "epochs", "max_steps",
+         "batch", "accumulate", "lr", "gate_lr", "warmup", "weight_decay", "max_length", "lora",
+         "seed"]
+RUN = "run.json"
 
 
 def read_examples(path, tokenizer, max_length):
@@ -78,9 +85,14 @@ def read_examples(path, tokenizer, max_length):
 
 
 def plain(prompt, answer, tokenizer):
-    """Ids of prompt, answer and the end of text, and which of them are the answer's."""
-    prompt = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    answer = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    """Ids of what the tokenizer begins a text with, prompt, answer and the end of text, and which
+    of them are the answer's."""
+    prompt, answer, some = tokenizer([prompt, answer, "a"], add_special_tokens=False)["input_ids"]
+    begin = tokenizer("a")["input_ids"]
+    begin = begin[:begin.index(some[0])]
+    if prompt[:len(begin)] != begin:
+        prompt = begin + prompt
+    answer = answer + [tokenizer.eos_token_id]
     return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
 
@@ -163,16 +175,23 @@ def sft(args):
     from transformers import AutoTokenizer, DataCollatorWithFlattening, Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    newest = get_last_checkpoint(args.out) if os.path.isdir(args.out) else None
+    run, newest = os.path.join(args.out, RUN), None
+    if os.path.isdir(args.out):
+        newest = get_last_checkpoint(args.out)
     if args.resume and newest is None:
         raise UserError(f"no checkpoint in {args.out} to --resume: drop the flag to begin")
-    if os.path.isdir(args.out) and os.listdir(args.out) and not args.resume:
+    if os.path.isdir(args.out) and {*os.listdir(args.out)} - {RUN} and not args.resume:
         raise UserError(f"{args.out} is not empty: --resume continues its run, another --out "
                         "starts a new one")
     output_folder(args.out)
     if args.report_to != "none":
         importlib.import_module(args.report_to)  # fail now if it is missing
     rows(args.data)  # or if that cannot be read
+    given = {name: getattr(args, name) for name in FIXED}
+    if os.path.isdir(args.model):
+        given["model"] = os.path.realpath(args.model)
+    given["data"] = sha256(args.data)
+    agree(given, saved_run(args), given)
     torch.manual_seed(args.seed)
     folder = fetch(args.model)
     tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)
@@ -200,6 +219,8 @@ def sft(args):
     scheduler = make_scheduler(optimizer, count_steps(len(examples), settings), args.warmup)
     trainer = Trainer(model=model, args=settings, train_dataset=examples,
                       data_collator=DataCollatorWithFlattening(), optimizers=(optimizer, scheduler))
+    if trainer.is_world_process_zero():
+        write_json(run, given)
     with Stop(math.inf) as stop:
         trainer.add_callback(stop_callback(stop))
         trainer.train(resume_from_checkpoint=newest if args.resume else None)
@@ -218,16 +239,18 @@ def sft(args):
     print(f"wrote {args.out} ({what}); score it with: python finetune.py eval --model {args.out}")
 
 
+def saved_run(args):
+    """What the run that --resume continues was given, {} if its folder does not tell."""
+    path = os.path.join(args.out, RUN)
+    return read_json(path) if args.resume and os.path.exists(path) else {}
+
+
 # --- scores ---------------------------------------------------------------------------------------
 
-def score(path, args):
+def score(path, folder, tokenizer, args):
     """{(task, metric, filter): a list of one score per document}, and lm-eval's own results."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
 
-    folder = fetch(path)
-    tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)
-    check_tasks(args.tasks, args.include_path)  # before a model is loaded
     model = pretrained(load, folder, dtype=args.dtype).to(args.device).eval()
     if args.order is not None:
         nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
@@ -247,28 +270,44 @@ def score(path, args):
 def evaluate(args):
     """Print lm-eval's table for --model and, with --versus, the differences paired by document."""
     from lm_eval.utils import make_table
+    from transformers import AutoTokenizer
 
     if args.json:
-        output_file(args.json)
-    first, results = score(args.model, args)
-    print(make_table(results))
-    report = {args.model: results["results"], "revisions": {args.model: results["revision"]}}
-    if args.versus:
-        second, results = score(args.versus, args)
-        print(make_table(results))
-        report |= {args.versus: results["results"], "paired": []}
-        report["revisions"][args.versus] = results["revision"]
-        print(f"{args.versus} minus {args.model}, paired by document")
-        for (task, metric, kind), a in first.items():
-            b = second[task, metric, kind]
-            gaps = [float(y) - float(x) for x, y in zip(a, b, strict=True)]
-            gap, p = sum(gaps) / len(gaps), mcnemar(a, b) if {*a, *b} <= {0, 1} else None
-            print(f"{task} {metric} {kind}: {gap:+.4f} ± {stderr(gaps):.4f}"
-                  + (f"  p = {p:.2g}" if p is not None else ""))
-            report["paired"].append(dict(task=task, metric=metric, filter=kind, difference=gap,
-                                         stderr=stderr(gaps), p=p))
-    if args.json:
-        write_json(args.json, report)
+        output_file(args.json, args.model, args.versus)
+    paths = [args.model, args.versus] if args.versus else [args.model]
+    folders = [fetch(path) for path in paths]
+    tokenizers = [pretrained(AutoTokenizer.from_pretrained, folder) for folder in folders]
+    check_tasks(args.tasks, args.include_path)
+    documents, report = [], {"revisions": {}}
+    with Stop():
+        try:
+            for path, folder, tokenizer in zip(paths, folders, tokenizers, strict=True):
+                scores, results = score(path, folder, tokenizer, args)
+                print(make_table(results))
+                documents.append(scores)
+                report[path] = results["results"]
+                report["revisions"][path] = results["revision"]
+            if args.versus:
+                print(f"{args.versus} minus {args.model}, paired by document")
+                report["paired"] = list(pair(*documents))
+        finally:  # whatever ends it, what has been scored is written
+            if args.json and documents:
+                write_json(args.json, report)
+
+
+def pair(first, second):
+    """Print and yield the difference of each metric that is a number for each document."""
+    for (task, metric, kind), a in first.items():
+        try:
+            a, b = ([float(x) for x in scores] for scores in (a, second[task, metric, kind]))
+        except (TypeError, ValueError):  # as of f1 or a perplexity: pairs, for the task as a whole
+            print(f"{task} {metric} {kind}: not paired, a document has no number of its own")
+            continue
+        gaps = [y - x for x, y in zip(a, b, strict=True)]
+        gap, p = sum(gaps) / len(gaps), mcnemar(a, b) if {*a, *b} <= {0, 1} else None
+        print(f"{task} {metric} {kind}: {gap:+.4f} ± {stderr(gaps):.4f}"
+              + (f"  p = {p:.2g}" if p is not None else ""))
+        yield dict(task=task, metric=metric, filter=kind, difference=gap, stderr=stderr(gaps), p=p)
 
 
 def main():
@@ -282,8 +321,8 @@ def main():
         add("--inner", default="self", choices=INNERS, help="the map of an inner loop, see "
             "nanonexus/retrofit.py (default: self, the paper's)")
         add("--layers", type=whole, nargs="+", help="indices of the layers (default: all)")
-        add("--gate", type=number(float, -100), help="initial value of a gate per head; 0 starts "
-            "as the original model (default: no gate)")
+        add("--gate", type=number(float, -100, 100), help="initial value of a gate per head; 0 "
+            "starts as the original model (default: no gate)")
         add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32",
             choices=["float32", "bfloat16"])
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -324,6 +363,11 @@ def main():
     add("--include_path", metavar="DIR", help="take the tasks from this folder of .yaml files")
     add("--json", metavar="FILE", help="write the scores to this file")
     args = parser.parse_args()
+    if args.command == "sft":  # flags not given keep the values of the run
+        train.set_defaults(**saved_run(args))
+        args = parser.parse_args()
+    elif args.order is None:
+        test.refuse(args, ["streams", "inner", "layers", "gate"], "without --order")
     check_device(args.device)
     try:
         (sft if args.command == "sft" else evaluate)(args)

@@ -25,7 +25,7 @@ from nanonexus.checkpoint import probe, restore_weights, save_checkpoint
 from nanonexus.cli import UserError, run_script
 from nanonexus.controls import build, describe
 from nanonexus.device import peak_flops
-from nanonexus.files import output_folder
+from nanonexus.files import output_folder, reading
 from nanonexus.flags import make_config, parse_args, split_batch
 from nanonexus.generate import generate
 from nanonexus.log import Log
@@ -83,16 +83,17 @@ def train(args, config, tokens, world, saved, stop, log):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     if saved:
-        step = saved["step"]
-        restore_weights(gpt, saved, os.path.join(args.out, "ckpt.pt"))
+        step, path = saved["step"], os.path.join(args.out, "ckpt.pt")
+        restore_weights(gpt, saved, path)
         if saved["layout"] != layout(gpt, optimizers):
             raise UserError("make_optimizers has changed since: the checkpoint's optimizers have "
                             "other classes or parameters; start a new run in another --out")
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            # the groups are this run's own: some of their settings depend on the device
-            optimizer.load_state_dict(state | dict(
-                param_groups=optimizer.state_dict()["param_groups"]))
-        scaler.load_state_dict(saved["scaler"])
+        with reading(path, "start a new run"):
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                # the groups are this run's own: some of their settings depend on the device
+                optimizer.load_state_dict(state | dict(
+                    param_groups=optimizer.state_dict()["param_groups"]))
+            scaler.load_state_dict(saved["scaler"])
     else:
         probe(gpt)  # as restore_weights does: a model whose cache is wrong is refused
 

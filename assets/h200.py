@@ -17,6 +17,7 @@ from common import pyplot  # noqa: E402
 
 from nanonexus.cli import Parser, run_script  # noqa: E402
 
+RESULTS = os.path.join(ROOT, "docs", "results", "h200.jsonl")
 NAMES = {"key-shift": "key shift", "nanogpt": "nanoGPT's model", "neox": "transformers' GPT-NeoX",
          "self": "`self`", "past": "`past`", "cross": "`cross`",
          "cross,documents": "`cross`, FlexAttention with document masks"}
@@ -27,10 +28,10 @@ KERNELS = {"attention, backward": "_bprop_", "attention, forward": "_fprop_",
            "GELU and its gradient": "gelu", "rotary embedding and sums": "triton_"}
 
 
-def read():
-    """{kind: the file's lines of that kind}"""
+def read(path=RESULTS):
+    """{kind: the lines of that kind} of this file, or one of experiments/gpu.py."""
     kinds = {}
-    with open(os.path.join(ROOT, "docs", "results", "h200.jsonl"), encoding="utf-8") as f:
+    with open(path, encoding="utf-8") as f:
         for line in map(json.loads, f):
             kinds.setdefault(line["kind"], []).append(line)
     return kinds

@@ -53,12 +53,13 @@ def pyplot(out):
     return plt
 
 
-def save(args, name, results, figure):
-    """Write results with their settings and versions to OUT/name.json, the figure to name.svg."""
+def save(args, name, results, figure=None):
+    """Write results with their settings and versions to OUT/name.json, a figure to name.svg."""
     path = os.path.join(args.out, name)
     write_json(path + ".json", dict(settings=vars(args), results=results, versions=dict(
         python=platform.python_version(), torch=str(torch.__version__),
         machine=platform.processor() or platform.machine(), cores=os.cpu_count())))
-    figure.tight_layout()
-    figures.write(figure, path + ".svg")
-    print(f"wrote {path}.svg and {name}.json")
+    if figure:
+        figure.tight_layout()
+        figures.write(figure, path + ".svg")
+    print(f"wrote {path}.json" + f" and {name}.svg" * bool(figure))

@@ -20,7 +20,6 @@ interrupted one continues. Prints a table, writes compare.json and compare.svg; 
 from the existing lines alone. Arguments after -- are passed to train.py.
 """
 
-import json
 import os
 import statistics
 import sys
@@ -32,10 +31,10 @@ from runs import Study, TrainingRun
 from common import INNERS, parse, pyplot, save, table
 
 from model import GPTConfig
-from nanonexus.cli import Parser, UserError, listed, positive, positive_int, run_script
+from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
 from nanonexus.controls import CONTROLS, build, replaces_loops
 from nanonexus.data import TokenSet, pydocs
-from nanonexus.files import read_lines, write_json
+from nanonexus.files import read_json, read_lines, write_json
 from nanonexus.flags import PRESETS, build_parser, preset_config
 from nanonexus.stats import mean_spread, paired, paired_text
 
@@ -173,7 +172,7 @@ def parse_args(argv):
         "self)")
     add("--seeds", type=positive_int, help="seeds 0 to N-1, each for every variant (default: 3; "
         "at scale text 5)")
-    add("--lrs", type=listed(positive), help="learning rates to choose from for each variant "
+    add("--lrs", type=listed(rate), help="learning rates to choose from for each variant "
         "(default: train.py's, no choice; at scale text 2e-3,4e-3,8e-3)")
     add("--preset", choices=PRESETS, default="tiny")
     add("--dataset", help="a token set's folder (default: pydocs)")
@@ -244,18 +243,15 @@ class Plan:
 def check_settings(out, settings):
     """UserError if the folder holds runs with other settings than these."""
     path = os.path.join(out, "settings.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            if f.read() != json.dumps(settings, indent=1):
-                raise UserError(f"{out} holds runs with other settings (settings.json): choose "
-                                "another --out, or remove it")
+    if os.path.exists(path) and read_json(path) != settings:
+        raise UserError(f"{out} holds runs with other settings (settings.json): choose another "
+                        "--out, or remove it")
     write_json(path, settings)
 
 
 def data_of(path):
     """(fingerprint, vocab_size) of the one token set in a file of results."""
-    found = {(line.get("data"), line.get("vocab_size")) for line in read_lines(path)} - {
-        (None, None)}
+    found = {(line["data"], line["vocab_size"]) for line in read_lines(path, "data", "vocab_size")}
     if len(found) != 1:
         raise UserError(f"{path} has lines of {len(found)} token sets: one is needed")
     return found.pop()

@@ -15,8 +15,8 @@ activations: on CUDA the allocator's, elsewhere the sum of torch's tracker, whic
 On CUDA, models are compiled and multiply in bfloat16, FlexAttention and document masks are measured
 too, and MFU is printed where the peak is known. "plain loss" has all logits in memory at once.
 
---profile asks where the time goes instead: the ten kernels (on a CPU: operators) that take longest
-in three steps of each model, and a trace for chrome://tracing.
+--profile asks where the time goes, too: the ten kernels (on a CPU: operators) that take longest in
+three steps of each model, and a trace of each for chrome://tracing in --out.
 """
 
 import importlib.util
@@ -40,10 +40,11 @@ from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
 from nanonexus.controls import build
 from nanonexus.device import keep_freed_memory, peak_flops
+from nanonexus.files import output_folder
 from nanonexus.flags import PRESETS, preset_config
 from nanonexus.generate import KVCache, generate
 
-STEPS = 3  # to warm up before a profile, and in it
+STEPS = 3  # in a profile
 
 
 def nanogpt(path, c):
@@ -136,6 +137,8 @@ def training_step(name, model, idx, targets, args, optimizer=None):
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=args.device != "mps")
     ours = isinstance(model, GPT)
+    if not ours:  # nanoGPT's wants them so
+        idx, targets = idx.contiguous(), targets.contiguous()
     run, block_masks = model, model.attention_mask if ours else None
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # one per model; beyond it, silently eager
@@ -164,13 +167,15 @@ def training_step(name, model, idx, targets, args, optimizer=None):
 
 
 def speeds(seconds, base, count):
-    """{name: dict(rate, ratio to base: median over rounds, and its quartiles)}"""
+    """{name: dict(rate, ratio to base: median over rounds, and its quartiles, ms: those of a step's
+    time, the median between them)}"""
     result = {}
     for name, times in seconds.items():
         ratios = [b / t for b, t in zip(seconds[base], times, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         result[name] = dict(rate=count / statistics.median(times), ratio=middle,
-                            quartiles=[low, high])
+                            quartiles=[low, high],
+                            ms=[1e3 * t for t in statistics.quantiles(times, n=4)])
     return result
 
 
@@ -204,8 +209,9 @@ def prepare(preset, T, args):
     idx[torch.rand(idx.shape, device=args.device) < 1 / 500] = 0  # opens a document of 500 tokens
 
     def step(name, times=1):
-        x, y = (part.repeat(times, 1) for part in (idx[:, :-1], idx[:, 1:]))
-        return training_step(name, models[name].to(args.device).train(), x, y, args)
+        rows = idx.repeat(times, 1)  # sliced as train.py's are: one compilation serves both
+        return training_step(name, models[name].to(args.device).train(), rows[:, :-1], rows[:, 1:],
+                             args)
 
     return configs, models, {name: step(name) for name in models}, step, batch * T
 
@@ -231,29 +237,33 @@ def at_context(preset, T, args):
             predicted=base / flops, fits=fits.get(name),
             cache=cache_bytes(models[name].eval()),
             mfu=results[name]["rate"] * flops / args.peak if args.peak else None)
+    if args.profile:
+        for name, job in jobs.items():
+            path = os.path.join(args.out, f"{preset}-{T}-{name.replace(' ', '-')}.json")
+            results[name]["kernels"] = kernels(job, path, args)
     return results
 
 
-def profiled(step, path, args):
-    """The ten kernels of a training step that take longest, as rows of a table; its trace goes to
-    the file at path."""
-    cuda = args.device == "cuda"
-    for _ in range(STEPS):  # compiles, fills caches
-        step()
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as profiler:
+def kernels(step, path, args):
+    """[(ms of a training step, calls in it, name)] of its kernels, the longest first; a trace goes
+    to the file at path."""
+    cuda = args.device == "cuda"  # not both: an operator would count again what its kernels take
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         for _ in range(STEPS):
             step()
-
-    def own(event):  # microseconds
-        return event.self_device_time_total if cuda else event.self_cpu_time_total
-
-    events = sorted((e for e in profiler.key_averages() if own(e)), key=own, reverse=True)
-    busy = sum(map(own, events))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     profiler.export_chrome_trace(path)
-    yield f"{busy / STEPS / 1e3:.2f} ms busy", "ms per step", "share", "calls"
-    for e in events[:10]:
-        yield e.key[:70], f"{own(e) / STEPS / 1e3:.3f}", f"{own(e) / busy:.1%}", e.count / STEPS
+    times = ((e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key)
+             for e in profiler.key_averages())
+    return [(us / STEPS / 1e3, count / STEPS, name)
+            for us, count, name in sorted(times, reverse=True) if us]
+
+
+def kernel_rows(found):
+    """The ten longest of what `kernels` found, as rows of a table."""
+    busy = sum(ms for ms, _, _ in found)
+    yield f"{busy:.2f} ms busy", "ms per step", "share", "calls"
+    for ms, calls, name in found[:10]:
+        yield name[:70], f"{ms:.3f}", f"{ms / busy:.1%}", calls
 
 
 def generation(preset, args):
@@ -344,7 +354,9 @@ def main():
                 raise UserError(f"no {kind} {name!r}: choose from {', '.join(choices)}")
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
-    plt, args.compile = pyplot(args.out), args.device == "cuda"
+    output_folder(args.out)
+    plt = None if args.profile or args.variants else pyplot(args.out)
+    args.compile = args.device == "cuda"
     if args.device == "cpu":
         keep_freed_memory()
 
@@ -354,22 +366,18 @@ def main():
         for T in args.contexts:
             print(f"\ntraining {preset}, context {T}, {max(args.tokens, T)} tokens per step, "
                   f"{args.device}")
-            if args.profile:
-                for name, step in prepare(preset, T, args)[2].items():
-                    path = os.path.join(args.out, f"{preset}-{T}-{name.replace(' ', '-')}.json")
-                    print(f"{name}, trace in {path}\n{table(profiled(step, path, args))}")
-                continue
             training[preset, T] = at_context(preset, T, args)
             print(table(rows(training[preset, T])), flush=True)
+            for name, r in training[preset, T].items() if args.profile else ():
+                print(f"\n{name}\n{table(kernel_rows(r['kernels']))}")
         if args.profile or args.variants:
             continue
         generated[preset] = generation(preset, args)
         print(f"\n{preset}: generation of {args.new_tokens} tokens after 16\n"
               f"{table(rows(generated[preset]))}", flush=True)
-    if generated:
-        results = {f"{p}, {T}": r for (p, T), r in training.items()}
-        save(args, "cost", dict(training=results, generation=generated),
-             plot(plt, training, args.orders))
+    results = {f"{p}, {T}": r for (p, T), r in training.items()}
+    save(args, "cost", dict(training=results, generation=generated),
+         plot(plt, training, args.orders) if generated else None)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Ito (2008) and stay distinct under red-green colour blindness, see tests/test_fi
 labelled directly: a legend would have to be matched by colour.
 """
 
+import math
 import statistics
 
 SOLID, DASHED, DOTTED, DASH_DOT = "-", (0, (4, 2)), (0, (1, 1.5)), (0, (4, 1.5, 1, 1.5))
@@ -61,6 +62,7 @@ def name_lines(panel, ends, gap=0.065):
     the least distance between two names, as a fraction of the panel's height. Call it when all is
     drawn: limits and scales must be final.
     """
+    ends = {name: end for name, end in ends.items() if all(map(math.isfinite, end))}  # diverged
     panel.get_xlim(), panel.get_ylim()  # finalises the limits, which are computed lazily
     to_share = panel.transData + panel.transAxes.inverted()
     at = sorted((to_share.transform(end)[1], name) for name, end in ends.items())
@@ -71,7 +73,7 @@ def name_lines(panel, ends, gap=0.065):
             if lack > 1e-6:
                 heights[i] -= lack / 2
                 heights[i + 1] += lack / 2
-        low, high = min(heights), max(heights)
+        low, high = min(heights, default=0), max(heights, default=0)
         shift = max(0, -low) - max(0, high - 1)  # back into the panel, if all of them fit there
         heights = [y + shift for y in heights] if high - low <= 1 else heights
     for height, (_, name) in zip(heights, at, strict=True):

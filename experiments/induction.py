@@ -63,14 +63,18 @@ def losses(model, tokens, rows=32):
 def copying(model, idx):
     """(the largest share of attention that a head gives to tokens after earlier occurrences of the
     current one, a uniform map's), means over the positions of idx (B, T) where there are any."""
-    maps, before = {}, F.pad(idx[:, :-1], (1, 0), value=-1)
-    model.hidden_states(idx, maps=maps)
-    outer = torch.stack([maps[layer, "outer"] for layer in range(model.config.n_layer)])
-    outer = outer.transpose(1, 2)  # (L, H, B, T, T)
-    follows = (before[:, None] == idx[:, :, None]).tril()  # (B, T, T)
-    some = follows.any(-1)
-    uniform = follows.sum(-1) / torch.arange(1, idx.size(1) + 1)
-    return (outer * follows).sum(-1)[..., some].mean(-1).max().item(), uniform[some].mean().item()
+    total = uniform = count = 0
+    for row in idx.split(1):  # maps of one window at a time: they are as large as T x T
+        maps, before = {}, F.pad(row[:, :-1], (1, 0), value=-1)
+        model.hidden_states(row, maps=maps)
+        outer = torch.cat([maps[layer, "outer"] for layer in range(model.config.n_layer)])
+        follows = (before[0] == row[0, :, None]).tril()  # (T, T)
+        some = follows.any(-1)
+        total += (outer * follows).sum(-1)[..., some].sum(-1)  # (L, H)
+        uniform += (follows.sum(-1) / torch.arange(1, len(some) + 1, device=idx.device)
+                    )[some].sum().item()
+        count += some.sum().item()
+    return total.max().item() / count, uniform / count
 
 
 def measure(path, tokens, kind, maps=8):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common import INNERS, parse, pyplot, save, table
 
-from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
+from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
 
 VARIANTS = {  # name -> (order, inner map)
     "baseline": (1, None), "mlp": (1, "mlp"), "mlp-1.5x": (1, "mlp"), "mlp-4x": (1, "mlp"),
@@ -185,7 +185,7 @@ def main():
     add("--restarts", type=positive_int, default=2, help="fits per target; the best counts "
         "(default: 2)")
     add("--steps", type=positive_int, default=600, help="steps of Adam (default: 600)")
-    add("--lr", type=positive, default=0.02, help="peak learning rate (default: 0.02)")
+    add("--lr", type=rate, default=0.02, help="peak learning rate (default: 0.02)")
     add("--quick", action="store_true", help="a small version, under a minute")
     add("--out", default="out/rank", help="folder (default: out/rank)")
     args = parse(parser)

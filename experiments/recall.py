@@ -55,7 +55,7 @@ from tqdm import tqdm
 from common import parse, pyplot, save, table
 
 from model import GPTConfig, output_layer
-from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
+from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
 from nanonexus.controls import build as build_model
 from nanonexus.files import append_line, output_file, read_lines
 
@@ -161,7 +161,7 @@ class Results:
     def __init__(self, path):
         self.path, self.commit = path, commit()
         self.lines = {RecallRun(*(line[field] for field in RecallRun._fields)): line
-                      for line in read_lines(path)}
+                      for line in read_lines(path, *RecallRun._fields, "curve", "parameters")}
 
     def finish(self, run):
         """Train the run if its line is missing, and append that."""
@@ -304,7 +304,7 @@ def main():
         "past,cross,key-shift,two-layers-fan-in", help=f"of {', '.join(VARIANTS)} (default: "
         "baseline, the readings, the key shift and two standard layers)")
     add("--seeds", type=positive_int, default=5, help="seeds that count (default: 5)")
-    add("--lrs", type=listed(positive), default="1e-3,3e-3,1e-2",
+    add("--lrs", type=listed(rate), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
     add("--pairs", type=number(int, 1, SYMBOLS), help="of a problem (default: 6; gapped 5; mqar-T "
         "T/16; of hops, the letters: 99)")

@@ -44,7 +44,7 @@ from nanonexus.cli import (
     run_script,
 )
 from nanonexus.device import keep_freed_memory
-from nanonexus.files import append_line, output_file, read_lines, write_json
+from nanonexus.files import append_line, output_file, read_json, read_lines, write_json
 from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.stats import mean_spread, paired, paired_text
 from nanonexus.tokenizer import EOT
@@ -119,9 +119,8 @@ def pretrain(args, tokenizer, ids):
     folder, settings = os.path.join(args.out, "base"), settings_of(args, PRETRAINING)
     path = os.path.join(folder, "settings.json")  # written when all is done
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            if json.load(f) != settings:
-                raise UserError(f"{folder} was pretrained with other settings: use another --out")
+        if read_json(path) != settings:
+            raise UserError(f"{folder} was pretrained with other settings: use another --out")
         print(f"reusing {folder}")
         return load(folder).eval()
     torch.manual_seed(0)
@@ -199,7 +198,8 @@ class Results:
     --show the settings are those of the lines; UserError if these differ."""
 
     def __init__(self, args):
-        self.path, self.commit, lines = args.results, commit(), read_lines(args.results)
+        self.path, self.commit = args.results, commit()
+        lines = read_lines(args.results, "variant", "seed", "settings")
         self.settings = settings_of(args, PRETRAINING + TUNING)
         if args.show and lines:
             self.settings = lines[0]["settings"]
@@ -239,8 +239,8 @@ def measure(args, folder, tokenizer, test):
     """What goes into a run's line: accuracies on the questions `test`, losses, gates."""
     model = load(folder).eval()
     right, steps = accuracy(model, tokenizer, test, args)
-    with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as f:
-        losses = [(e["step"], e["loss"]) for e in json.load(f)["log_history"] if "loss" in e]
+    log = read_json(os.path.join(folder, "trainer_state.json"))["log_history"]
+    losses = [(e["step"], e["loss"]) for e in log if "loss" in e]
     gates = [p.abs().mean().item() for name, p in model.named_parameters() if "nexus_gate" in name]
     return dict(accuracy=right, steps=steps, losses=losses,
                 gate=sum(gates) / len(gates) if gates else None)

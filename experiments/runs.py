@@ -98,7 +98,9 @@ class Study:
     def __init__(self, out, results, data, jobs):
         self.out, self.results, self.data, self.jobs = out, results, data, jobs
         self.commit, self.lock = commit(), threading.Lock()
-        self.lines = {(line.get("flags"), line.get("data")): line for line in read_lines(results)}
+        self.lines = {(line["flags"], line["data"]): line for line in read_lines(
+            results, "flags", "data", "seed", "lr", "parameters", "flops_per_token",
+            "tokens_per_sec", "val_loss", "curve")}
 
     def key(self, run):
         return " ".join(run.flags), self.data

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common import INNERS, parse, pyplot, save, table
 
 from model import GPT, CausalSelfAttention, GPTConfig, attend
-from nanonexus.cli import Parser, UserError, listed, number, positive, positive_int, run_script
+from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
 from nanonexus.data import TokenSet, pydocs, train_indices, windows
 from nanonexus.stats import mean_spread, paired, paired_text
 
@@ -177,7 +177,7 @@ def main():
     add("--orders", type=listed(positive_int), default="1,2,3,4,5,6",
         help="1 first (default: 1 to 6)")
     add("--depths", type=listed(positive_int), default="2,6", help="layers (default: 2,6)")
-    add("--lrs", type=listed(positive), default="3e-3,3e-2", help="(default: 3e-3,3e-2)")
+    add("--lrs", type=listed(rate), default="3e-3,3e-2", help="(default: 3e-3,3e-2)")
     add("--width", type=positive_int, default=64, help="of the model, a multiple of 8 "
         "(default: 64)")
     add("--steps", type=positive_int, default=50, help="steps of training (default: 50)")

@@ -25,13 +25,25 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse_known_args(self, args=None, namespace=None):
-        """A shell leaves the ~ of --out=~/run as it is: it would name a folder of that name."""
+        # a shell leaves the ~ of --out=~/run as it is: it would name a folder of that name
         args = [re.sub(r"^(--\w+=)~(?=/|$)", lambda m: m[1] + os.path.expanduser("~"), arg)
                 for arg in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value in ("", []):  # an unset variable of the shell, or --flag=--
+                self.error(f"argument --{name}: expected a value")
+            if isinstance(value, str) and value != value.encode(errors="replace").decode():
+                self.error(f"argument --{name}: the value is not UTF-8")
+        return found, rest
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
+
+    def refuse(self, args, names, why):
+        """UserError for those of the flags that are not at their default, which `why` ignores."""
+        if given := [f"--{name}" for name in names
+                     if getattr(args, name) != self.get_default(name)]:
+            raise UserError(f"no effect {why}: {', '.join(given)}")
 
 
 def number(kind, least, most=sys.float_info.max, above=False):
@@ -51,12 +63,17 @@ def number(kind, least, most=sys.float_info.max, above=False):
 
 
 positive_int, whole = number(int, 1, 2**31), number(int, 0, 2**31)
-positive, non_negative = number(float, 0, math.inf, above=True), number(float, 0)
+positive, non_negative = number(float, 0, math.inf, above=True), number(float, 0, 1e30)
+rate = number(float, 0, 1000, above=True)  # of learning
 
 
 def listed(kind):
-    """The type of a flag that takes several: listed(int)("1,2") is [1, 2]."""
-    return lambda text: [kind(x) for x in text.split(",")]
+    """The type of a flag that takes several: listed(int)("1,2,1") is [1, 2]."""
+    def read(text):
+        return list(dict.fromkeys(kind(x) for x in text.split(",")))  # each of them once
+
+    read.__name__ = f"list of {kind.__name__}"  # in argparse's own message
+    return read
 
 
 class Output(io.FileIO):

@@ -8,7 +8,6 @@ resumes exactly and sees the same batches on one process or on many.
 """
 
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 
 from nanonexus.cli import UserError
-from nanonexus.files import sha256
+from nanonexus.files import read_json, reading, sha256
 from nanonexus.tokenizer import eot_id
 
 VERSION = 1  # of the token-set format
@@ -83,10 +82,9 @@ class TokenSet:
         if not os.path.isfile(path):
             raise UserError(f"no token set in {folder} (no meta.json): make one with "
                             f"python prepare_data.py --out {folder}")
-        try:
-            with open(path, encoding="utf-8") as f:
-                self.meta = json.load(f)
-            found = self.meta["version"]
+        with reading(path, "prepare the set again"):
+            self.meta = read_json(path, "prepare the set again")
+            found, _ = self.meta["version"], self.meta["dataset"]
             if found != VERSION:
                 raise UserError(f"{folder} has token-set version {found}, this code reads "
                                 f"{VERSION}: prepare it again")
@@ -100,11 +98,6 @@ class TokenSet:
             self.tokenizer_json = self._own_tokenizer()
             for split in ("train", "val"):
                 setattr(self, split, self._open(split, dtype, verify))
-        except UserError:
-            raise
-        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare the "
-                            "set again") from error
 
     def _open(self, split, dtype, verify):
         path = os.path.join(self.folder, f"{split}.bin")

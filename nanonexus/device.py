@@ -29,6 +29,7 @@ def check_device(name):
     """Raises UserError if this machine has no device of that name."""
     try:
         torch.zeros(1, device=name).item()  # "meta" has no numbers
+        assert name == "cpu" or not name.startswith("cpu")  # there is no second one
     except (RuntimeError, AssertionError) as error:  # the second: torch without CUDA
         raise UserError(f"no device {name!r} here: use --device cpu") from error
 

@@ -25,7 +25,7 @@ from model import GPTConfig
 from nanonexus.checkpoint import load_checkpoint, probe
 from nanonexus.cli import Parser, UserError, run_script
 from nanonexus.controls import describe
-from nanonexus.files import new_folder, read_lines
+from nanonexus.files import new_folder, read_lines, reading
 from nanonexus.hf import agree, is_neox, neox_config, neox_weights
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer
 
@@ -140,9 +140,11 @@ def split(token, ranks, below):
 def last_validation(checkpoint, step):
     """(loss in nats per token, step) of the last validation up to `step`, from the log.jsonl next
     to the checkpoint; None if there is none. Raises UserError if the log is damaged."""
-    events = [event for event in read_lines(os.path.join(os.path.dirname(checkpoint), "log.jsonl"))
-              if event.get("step", step + 1) <= step and event.get("val_loss") is not None]
-    return (events[-1]["val_loss"], events[-1]["step"]) if events else None
+    path = os.path.join(os.path.dirname(checkpoint), "log.jsonl")
+    with reading(path):
+        events = [event for event in read_lines(path, "step")
+                  if event["step"] <= step and event.get("val_loss") is not None]
+        return (float(events[-1]["val_loss"]), events[-1]["step"]) if events else None
 
 
 def training_command(args):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 
+from model import ModelError
 from nanonexus.cli import UserError
 
 # what network file systems and FUSE say to a call that they do not have
@@ -54,11 +55,15 @@ def output_folder(folder, name=""):
                         "another") from error
 
 
-def output_file(path):
+def output_file(path, *inputs):
     """Make the folder of a file to write, before the work. Raises UserError if the file cannot be
-    written there."""
+    written there, or is one of the inputs (paths, names on the hub or None)."""
     if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise UserError(f"{path!r} is not the name of a file: choose another")
+    for other in inputs:
+        if other and os.path.exists(path) and os.path.exists(other) \
+                and os.path.samefile(path, other):
+            raise UserError(f"{path} is read as {other}: choose another file to write")
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise UserError(f"{path} can only be read: choose another file")
     output_folder(*os.path.split(os.path.realpath(path)))
@@ -168,18 +173,36 @@ def replaceable(folder):
     raise UserError(f"{folder} is a mount point, or in use: choose a new folder in it as --out")
 
 
-def read_lines(path):
+@contextlib.contextmanager
+def reading(place, hint="remove it"):
+    """What a damaged file, or one of another kind, raises in the block becomes a UserError."""
+    try:
+        yield
+    except (UserError, ModelError):
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError,
+            RecursionError) as error:
+        raise UserError(f"{place} is damaged, or of another kind ({type(error).__name__}: {error}):"
+                        f" {hint}") from error
+
+
+def read_json(path, hint="remove it"):
+    """What a JSON file holds. UserError if it is damaged."""
+    with open(path, encoding="utf-8") as f, reading(path, hint):
+        return json.load(f)
+
+
+def read_lines(path, *needed):
     """The dicts of a file of JSON lines, [] if there is none; a last line cut short by a kill is
-    ignored. UserError if another is damaged."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as f:
-        try:
-            lines = [json.loads(line) for line in f if line.endswith("\n")]
-        except ValueError as error:
-            raise UserError(f"{path} has a damaged line ({error}): remove it") from error
-    if strange := [line for line in lines if not isinstance(line, dict)]:
-        raise UserError(f"{path} has a line that is not an object, {strange[0]!r:.60}: remove it")
+    ignored. UserError if another is damaged, or lacks one of the fields needed."""
+    lines = []
+    if os.path.exists(path):
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if line.endswith(b"\n"):
+                    with reading(f"{path}, line {number},", "remove that line"):
+                        lines.append(dict(json.loads(line)))
+                        [lines[-1][name] for name in needed]
     return lines
 
 

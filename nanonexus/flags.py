@@ -109,7 +109,7 @@ def parse_args(doc, argv=None):
     path, saved = os.path.join(args.out, "ckpt.pt"), None
     if args.resume:
         saved = newest_checkpoint(path)
-        if saved["format"] == 1:
+        if not {"optimizers", "layout", "scaler", "args", "data"} <= saved.keys():
             raise UserError(f"{path} was written by an earlier version, which cannot be resumed: "
                             "it can be scored, sampled and exported")
         keep = {k: v for k, v in saved["args"].items() if k not in ("resume", "out", "device")}
@@ -145,9 +145,10 @@ def parse_args(doc, argv=None):
 
 def agree(given, saved, names):
     for name in names:
-        if given[name] != saved.get(name, given[name]):
-            raise UserError(f"--{name} {given[name]} contradicts the checkpoint's {saved[name]}: "
-                            "drop the flag, or start a new run in another --out")
+        value = given.get(name)  # None: a field of another version
+        if value != saved.get(name, value):
+            raise UserError(f"--{name} {value} contradicts the checkpoint's {saved[name]}: drop "
+                            "the flag, or start a new run in another --out")
 
 
 def make_config(args, tokens, device, saved):

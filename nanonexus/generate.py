@@ -60,7 +60,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None:
         p, order = logits.softmax(-1).sort(descending=True)
-        drop = p.cumsum(-1) - p >= top_p  # the more likely have that mass already
+        least = max(top_p, torch.finfo(p.dtype).tiny)  # keeps the most likely
+        drop = p.cumsum(-1) - p >= least  # the more likely have that mass already
         logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 

@@ -104,8 +104,8 @@ def load_neox(path_or_name, **overrides):
                            name.endswith((".inv_freq", "attention.bias", "attention.masked_bias")))
         seen = os.path.join(folder, "probe.safetensors")
         seen = load_file(seen)["probe"] if os.path.exists(seen) else None
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError,
-            SafetensorError) as error:
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError,
+            RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path_or_name} is not a complete GPT-NeoX model with safetensors "
@@ -256,7 +256,8 @@ def check(hf, path):
 
 class FolderTokenizer:
     """The tokenizer.json of a Hugging Face folder, with the methods of tiktoken.Encoding that
-    the scripts need. Raises UserError if there is none, or it cannot be read."""
+    the scripts need, and encode_special and bos_token, the harness's way to begin a text. Raises
+    UserError if there is none, or it cannot be read."""
 
     def __init__(self, folder):
         from tokenizers import Tokenizer
@@ -264,18 +265,37 @@ class FolderTokenizer:
         self.path = os.path.join(folder, "tokenizer.json")
         if not os.path.isfile(self.path):
             raise UserError(f"no tokenizer.json in {folder}: a model needs its own tokenizer")
+        named = {}
         try:
             self.tokenizer = Tokenizer.from_file(self.path)
+            self.tokenizer.no_truncation()  # of the training before
+            self.tokenizer.no_padding()
             self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
+            for name in ("config.json", "tokenizer_config.json"):
+                if os.path.exists(path := os.path.join(folder, name)):
+                    with open(path, encoding="utf-8") as f:
+                        named |= json.load(f)
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{self.path} is not a tokenizer ({error})") from error
+        eos, bos = named.get("eos_token_id"), named.get("bos_token")
         self.eot_token = self.tokenizer.token_to_id(EOT)  # None if it has no such token
+        if self.eot_token is None:
+            self.eot_token = eos[0] if isinstance(eos, list) else eos
+        bos = self.tokenizer.token_to_id((bos["content"] if isinstance(bos, dict) else bos) or "")
+        self.bos_token = self.eot_token if bos is None else bos
         self.added = self.tokenizer.get_added_tokens_decoder()  # id -> AddedToken
         self.bytes = {char: value for value, char in byte_chars()}
 
     def encode_ordinary(self, text):
         """Ids of text; added tokens in it get their own ids, as in transformers."""
         return self.tokenizer.encode(printable(text), add_special_tokens=False).ids
+
+    def encode_special(self, text):
+        """Ids of text and what the folder's tokenizer adds to it, unless it begins with bos_token.
+        """
+        bos = None if self.bos_token is None else self.decode([self.bos_token])
+        return self.tokenizer.encode(printable(text), add_special_tokens=bos is None
+                                     or not text.startswith(bos)).ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False)

@@ -10,7 +10,7 @@ import sys
 import time
 
 from nanonexus.cli import UserError
-from nanonexus.files import append, lock, write_text
+from nanonexus.files import append, lock, read_lines, reading, write_text
 
 SPIKE = 1.0  # nats above the median of the last ten logged losses
 
@@ -20,23 +20,16 @@ def read(path, saved, args):
     checkpoint will be taken and logged again, and what was logged only because the run ended there
     is dropped. So is a last line cut short by a kill; any other damage is a UserError. saved: the
     checkpoint to resume from. args: of the run that goes on."""
-    events, before = [], saved["args"]
+    before, events = saved["args"], []
     end = before["max_steps"] if before["max_steps"] < args.max_steps else None
-    with open(path, encoding="utf-8", errors="replace") as f:
-        for number, line in enumerate(f, 1):
-            if not line.endswith("\n"):
-                break
-            try:
-                event = json.loads(line)
-                if event["step"] == end and end % before["eval_interval"]:
-                    if end % before["log_interval"]:
-                        continue
-                    event["val_loss"] = None
-                if event["step"] <= saved["step"]:
-                    events.append(event)
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path} is damaged in line {number}: remove that line, or the "
-                                "file, and resume") from error
+    with reading(path):
+        for event in read_lines(path, "step"):
+            if event["step"] == end and end % before["eval_interval"]:
+                if end % before["log_interval"]:
+                    continue
+                event["val_loss"] = None
+            if event["step"] <= saved["step"]:
+                events.append(event)
     return events
 
 

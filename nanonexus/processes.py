@@ -4,6 +4,7 @@ The processes of a run under torchrun, and the signals that ask them to stop.
 
 import os
 import signal
+import sys
 import threading
 import time
 from typing import NamedTuple
@@ -76,9 +77,10 @@ def join_processes(kind):
 class Stop:
     """When to stop early: at the deadline or, within `with stop:`, after Ctrl-C, SIGTERM (the
     system), SIGHUP (the terminal has gone) or SIGUSR1 (Slurm, before its limit). A Ctrl-C after one
-    of them stops at once; the system may well send the others twice."""
+    of them stops at once; the system may well send the others twice. Without a deadline the first
+    of them ends the block at once, as an exception."""
 
-    def __init__(self, deadline):
+    def __init__(self, deadline=None):
         self.deadline, self.signal, self.before = deadline, None, {}
 
     def __enter__(self):
@@ -95,9 +97,11 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def on_signal(self, number, frame):
-        if self.signal and number == signal.SIGINT:
+        again, self.signal = self.signal, self.signal or number
+        if number == signal.SIGINT and (again or self.deadline is None):
             raise KeyboardInterrupt
-        self.signal = self.signal or number
+        if self.deadline is None and not again:
+            sys.exit(128 + number)
 
     def asked(self):
         return self.signal is not None or time.monotonic() > self.deadline

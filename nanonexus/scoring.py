@@ -31,6 +31,9 @@ class Scorer:
         self.device, self.batch_size = torch.device(device), batch_size
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, dtype == "bfloat16")
         self.model, self.tokenizer, meta = open_model(path, device, **overrides)
+        # a folder's tokenizer may add a token that begins a text, which the harness lets it do
+        self.encode = getattr(self.tokenizer, "encode_special", self.tokenizer.encode_ordinary)
+        self.bos_token = getattr(self.tokenizer, "bos_token", self.tokenizer.eot_token)
         self.identity = dict(path=path)
         if os.path.isfile(path):  # a checkpoint of ours
             self.identity |= dict(sha256=sha256(path), step=meta["step"])
@@ -44,14 +47,13 @@ class Scorer:
     def encode_pair(self, context, continuation):
         """Token ids of both, encoded together and split at the context's length; white space that
         ends the context goes to the continuation."""
-        encode, eot = self.tokenizer.encode_ordinary, self.tokenizer.eot_token
         if context == "":
-            ids = encode(continuation)
-            return ([eot], ids) if ids[0] != eot else (ids[:1], ids[1:])
+            bos, ids = self.bos_token, self.tokenizer.encode_ordinary(continuation)
+            return ([bos], ids) if ids[0] != bos else (ids[:1], ids[1:])
         kept = context.rstrip()
         continuation, context = context[len(kept):] + continuation, kept
-        start = encode(context)
-        return start, encode(context + continuation)[len(start):]
+        start = self.encode(context)
+        return start, self.encode(context + continuation)[len(start):]
 
     def misfits(self, docs):
         """{row: tokens of its longest choice} of those documents, rows from 1, of which a choice is
@@ -72,9 +74,9 @@ class Scorer:
 
         Requests with the same context share a pass: it is computed once, into a cache, which is
         copied to all its continuations. Equal requests are computed once, so that they tie exactly.
-        Contexts of equal length form a batch; a request that is too long loses its beginning.
-        say: the progress bar's label. Raises UserError, before any is computed, for a context
-        without tokens or a continuation that does not fit; ModelError for a diverged model.
+        Contexts of equal length form a batch; a request that is too long loses its beginning; cut:
+        how many did. say: the progress bar's label. Raises UserError, before any is computed, for a
+        context without tokens or a continuation that does not fit; ModelError for a diverged model.
         """
         size, budget = self.model.config.block_size, 1 << (16 if self.device.type == "cuda" else 12)
         groups, requests = {}, []  # context -> {continuation: result}
@@ -88,6 +90,7 @@ class Scorer:
             context = tuple(context[-(size + 1 - len(continuation)):])
             requests.append((context, tuple(continuation)))
             groups.setdefault(context, {})[tuple(continuation)] = None
+        self.cut = count_cut(say, [len(a) + len(b) - 1 for a, b in pairs], size)
         by_length = sorted(groups, key=len, reverse=True)  # longest first: the peak of memory
         bar = tqdm(total=len(by_length), desc=say, unit="prompt", disable=None, leave=False)
         with bar:
@@ -127,6 +130,15 @@ class Scorer:
                 groups[contexts[i]][c] = (lp[:n].sum().item(), bool(hit[:n].all()))
 
 
+def count_cut(name, lengths, size):
+    """How many prompts have more than `size` tokens, so that they lose their beginning; a note."""
+    cut = sum(length > size for length in lengths)
+    if cut:
+        print(f"note: {name}: {cut} of {len(lengths)} prompts are longer than {size} tokens and "
+              "lose their beginning", file=sys.stderr)
+    return cut
+
+
 def log_probabilities(logits, ids):
     """The log-softmax of logits (B, T, V) at ids (B, T), in float32, and whether each is greedy."""
     lp = logits.float().log_softmax(-1)
@@ -139,16 +151,22 @@ def evaluate(scorer, name, docs):
     pairs = [scorer.encode_pair(doc.context, " " + choice)
              for doc in docs for choice in doc.choices]
     results = iter(scorer.loglikelihoods(pairs, name))
-    entries, hits, hits_norm = [], [], []
-    for doc in docs:
+    entries = []
+    for doc in docs:  # of choices that tie, the first counts
         lls = [next(results)[0] for _ in doc.choices]
         norm = [ll / len(choice) for ll, choice in zip(lls, doc.choices, strict=True)]
-        hits.append(float(lls.index(max(lls)) == doc.gold))  # a tie goes to the first
-        hits_norm.append(float(norm.index(max(norm)) == doc.gold))
-        entries.append(dict(lls=lls, gold=doc.gold, acc=hits[-1], acc_norm=hits_norm[-1]))
-    return dict(n=len(docs), acc=statistics.mean(hits), acc_stderr=stderr(hits),
-                acc_norm=statistics.mean(hits_norm), acc_norm_stderr=stderr(hits_norm),
-                chance=statistics.mean(1 / len(doc.choices) for doc in docs), docs=entries)
+        acc, acc_norm = (float(x.index(max(x)) == doc.gold) for x in (lls, norm))
+        entries.append(dict(lls=lls, gold=doc.gold, acc=acc, acc_norm=acc_norm))
+    return summary(entries)
+
+
+def summary(docs):
+    """evaluate's result, from its documents."""
+    result = dict(n=len(docs), chance=statistics.mean(1 / len(doc["lls"]) for doc in docs))
+    for metric in ("acc", "acc_norm"):
+        hits = [float(doc[metric]) for doc in docs]
+        result |= {metric: statistics.mean(hits), f"{metric}_stderr": stderr(hits)}
+    return result | dict(docs=docs)
 
 
 def compare(first, second):

@@ -10,9 +10,15 @@ import math
 import statistics
 
 
+def stdev(values):
+    """The sample standard deviation; nan for a single value, or if one has diverged."""
+    finite = len(values) > 1 and all(map(math.isfinite, values))
+    return statistics.stdev(values) if finite else math.nan
+
+
 def stderr(values):
-    """Standard error of the mean, from the sample standard deviation; nan for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Standard error of the mean, from the sample standard deviation."""
+    return stdev(values) / math.sqrt(len(values))
 
 
 def mcnemar(a, b):
@@ -26,18 +32,19 @@ def mcnemar(a, b):
 
 def mean_spread(values, digits=4):
     """"mean ± standard deviation" over seeds."""
-    spread = f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "?"
+    spread = "?" if math.isnan(stdev(values)) else f"{stdev(values):.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {spread}"
 
 
 def paired(values, base):
     """values minus base, paired by seed: dict(mean, low, high, p), the bounds of the 99% t interval
-    and the two-sided p of a paired t test; bounds and p are NaN with a single seed."""
+    and the two-sided p of a paired t test; bounds and p are NaN with a single seed, or if a run
+    has diverged."""
     from scipy import stats
 
     gaps = [v - b for v, b in zip(values, base, strict=True)]
     mean = statistics.mean(gaps)
-    if len(gaps) < 2 or statistics.stdev(gaps) == 0:
+    if not stdev(gaps) > 0:
         return dict(mean=mean, low=math.nan, high=math.nan, p=math.nan)
     low, high = stats.t.interval(0.99, len(gaps) - 1, loc=mean, scale=stats.sem(gaps))
     return dict(mean=mean, low=low, high=high, p=stats.ttest_1samp(gaps, 0).pvalue)

@@ -6,8 +6,10 @@ the token set's own text, stored as tokenizer.json in the set and in every check
 import json
 
 from nanonexus.cli import UserError
+from nanonexus.files import reading
 
 EOT = "<|endoftext|>"
+AGAIN = f"it has no {EOT}, or no byte-level vocabulary: prepare the token set again"
 # GPT-2's: a word with the space before it, a number, other symbols, or white space
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -28,8 +30,9 @@ def get_tokenizer(name, source=None):
         if source is None:
             raise UserError(f"the tokenizer {name} belongs to a token set, and its tokenizer.json "
                             "is missing")
-        return tiktoken.Encoding(name, pat_str=PATTERN, special_tokens={EOT: eot_id(source)},
-                                 mergeable_ranks=read_ranks(source))
+        with reading("tokenizer.json", AGAIN):
+            return tiktoken.Encoding(name, pat_str=PATTERN, special_tokens={EOT: eot_id(source)},
+                                     mergeable_ranks=read_ranks(source))
     if name != "gpt2":
         raise UserError(f"no tokenizer {name!r}: choose bytes or gpt2, or bpe:N to train one")
     try:
@@ -71,20 +74,16 @@ def train_bpe(texts, size):
 
 def eot_id(source):
     """The id of <|endoftext|> in the text of a tokenizer.json; needs no tokenizer package."""
-    try:
-        return next(t["id"] for t in json.loads(source)["added_tokens"] if t["content"] == EOT)
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise UserError(f"tokenizer.json is damaged, or has no {EOT}") from error
+    with reading("tokenizer.json", AGAIN):
+        return [t["id"] for t in json.loads(source)["added_tokens"] if t["content"] == EOT][0]
 
 
 def read_ranks(source):
     """{bytes: id} of a tokenizer.json; ids are in the order of the merges, which is tiktoken's."""
     byte = {char: value for value, char in byte_chars()}
-    try:
+    with reading("tokenizer.json", AGAIN):
         vocab = json.loads(source)["model"]["vocab"]
         return {bytes(byte[char] for char in token): rank for token, rank in vocab.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"tokenizer.json is damaged ({type(error).__name__}: {error})") from error
 
 
 def byte_chars():

@@ -48,7 +48,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    output_file(args.out)
+    output_file(args.out, args.checkpoint, args.baseline)
     model, tokenizer, meta = open_model(args.checkpoint, attention="manual")
     c = model.config
     ids = read_prompt(args.prompt, tokenizer, c.block_size)

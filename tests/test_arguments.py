@@ -15,6 +15,7 @@ import finetune
 import prepare_data
 import sample
 import train
+from nanonexus import view
 from nanonexus.cli import run_script
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -84,6 +85,8 @@ SCRIPTS = {
                                            "--max_steps", "1", "--max_minutes", "0.002"]),
     "sample.py": (sample.main, lambda p, t: ["--checkpoint", str(p / "model/ckpt.pt"),
                                              "--prompt", "a", "--max_new_tokens", "2"]),
+    "view": (view.main, lambda p, t: ["--checkpoint", str(p / "model/ckpt.pt"), "--prompt", "a",
+                                      "--out", str(p / "out/view.html")]),
     "prepare_data.py": (prepare_data.main, lambda p, t: [
         "--dataset", "text", "--input", str(p / "text.txt"), "--out", str(p / "set"),
         "--workers", "1"]),
@@ -113,7 +116,7 @@ def test_any_arguments(name, place, tokens, monkeypatch):  # noqa: F811
     def attempt(pairs):
         argv = base(place, tokens)
         for option, value in pairs:
-            argv += [option] if known[option] else [option, value]
+            argv += [option] if known[option] else [f"{option}={value}"]
         status, errors = call(main, name, argv)
         assert status in (0, 2), (argv, errors)
         assert status == 0 or errors.count("\n") == 1 and "Traceback" not in errors, (argv, errors)

@@ -9,7 +9,7 @@ from questions import save as save_gpt
 import model as ours
 from model import CausalSelfAttention, GPTConfig, ModelError
 from nanonexus import checkpoint
-from nanonexus.checkpoint import load_checkpoint
+from nanonexus.checkpoint import PARTS, load_checkpoint
 from nanonexus.cli import UserError
 from nanonexus.controls import CONTROLS, build, replaces_loops
 
@@ -161,6 +161,23 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "evil.txt").exists()
 
+
+
+@pytest.mark.parametrize("change", [
+    *({part: wrong} for part in PARTS for wrong in (None, [None], "x", torch.zeros(2), 1.5)
+      if not isinstance(wrong, PARTS[part])), dict(model=dict(x=1)), dict(probe=torch.zeros(2)),
+    dict(format=3), dict(config={"vocab_size": 10**400}), dict(config={1: 1})], ids=repr)
+def test_a_part_of_another_kind_is_refused(tmp_path, change):
+    save(tmp_path / "c.pt")
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    torch.save(saved | change, tmp_path / "c.pt")
+    with pytest.raises(ModelError, match="c.pt|more than a trillion"):
+        load_checkpoint(tmp_path / "c.pt")
+    if "probe" in change:
+        del saved["probe"]
+        torch.save(saved, tmp_path / "c.pt")
+        with pytest.raises(ModelError, match="lacks the logits"):
+            load_checkpoint(tmp_path / "c.pt")
 
 
 def test_weights_that_do_not_fit_the_config_are_named(tmp_path):

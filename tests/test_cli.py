@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from nanonexus.cli import Output, Parser, UserError, run_script, safe_streams
+from nanonexus.cli import (
+    Output,
+    Parser,
+    UserError,
+    listed,
+    positive_int,
+    run_script,
+    safe_streams,
+)
 
 
 @pytest.fixture
@@ -90,3 +98,16 @@ def test_a_mistake_is_one_line(capsys):
         run_script(main)
     assert end.value.code == 2 and capsys.readouterr().err.endswith(
         ": error: a flag of two lines\n")
+
+
+@pytest.mark.parametrize("argv", ["--out=", "--out=--", "--layers=", "--layers=--", "--n=1,,2",
+                                  "--out=\udcff"])
+def test_a_flag_without_a_value_is_a_mistake(argv):
+    parser = Parser("")
+    parser.add_argument("--out")
+    parser.add_argument("--layers", nargs="+", type=positive_int)
+    parser.add_argument("--n", type=listed(positive_int))
+    assert parser.parse_args(["--n", "2,1,2"]).n == [2, 1]
+    name = argv.split("=")[0]
+    with pytest.raises(UserError, match=f"argument {name}: (expected|invalid.* int|.*not UTF-8)"):
+        parser.parse_args([argv])

@@ -109,8 +109,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 @pytest.mark.usefixtures("plots")
 def test_variants_and_profiles(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--variants", "key-shift,cross", "--vocab_size", "500", "--contexts",
-        "32", "--gib", "1")
-    body = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+        "32", "--gib", "1", "--out", str(tmp_path))
+    body = [line.split() for line in capsys.readouterr().out.splitlines()[3:-1]]
     assert [line[0] for line in body] == ["baseline", "key-shift", "cross"]
     parameters, flops = ([line[i] for line in body] for i in (1, 2))
     assert parameters == ["921,344", "921,360", "921,344"] and flops[0] == flops[1] < flops[2]

@@ -95,7 +95,7 @@ def test_a_set_with_its_own_tokenizer_needs_no_package_to_train(folder, monkeypa
     with pytest.raises(UserError, match="tokenizer.json is missing or was changed"):
         TokenSet(folder)
     own_tokenizer(folder, json.dumps(dict(added_tokens=added[:1])))
-    with pytest.raises(UserError, match="tokenizer.json is damaged, or has no <|endoftext|>"):
+    with pytest.raises(UserError, match="tokenizer.json is damaged, or of another kind.*it has no"):
         TokenSet(folder).eot  # noqa: B018
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="tokenizer.json is missing or was changed"):
@@ -109,7 +109,7 @@ def test_a_set_with_its_own_tokenizer_needs_no_package_to_train(folder, monkeypa
     (lambda f: change(f, version=2), "version 2, this code reads 1"),
     (lambda f: (f / "meta.json").write_text("[" * 100_000), "meta.json is damaged"),
     (lambda f: change(f, dtype="int8"), "meta.json is damaged"),
-    (lambda f: change(f, tokenizer=["bytes"]), "is damaged .TypeError: the tokenizer"),
+    (lambda f: change(f, tokenizer=["bytes"]), "another kind .TypeError: the tokenizer"),
     (lambda f: change(f, vocab_size=float("inf")), "meta.json is damaged"),
     (lambda f: change(f, sha256=dict(train="0" * 64)), "meta.json is damaged"),
     (lambda f: change(f, sha256=dict(train=1, val=2)), "meta.json is damaged"),

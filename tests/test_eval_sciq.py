@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -80,13 +81,19 @@ def test_a_task_that_does_not_fit_is_left_out(small, tmp_path, monkeypatch, caps
     flags = ["--data", data, "--json", tmp_path / "s.json", "--tasks"]
     call(monkeypatch, "--checkpoint", path, "--save_docs", *flags, "all")
     out, result = capsys.readouterr(), json.loads((tmp_path / "s.json").read_text())
-    assert out.err == (f"piqa is left out: choices of up to 71 tokens exceed the context of {path} "
-                       "in 1 of its 2 rows: 2\n")
+    told, *notes = out.err.splitlines()
+    assert told == (f"piqa is left out: choices of up to 71 tokens exceed the context of {path} in "
+                    "1 of its 2 rows: 2")
+    cut = {name: task["cut"] for name, task in result["tasks"].items() if task["cut"]}
+    assert cut == {"sciq": 7, "logiqa": 4} and notes == [
+        f"note: {name} prompts are longer than 64 tokens and lose their beginning"
+        for name in ("sciq: 7 of 16", "logiqa: 4 of 4")]
     assert f"{path}: order 1, key-shift, " in out.out and result["left_out"] == {"piqa": {"2": 71}}
     assert list(result["tasks"]) == [name for name in BENCHMARKS if name != "piqa"]
     assert [line.split()[0] for line in out.out.splitlines()[3:]] == list(result["tasks"])
 
-    call(monkeypatch, "--checkpoint", tmp_path / "s.json", "--versus", path, "--plot",
+    os.rename(tmp_path / "s.json", tmp_path / "first.json")
+    call(monkeypatch, "--checkpoint", tmp_path / "first.json", "--versus", path, "--plot",
          tmp_path / "v.png", *flags, "sciq,piqa")
     result = json.loads((tmp_path / "s.json").read_text())
     assert list(result["tasks"]) == list(result["versus"]["tasks"]) == ["sciq"]
@@ -97,7 +104,8 @@ def test_a_task_that_does_not_fit_is_left_out(small, tmp_path, monkeypatch, caps
         call(monkeypatch, "--checkpoint", path, *flags, "piqa")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, UnicodeEncodeError("ascii", "±", 0, 1, "")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UnicodeEncodeError("ascii", "±", 0, 1, ""),
+                                   "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("last", [1, 2, 3])
 def test_what_is_scored_is_written_if_the_rest_fails(small, tmp_path, monkeypatch, error, last):
     pytest.importorskip("matplotlib")
@@ -107,11 +115,13 @@ def test_what_is_scored_is_written_if_the_rest_fails(small, tmp_path, monkeypatc
     def evaluate(scorer, name, docs):
         scored.append(name)
         if len(scored) > last:
+            if isinstance(error, str):
+                signal.raise_signal(getattr(signal, error))
             raise error
         return real(scorer, name, docs)
 
     monkeypatch.setattr(eval_sciq, "evaluate", evaluate)
-    with pytest.raises((KeyboardInterrupt, UnicodeEncodeError)):
+    with pytest.raises((KeyboardInterrupt, UnicodeEncodeError, SystemExit)):
         call(monkeypatch, "--checkpoint", path, "--versus", path, "--data", data, "--tasks",
              "sciq,arc_easy", "--json", tmp_path / "s.json")
     result = json.loads((tmp_path / "s.json").read_text())
@@ -131,18 +141,19 @@ def test_all_models_are_opened_before_any_is_scored(checkpoints, tmp_path, monke
 def test_saved_scores_serve_as_a_model(checkpoints, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     paths = [str(tmp_path / f"{n}.json") for n in "ab"]
-    tasks = ["--tasks", "demo", "--limit", 9, "--plot", tmp_path / "v.svg", "--json"]
+    tasks, plot = ["--tasks", "demo", "--limit", 9, "--json"], ["--plot", tmp_path / "v.svg"]
     for model, path in zip(checkpoints, paths, strict=True):
         call(monkeypatch, "--checkpoint", model, *tasks, path, "--save_docs")
     results = []
     for a, b in (checkpoints, paths, (paths[0], checkpoints[1])):
-        call(monkeypatch, "--checkpoint", a, "--versus", b, *tasks, tmp_path / "s.json",
+        call(monkeypatch, "--checkpoint", a, "--versus", b, *plot, *tasks, tmp_path / "s.json",
              "--save_docs")
         results.append(json.loads((tmp_path / "s.json").read_text()))
     assert results[0] == results[1] == results[2] and results[0]["paired"]["demo"]["acc"]["p"] <= 1
     assert f"{paths[0]}: {checkpoints[0]}, float32, scored before" in capsys.readouterr().out
 
     mistakes = [("other documents", ["--limit", 8]), ("other documents", ["--dtype", "bfloat16"]),
+                ("another dtype or order", ["--nexus_order", 3]),
                 ("does not have the documents of sciq", ["--tasks", "sciq", "--data", tmp_path])]
     (tmp_path / "sciq_test.jsonl").write_text(json.dumps(ROWS["sciq"][0]))
     for message, flags in mistakes:
@@ -150,6 +161,9 @@ def test_saved_scores_serve_as_a_model(checkpoints, tmp_path, monkeypatch, capsy
             call(monkeypatch, "--checkpoint", paths[0], *tasks, tmp_path / "s.json", *flags)
     (tmp_path / "sciq_test.jsonl").unlink()
     whole = json.loads((tmp_path / "a.json").read_text())
+    whole["tasks"]["demo"]["n"] = whole["checkpoint"]["path"] = "$a$b_{"  # not what is shown
+    (tmp_path / "b.json").write_text(json.dumps(whole))
+    call(monkeypatch, "--checkpoint", *paths[:1], "--versus", paths[1], *tasks, tmp_path / "s.json")
     whole["tasks"]["demo"]["data_sha256"] = "0"
     for text, message in ((json.dumps(whole), "other documents"), ("[1]", "does not have"),
                           ('{"tasks": {"demo": {"n": 9}}, "dtype": "float32"}', "does not have")):
@@ -187,7 +201,12 @@ def test_scores_are_written_even_if_the_chart_cannot_be(checkpoints, tmp_path, m
     (["--checkpoint", "{0}/no.pt"], "no checkpoint at"), (["--limit", "0"], "--limit"),
     (["--checkpoint", "{0}/file.pt"], "damaged"), (["--batch_size", "big"], "--batch_size"),
     (["--batch_size", "0"], "must be auto or a number from 1, got 0"),
-    (["--nexus_order", "0"], "--nexus_order"),
+    (["--nexus_order", "0"], "--nexus_order"), (["--save_docs"], "--save_docs adds"),
+    (["--lm_eval", "--versus", "a", "--data", "b", "--save_docs", "--plot", "c"],
+     "no effect with --lm_eval: --versus, --data, --save_docs, --plot"),
+    (["--plot", "a.png"], "no effect without --versus: --plot"),
+    (["--checkpoint", "{0}/file.pt", "--json", "{0}/file.pt"], "file.pt is read as .*file.pt:"),
+    (["--versus", "{0}/file.pt", "--plot", "{0}/../{1}/file.pt"], "file.pt is read as .*file.pt:"),
     (["--checkpoint", "{0}"], "not a complete GPT-NeoX")])
 def test_mistakes_are_one_line(checkpoints, tmp_path, monkeypatch, argv, message):
     if "GPT-NeoX" in message:
@@ -198,7 +217,7 @@ def test_mistakes_are_one_line(checkpoints, tmp_path, monkeypatch, argv, message
     (tmp_path / "hellaswag_validation.jsonl").write_text('["a list"]\n')
     (tmp_path / "piqa_validation.jsonl").write_text(
         json.dumps(ROWS["piqa"][0]) + '\n{"goal": "a", "sol1": "b", "label": 1}')
-    argv = [a.format(tmp_path) for a in argv]
+    argv = [a.format(tmp_path, tmp_path.name) for a in argv]
     if "--tasks" not in argv:
         argv += ["--tasks", "sciq" if "--data" in argv else "demo"]
     monkeypatch.setattr(sys, "argv", ["eval_sciq.py", "--checkpoint", checkpoints[0], *argv])

@@ -38,6 +38,11 @@ def test_names_keep_their_distance_and_order():
     gaps = [at[b] - at[a] for a, b in itertools.pairwise(order)]
     assert min(gaps) > 0.099 and 0 <= min(at.values()) and max(at.values()) <= 1.001
     assert all(text.get_color() == figures.style(text.get_text())["color"] for text in panel.texts)
+    for diverged in ({}, dict(mean=(1, 0.5))):  # a name without an end is left out
+        for text in list(panel.texts):
+            text.remove()
+        figures.name_lines(panel, diverged | {"self": (1, float("nan"))})
+        assert [text.get_text() for text in panel.texts] == list(diverged)
     plt.close(figure)
 
 

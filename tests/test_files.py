@@ -42,8 +42,12 @@ def test_a_line_cut_short_is_replaced_by_the_next(tmp_path):
     append_line(path, dict(i=2))
     assert read_lines(path) == [dict(i=0), dict(i=2)]
     path.write_text('{"i": 0}\n}\n{"i": 2}\n')
-    with pytest.raises(UserError, match="lines.jsonl has a damaged line"):
+    with pytest.raises(UserError, match="lines.jsonl, line 2, is damaged"):
         read_lines(path)
+    for text in (b"null\n", b"1\n", b"{}\n", b"[" * 100_000 + b"\n", b"\xff\n"):
+        path.write_bytes(b'{"i": 0}\n' + text)
+        with pytest.raises(UserError, match="lines.jsonl, line 2, is damaged, or of another kind"):
+            read_lines(path, "i")
 
 
 def test_nobody_enters_a_new_folder_while_it_is_finished(tmp_path, monkeypatch):
@@ -193,7 +197,11 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch
         patch.setattr(os, "access", lambda path, mode: False)  # root may write anything
         with pytest.raises(UserError, match="file can only be read"):
             output_file("file")
-    output_file("file")
+    os.symlink("file", "link")
+    for inputs in (["link"], [None, "no/name", "./file"]):
+        with pytest.raises(UserError, match=f"file is read as {inputs[-1]}: choose another"):
+            output_file("file", *inputs)
+    output_file("file", None, "c", "no/name")
     assert (tmp_path / "file").read_text() == "mine"
     if os.name == "posix" and os.geteuid():
         os.chmod("c", 0o500)

@@ -15,6 +15,7 @@ from test_retrofit import make  # noqa: E402
 
 import finetune  # noqa: E402
 from finetune import read_examples  # noqa: E402
+from model import ModelError  # noqa: E402
 from nanonexus.cli import UserError, run_script  # noqa: E402
 from nanonexus.retrofit import load  # noqa: E402
 from train import warmup_cosine  # noqa: E402
@@ -84,6 +85,21 @@ def test_the_loss_is_on_the_answers_alone(base):
     assert tokenizer.decode(first["input_ids"]) == "1+1=2</s>" and first["labels"][:4] == [-100] * 4
 
 
+@pytest.mark.parametrize("prompt, text", [("1+1=", "<pad>1+1=2</s>"), ("", "<pad>2</s>"),
+                                          ("<pad>1+1=", "<pad>1+1=2</s>")])
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(prompt, text, base, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <|end|>", special_tokens=[("<pad>", 0), ("<|end|>", 4)])
+    (tmp_path / "data.jsonl").write_text(json.dumps(dict(prompt=prompt, answer="2")))
+    (example,) = read_examples(tmp_path / "data.jsonl", tokenizer, 100)
+    ids = example["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert example["labels"] == [-100] * (len(ids) - 2) + ids[-2:]
+
+
 @pytest.mark.parametrize("kept", ["loop.last", "loop.last or m.role == 'user'"])
 def test_a_template_that_rewrites_earlier_turns_is_refused(base, kept):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
@@ -119,7 +135,14 @@ def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
             path.unlink()
     state = tmp_path / "torn/checkpoint-3/trainer_state.json"
     state.write_text(state.read_text().replace('"step": 1', '"step": 1, "mark": "seen"'))
-    log = sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags, "--resume")
+    for flag, value, saved in (("order", 3, 2), ("lr", 0.5, 0.003), ("layers", 1, "None"),
+                               ("max_steps", 7, 6), ("model", base, ".*/model")):
+        with pytest.raises(UserError, match=f"--{flag} .* contradicts the checkpoint's {saved}:"):
+            sft(monkeypatch, base, tmp_path / "torn", "--resume", f"--{flag}", value)
+    with pytest.raises(UserError, match="--data .{64} contradicts the checkpoint's .{64}:"):
+        sft(monkeypatch, base, tmp_path / "torn", "--resume", data="chat.jsonl")
+    # flags not given keep their values
+    log = sft(monkeypatch, base, tmp_path / "torn", "--log_interval", 1, "--resume")
     assert log[0]["mark"] == "seen"  # it did not start again
     models = [load(tmp_path / name) for name in ("whole", "torn")]
     assert all(model.config.nexus["inner"] == "cross" for model in models)
@@ -134,6 +157,8 @@ def test_an_interrupt_saves_and_resume_continues(base, tmp_path, monkeypatch, ca
             signal.raise_signal(signal.SIGINT)
             return super().asked()
 
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").write_text("{}")  # all that is left of a run without a checkpoint
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "Stop", Interrupted)
         with pytest.raises(SystemExit) as end:
@@ -178,9 +203,43 @@ def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys)
     out = capsys.readouterr().out
     assert "paired by document" in out and f"{base / 'model'}: order 1\n" in out
     assert f"\n{tmp_path / 'tuned'}: order 2, streams qk, inner self\n" in out
+    real = finetune.score
+
+    def score(path, *others):
+        if path == str(tmp_path / "tuned"):
+            signal.raise_signal(signal.SIGTERM)
+        return real(path, *others)
+
+    monkeypatch.setattr(finetune, "score", score)
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, "eval", "--model", base / "model", "--versus", tmp_path / "tuned",
+                "--tasks", "add", "--include_path", base, "--json", tmp_path / "part.json",
+                "--device", "cpu")
+    part = json.loads((tmp_path / "part.json").read_text())
+    assert end.value.code == 143 and part.keys() == {"revisions", str(base / "model")}
+    assert part[str(base / "model")] == scores[str(base / "model")]
     with pytest.raises(UserError, match="no such task.*nonsense"):
         command(monkeypatch, "eval", "--model", base / "model", "--tasks", "nonsense",
                 "--include_path", base, "--device", "cpu")
+
+
+def test_scores_that_are_no_numbers_are_not_paired(capsys):
+    first = {("t", "f1", "none"): [(1, 0), (1, 1)], ("t", "acc", "none"): [0.0, 1.0]}
+    second = first | {("t", "acc", "none"): [1.0, True]}
+    (gap,) = finetune.pair(first, second)
+    assert (gap["metric"], gap["difference"], gap["p"]) == ("acc", 0.5, 1.0)
+    assert "t f1 none: not paired, a document has no number" in capsys.readouterr().out
+
+
+def test_eval_refuses_before_it_scores(base, monkeypatch):
+    pytest.importorskip("lm_eval.tasks", reason="extra retrofit: lm-eval")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(finetune, "score", None)
+    for flags, message in ((["--versus", "nowhere/at-all"], "no file or folder nowhere/at-all"),
+                           (["--layers", 0, "--streams", "q", "--inner", "cross", "--gate", 0],
+                            "no effect without --order: --streams, --inner, --layers, --gate")):
+        with pytest.raises((UserError, ModelError), match=message):
+            command(monkeypatch, "eval", "--model", base / "model", "--device", "cpu", *flags)
 
 
 @pytest.mark.parametrize("line, message", [

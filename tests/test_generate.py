@@ -50,6 +50,7 @@ def test_sampling_draws_only_what_top_k_and_top_p_leave():
     assert set(drawn().tolist()) == {0, 1, 2, 3}
     assert set(drawn(top_k=2).tolist()) == {1, 3}
     assert set(drawn(top_p=0.5).tolist()) == {1}
+    assert set(drawn(top_p=1e-320).tolist()) == {1}  # 0 in float32
     assert set(drawn(top_p=0.51).tolist()) == {1, 3}
     assert set(drawn(top_k=3, top_p=0.99).tolist()) == {0, 1, 3}
     share = (drawn(top_p=0.75) == 1).double().mean()  # renormalised: 0.5 / 0.8

@@ -3,6 +3,7 @@ own; what our GPT cannot represent is refused."""
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -215,6 +216,16 @@ def test_a_tokenizer_of_words_scores_but_has_no_bytes(tmp_path):
         tokenizer.decode_bytes([7])
 
 
+@pytest.mark.parametrize("eos", [7, [7, 3]])
+def test_an_end_of_text_of_another_name_is_the_configs(neox, tmp_path, eos):
+    shutil.copytree(neox, tmp_path, dirs_exist_ok=True)
+    config = json.loads((neox / "config.json").read_text()) | dict(eos_token_id=eos)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer = (neox / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(tokenizer.replace("<|endoftext|>", "</s>"))
+    assert FolderTokenizer(neox).eot_token == 0 and FolderTokenizer(tmp_path).eot_token == 7
+
+
 def test_a_checkpoint_opens_with_its_tokenizer(checkpoints, tmp_path):
     pytest.importorskip("tokenizers", reason="extra hf: transformers")
     model, tokenizer, meta = open_model(checkpoints[1], nexus_order=3)
@@ -234,7 +245,8 @@ def test_a_checkpoint_opens_with_its_tokenizer(checkpoints, tmp_path):
 @pytest.mark.parametrize("change", [
     dict(num_attention_heads=5), dict(num_attention_heads=0), dict(hidden_size="64"),
     dict(vocab_size=1e3), dict(vocab_size=10**11), dict(nexus="no"), dict(rope_parameters=3),
-    dict(hidden_size=1 << 20, intermediate_size=1 << 22), dict(num_hidden_layers=None)])
+    dict(hidden_size=1 << 20, intermediate_size=1 << 22), dict(num_hidden_layers=None),
+    dict(hidden_dropout=10**400)])
 def test_any_config_ends_in_one_line(neox, tmp_path, change):
     os.symlink(neox / "model.safetensors", tmp_path / "model.safetensors")
     config = json.loads((neox / "config.json").read_text())

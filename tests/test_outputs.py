@@ -18,9 +18,9 @@ NEEDS = {"finetune": "transformers", "retrofit": "transformers"}
     "finetune eval --model none --json", "finetune sft --model none --data none.jsonl --out",
     "prepare_data --tokenizer none --out", "train --dataset none --out",
     "nanonexus.view --checkpoint none.pt --prompt a --out", "compare --dataset none --out",
-    "compare --out x --results", "cost --out", "induction --out",
-    "rank --out", "recall --out", "recall --out x --results", "retrofit --out",
-    "retrofit --out x --results", "spectrum --out", "stability --out"])
+    "compare --out x --results", "cost --out", "gpu --tokens none --out",
+    "induction --out", "parity --out", "rank --out", "recall --out", "recall --out x --results",
+    "retrofit --out", "retrofit --out x --results", "spectrum --out", "stability --out"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, tmp_path,
                                                                      monkeypatch):
     name, *argv = command.split()

@@ -73,6 +73,17 @@ def test_only_a_second_interrupt_stops_at_once():
 
 
 @posix
+def test_without_a_deadline_the_first_signal_ends_the_block():
+    for number, error in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+        with pytest.raises(error) as caught, Stop():
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)  # sent twice
+        assert number == signal.SIGINT or caught.value.code == 128 + number
+
+
+@posix
 def test_under_nohup_a_closed_terminal_does_not_matter():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -30,6 +30,7 @@ SLOW = {  # how a command begins that does not run here, and why: minutes are th
     "torchrun": "needs GPUs; two processes on a CPU in test_distributed.py",
     "python experiments/compare.py": "1 to 4 minutes a run; on a text 5 to 45, its token set first",
     "python experiments/cost.py": "1.5 minutes for the variants, more for the contexts",
+    "python experiments/gpu.py": "needs a GPU, a text and the tasks' files; test_gpu.py",
     "python experiments/induction.py": "30 s to 5 minutes, after compare.py",
     "python experiments/rank.py": "46 minutes",
     "python experiments/recall.py": "3 minutes to an hour",

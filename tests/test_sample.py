@@ -55,10 +55,11 @@ def test_the_text_is_what_generate_gives(checkpoint):
 
 
 @pytest.mark.parametrize("argv, stdin, message", [
-    (["--prompt", ""], "", "the prompt is empty"), ([], "", "the prompt is empty"),
+    (["--prompt", ""], "", "--prompt: expected a value"), ([], "", "the prompt is empty"),
     (["--prompt", "x" * 40], "", "has 40 tokens, the model's context is 32"),
     (["--prompt", "a", "--top_p", "2"], "", "top_p"),
     (["--prompt", "a", "--seed", "x"], "", "seed"),
+    (["--prompt", "a", "--device", "cpu:1"], "", "no device 'cpu:1' here"),
     (["--prompt", "a", "--num_samples", "0"], "", "--num_samples: must be a number from 1")])
 def test_mistakes(checkpoint, argv, stdin, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", "--checkpoint", str(checkpoint[0]), "--device",

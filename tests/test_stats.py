@@ -39,3 +39,11 @@ def test_a_difference_is_marked_where_the_interval_excludes_0():
 def test_spread():
     assert mean_spread([1, 3], 2) == "2.00 ± 1.41"
     assert mean_spread([1]) == "1.0000 ± ?"
+
+
+def test_a_diverged_run_ends_no_table():
+    assert mean_spread([math.nan, 1.0]) == mean_spread([1.0, math.nan]) == "nan ± ?"
+    assert mean_spread([math.inf, 1.0]) == "inf ± ?" and mean_spread([1.0]) == "1.0000 ± ?"
+    pytest.importorskip("scipy")
+    gap = paired([math.nan, 1.0, 2.0], [0.0, 0.5, 1.0])
+    assert math.isnan(gap["mean"]) and math.isnan(gap["p"]) and paired_text(gap) == "+nan"

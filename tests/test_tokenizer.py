@@ -122,8 +122,9 @@ def test_a_bpe_without_its_file_or_with_a_damaged_one(source):
     with pytest.raises(UserError, match="bpe:500 belongs to a token set"):
         get_tokenizer("bpe:500")
     whole = json.loads(source)
-    for damage in ("{", "[]", json.dumps(whole | dict(model={})), json.dumps(
-            whole | dict(added_tokens=[])), json.dumps(whole | dict(model=dict(vocab={"木": 1})))):
+    wrong = [dict(model={}), dict(model=dict(vocab={})), dict(model=dict(vocab={"木": 1})),
+             dict(added_tokens=[])]
+    for damage in ("{", "[]", "[" * 100_000, *(json.dumps(whole | change) for change in wrong)):
         with pytest.raises(UserError, match="tokenizer.json is damaged"):
             get_tokenizer("bpe:500", damage)
 

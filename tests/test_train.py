@@ -341,7 +341,7 @@ def test_a_damaged_line_of_the_log(tokens, tmp_path):
     run(tokens, tmp_path, "--max_steps", 3, "--decay_steps", 9)
     lines = (tmp_path / "log.jsonl").read_text().splitlines(True)
     (tmp_path / "log.jsonl").write_text("".join([lines[0], "}garbage{\n", *lines[2:]]))
-    with pytest.raises(UserError, match="damaged in line 2"):
+    with pytest.raises(UserError, match="log.jsonl, line 2, is damaged"):
         run(tokens, tmp_path, "--resume", "--max_steps", 5)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == len(lines)  # untouched
 

@@ -246,13 +246,15 @@ def test_spell(token, text):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--prompt", ""], "the prompt is empty"), ([], "--prompt"),
+    (["--prompt", ""], "--prompt: expected a value"), ([], "--prompt"),
     (["--prompt", "x" * 65], "the prompt has 65 tokens, the model's context is 64"),
     (["--prompt", "x" * 257, "--checkpoint", "long.pt"], "257 tokens, a page shows at most 256"),
     (["--prompt", "a", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
     (["--prompt", "a", "--layers", "3"], "the model has 2 layers, there is no 3"),
     (["--prompt", "a", "--layers", "0"], "--layers"),
     (["--prompt", "a", "--out", "ckpt.pt/view.html"], "ckpt.pt"),
+    (["--prompt", "a", "--out", "ckpt.pt"], "ckpt.pt is read as ckpt.pt"),
+    (["--prompt", "a", "--baseline", "heads.pt", "--out", "heads.pt"], "is read as heads.pt"),
     (["--prompt", "a", "--baseline", "none.pt"], "no checkpoint at none.pt"),
     (["--prompt", "a", "--baseline", "layers.pt"], "layers.pt has n_layer 3, the checkpoint 2"),
     (["--prompt", "a", "--baseline", "heads.pt"], "heads.pt has n_head 4, the checkpoint 2"),
