@@ -17,7 +17,7 @@ def test_from_text_to_scores_and_on(tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "a.txt").write_text("the quick brown fox and the lazy dog\n" * 3000)
     env = os.environ | dict(OUT=str(tmp_path / "out"), TEXT=str(tmp_path / "*.txt"), PRESET="tiny",
-                            TOKENIZER="bytes", TASKS="demo",
+                            TOKENIZER="bytes", TASKS="demo", VARIANTS="baseline self",
                             PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
     flags = [*TINY[:4], "--n_embd", "32", "--block_size", "512", "--batch_tokens", "1024",
              "--micro_batch", "2", "--eval_windows", "2", "--device", "cpu", "--decay_steps", "4"]
@@ -25,13 +25,17 @@ def test_from_text_to_scores_and_on(tmp_path):
         out = subprocess.run([SCRIPT, *flags], env=env | dict(STEPS=steps), capture_output=True,
                              text=True)
         assert out.returncode == 0, out.stderr
-    for order in (1, 2):
-        log = read_log(tmp_path / "out" / f"order{order}")
+    for name in ("baseline", "self"):
+        log = read_log(tmp_path / "out" / name)
         assert log[-1]["step"] == 4 and "resumed at step 2" in out.stdout
-    with open(tmp_path / "out" / "scores.json") as f:
+    with open(tmp_path / "out" / "paired-self.json") as f:
         scores = json.load(f)
     assert scores["config"]["nexus_order"] == 1 and scores["versus"]["config"]["nexus_order"] == 2
+    assert scores["versus"]["config"]["nexus_inner"] == "self"
     assert 0 <= scores["paired"]["demo"]["acc"]["p"] <= 1
+    bad = subprocess.run([SCRIPT], env=env | dict(VARIANTS="baseline other"), capture_output=True,
+                         text=True)
+    assert bad.returncode == 2 and "no variant 'other'" in bad.stderr
     bad = subprocess.run([SCRIPT], env={k: v for k, v in env.items() if k != "OUT"},
                          capture_output=True, text=True)
     assert bad.returncode != 0 and "give a folder" in bad.stderr
