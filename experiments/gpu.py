@@ -293,7 +293,7 @@ def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--tokens", required=True, help="a token set's folder, or FOLDER.tar.xz")
-    add("--data", default="", help="folder of the tasks' files (default: the hub); may hold "
+    add("--data", help="folder of the tasks' files (default: the hub); may hold "
         "tiktoken, its cache, and commit, the code's")
     add("--parts", type=listed(str), default=PARTS, help=f"of {','.join(PARTS)} (default: all)")
     add("--variants", type=listed(str), default="baseline,self,separate,shared",
@@ -336,7 +336,7 @@ def main():
                         windows=args.windows, tasks=args.tasks, device=args.device)
     check_settings(args.work, args.machine)
     source = commit()
-    if os.path.exists(path := os.path.join(args.data, "commit")):
+    if os.path.exists(path := os.path.join(args.data or "", "commit")):
         with open(path, encoding="utf-8") as f:
             source = f.read().strip()
     args.machine |= dict(commit=source, torch=str(torch.__version__),
@@ -348,7 +348,7 @@ def main():
                TORCHINDUCTOR_COMPILE_THREADS="6",
                TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD="1",
                TORCHINDUCTOR_CACHE_DIR=os.path.abspath(os.path.join(args.work, "inductor")))
-    if os.path.isdir(cache := os.path.join(args.data, "tiktoken")):
+    if os.path.isdir(cache := os.path.join(args.data or "", "tiktoken")):
         env["TIKTOKEN_CACHE_DIR"] = cache
     os.environ.update(env | os.environ)
     session = Session(args, given, extra, began)

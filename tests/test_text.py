@@ -166,8 +166,9 @@ class Letters:
 
     eos_token, eos_token_id, chat_template = "end", 0, None
 
-    def __call__(self, text, add_special_tokens):
-        return dict(input_ids=list(map(ord, text)))
+    def __call__(self, text, add_special_tokens=True):
+        return dict(input_ids=[[*map(ord, one)] for one in text] if isinstance(text, list)
+                    else [*map(ord, text)])
 
 
 def by_prepare_data(path):
