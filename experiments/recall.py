@@ -52,7 +52,7 @@ from puzzles import SYMBOLS, TASKS, chains
 from runs import commit
 from tqdm import tqdm
 
-from common import parse, pyplot, save, table
+from common import INNERS, parse, pyplot, save, table
 
 from model import GPTConfig, output_layer
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
@@ -300,9 +300,8 @@ def main():
     add = parser.add_argument
     add("--tasks", type=listed(one_of(TASKS)), help=f"of {', '.join(TASKS)} (default: the first "
         "four)", default=list(TASKS)[:4])
-    add("--variants", type=listed(one_of(VARIANTS)), default="baseline,self,shared,separate,tokens,"
-        "past,cross,key-shift,two-layers-fan-in", help=f"of {', '.join(VARIANTS)} (default: "
-        "baseline, the readings, the key shift and two standard layers)")
+    add("--variants", type=listed(one_of(VARIANTS)), help=f"of {', '.join(VARIANTS)} (default: "
+        f"baseline, {', '.join(INNERS)}, key-shift, two-layers-fan-in; with --show all)")
     add("--seeds", type=positive_int, default=5, help="seeds that count (default: 5)")
     add("--lrs", type=listed(rate), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
@@ -325,6 +324,8 @@ def main():
     if args.quick:
         args.pairs, args.steps, args.seeds, args.lrs = 3, 60, min(2, args.seeds), [1e-2]
         args.tasks = ["one-hop"]
+    args.variants = args.variants or (list(VARIANTS) if args.show else [
+        "baseline", *INNERS, "key-shift", "two-layers-fan-in"])
     plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are so small that two threads wait for each other
     results, found = Results(args.results or os.path.join(args.out, "results.jsonl")), {}
