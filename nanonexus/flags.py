@@ -59,8 +59,8 @@ def build_parser(doc):
     comments = dict(re.findall(r"^    (\w+):.*  # (.+)$", inspect.getsource(GPTConfig), re.M))
     comments |= dict(vocab_size="default: the token set's", nexus_order="1 is the baseline, 2 "
                      "refines once, 3 twice, ... (default: 2; with a control that has no inner "
-                     "loop 1)", nexus_inner="how they are refined, see inner_step (default: self, the "
-                     "paper's as a formula)")
+                     "loop 1)", nexus_inner="how they are refined, see inner_step (default: self, "
+                     "the paper's as a formula)")
     for f in fields(GPTConfig):
         choices = CONTROLS if f.name == "control" else get_args(f.type)
         kind = dict(choices=choices) if choices else dict(action=flag) if f.type is bool else \

@@ -34,7 +34,8 @@ def fix():
 
 def floats_per_token(config):
     loops = config.nexus_order - 1
-    attentions = 1 + len(config.nexus_streams) * loops  # each keeps its keys and values
+    maps = 1 if config.nexus_inner == "tokens" else len(config.nexus_streams)  # of a loop
+    attentions = 1 + maps * loops  # each keeps its keys and values
     return config.n_layer * config.n_embd * 2 * attentions
 
 
