@@ -66,7 +66,8 @@ def read_examples(path, tokenizer, max_length):
             if not all(isinstance(text, (str, list) if turns else str) for text in texts):
                 raise TypeError("a text is not a string")
             ids, answers = chat(turns, tokenizer) if turns else plain(*texts, tokenizer)
-        except (ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError,
+                TemplateError) as error:
             raise UserError(f"{place}: needs messages (with role and content), or prompt and "
                             f"answer ({type(error).__name__}: {error})") from error
         if len(ids) > max_length:
@@ -116,11 +117,12 @@ def pretrained(loader, path, **kwargs):
     """loader(path); UserError if it is neither a transformers folder nor on the hub."""
     try:
         return loader(path, **kwargs)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
+    except (ModelError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can crash the libraries in any way
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load {path}: it is not a transformers model ({reason})") from error
+        raise UserError(f"cannot load {path}: it is not a transformers model "
+                        f"({type(error).__name__}: {reason:.300})") from error
 
 
 def describe(model):

@@ -265,6 +265,25 @@ def test_data_is_looked_at_before_a_model_is_fetched(base, tmp_path, monkeypatch
             sft(monkeypatch, base, tmp_path / "out", data=tmp_path / name)
 
 
+def test_a_chat_template_that_fails_is_one_line(base, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    for tokenizer.chat_template in ("{{ 1 / 0 }}", "{{ x.y.z }}", "{% for m in messages %}"):
+        with pytest.raises(UserError, match="chat.jsonl, line 1: needs messages"):
+            read_examples(base / "chat.jsonl", tokenizer, 100)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("model.safetensors", "no weights"), ("tokenizer.json", "{}"), ("config.json", "[" * 100_000),
+    ("config.json", '{"model_type": "qwen2", "hidden_size": null}'),
+    ("config.json", '{"model_type": "qwen2", "num_attention_heads": 0}')])
+def test_a_damaged_model_is_one_line(base, tmp_path, monkeypatch, name, content):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "model" / name).write_text(content)
+    with pytest.raises(UserError, match="cannot load .*: it is not a transformers model") as caught:
+        sft(monkeypatch, tmp_path / "base", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
 def test_rows_without_a_text_are_skipped_and_counted(base, tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
     (tmp_path / "data.jsonl").write_text("""{}
