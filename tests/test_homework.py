@@ -19,7 +19,7 @@ WRONG = [
      "measure, do not read the config"),
     ("exercise-2", "    replaced.remove()\n", "", "remove your hooks"),
     ("exercise-2", '"parallel_residual": False', '"nexus_inner": "past"', "as deaf as before"),
-    ("exercise-3", "1 + len(", "2 * len(", "'nexus_order': 1"),
+    ("exercise-3", "1 + maps", "2 * maps", "'nexus_order': 1"),
     ("exercise-3", "2 * attentions", "(1 + attentions)", "the cache keeps 48 floats"),
     ("exercise-4", 'previous(v, ctx, "v", first_stays=True)',
      "torch.cat([v[:, :, :1], v[:, :, :-1]], 2)", "with a cache it says something else"),
