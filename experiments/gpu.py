@@ -59,7 +59,7 @@ from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script, whole
 from nanonexus.data import TokenSet, windows
 from nanonexus.device import check_device
-from nanonexus.files import new_folder, output_folder, read_lines, write_json, write_text
+from nanonexus.files import new_folder, output_folder, read_json, read_lines, write_json, write_text
 from nanonexus.flags import PRESETS, preset_config
 from nanonexus.scoring import compare
 
@@ -211,9 +211,8 @@ class Session:
     def results(self):
         """Every measurement so far, a dict each."""
         def read(*names):
-            for path in filter(os.path.exists, [self.path(*names)]):
-                with open(path, encoding="utf-8") as f:
-                    yield json.load(f)
+            if os.path.exists(path := self.path(*names)):
+                yield read_json(path)
 
         yield dict(kind="machine") | self.args.machine
         for found in read("parity.json"):

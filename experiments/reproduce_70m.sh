@@ -18,15 +18,14 @@ set -euo pipefail
 : "${VARIANTS:=baseline self shared separate tokens cross key-shift}"
 root=$(cd "$(dirname "$0")/.." && pwd)
 
-flags() {  # of train.py, for a variant of compare.py
-    PYTHONPATH="$root/experiments:$root" python - "$1" <<'PY'
-import sys
+plan=$(PYTHONPATH="$root/experiments:$root" python - $VARIANTS <<'PY'
+import sys  # a line for each variant: its name, its flags of train.py
 from compare import read_variant
 from nanonexus.cli import run_script
-run_script(lambda: print(*read_variant(sys.argv[1])))
+run_script(lambda: [print(name, *read_variant(name)) for name in sys.argv[1:]])
 PY
-}
-for variant in $VARIANTS; do flags "$variant" > /dev/null; done  # all are known
+)
+first=${plan%% *}
 
 if [ ! -e "$OUT/tokens/meta.json" ]; then
     if [ -n "${TEXT:-}" ]; then source=(--dataset text --input "$TEXT")
@@ -35,15 +34,15 @@ if [ ! -e "$OUT/tokens/meta.json" ]; then
 fi
 launch=(python)
 if [ "$GPUS" -gt 1 ]; then launch=(torchrun --standalone "--nproc_per_node=$GPUS"); fi
-for variant in $VARIANTS; do
-    folder="$OUT/$variant" own=$(flags "$variant")
+while read -r variant own <&3; do
+    folder="$OUT/$variant"
     if [ -e "$folder/ckpt.pt" ]; then resume=(--resume); else resume=(); fi
     "${launch[@]}" "$root/train.py" --preset "$PRESET" --dataset "$OUT/tokens" $own \
         --max_steps "$STEPS" --out "$folder" "${resume[@]}" --no-sample "$@"
     python "$root/eval_sciq.py" --checkpoint "$folder/ckpt.pt" --tasks "$TASKS" \
         ${DATA:+--data "$DATA"} --json "$OUT/scores-$variant.json" --save_docs
-    [ -n "${first:=$variant}" ] && [ "$first" = "$variant" ] || python "$root/eval_sciq.py" \
+    [ "$variant" = "$first" ] || python "$root/eval_sciq.py" \
         --checkpoint "$OUT/scores-$first.json" --versus "$OUT/scores-$variant.json" \
         --tasks "$TASKS" ${DATA:+--data "$DATA"} --json "$OUT/paired-$variant.json" \
         --plot "$OUT/paired-$variant.svg"
-done
+done 3<<< "$plan"

@@ -82,8 +82,7 @@ def probe_ids(config):
 
 def probe(model):
     """What a model answers to probe_ids: the last logits, (16, V) or fewer, in float32, on the CPU.
-    Raises ModelError if a cache changes them, since then sampling
-    and scoring would be another model's."""
+    Raises ModelError if a cache changes them: sampling and scoring would be another model's."""
     c, training = model.config, model.training
     idx, cache = probe_ids(c).to(next(model.parameters()).device), KVCache(c.block_size)
     with torch.no_grad():

@@ -110,14 +110,18 @@ def load_neox(path_or_name, **overrides):
             raise
         raise ModelError(f"{path_or_name} is not a complete GPT-NeoX model with safetensors "
                          f"({error!r})") from error
-    if seen is not None:  # what it answered as it was exported
-        check_probe(load_weights(build(config), weights, path_or_name), seen, path_or_name,
-                    [f.name for f in fields(GPTConfig) if f.name not in values])
-    elif not is_neox(build(small(config))):
+    if seen is None and not is_neox(build(small(config))):
         raise ModelError(f"{path_or_name} holds a GPT-NeoX, and model.py computes something else "
                          "by now: use the model.py that came with the project")
-    config = make_config(values | overrides, path_or_name)
-    return load_weights(build(config), weights, path_or_name)
+    if seen is not None or not overrides:
+        model = load_weights(build(config), weights, path_or_name)
+    if seen is not None:  # what it answered as it was exported
+        check_probe(model, seen, path_or_name,
+                    [f.name for f in fields(GPTConfig) if f.name not in values])
+    if overrides:
+        model = load_weights(build(make_config(values | overrides, path_or_name)), weights,
+                             path_or_name)
+    return model
 
 
 def neox_weights(model):

@@ -32,7 +32,8 @@ def mcnemar(a, b):
 
 def mean_spread(values, digits=4):
     """"mean ± standard deviation" over seeds."""
-    spread = "?" if math.isnan(stdev(values)) else f"{stdev(values):.{digits}f}"
+    deviation = stdev(values)
+    spread = "?" if math.isnan(deviation) else f"{deviation:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {spread}"
 
 
