@@ -11,7 +11,8 @@ Does Nexus learn more than its baseline, and than cheaper changes, from the same
 Each run is train.py in its own folder under --out; all variants of a seed read the same tokens in
 the same order. Controls of equal FLOPs spend what order 2 costs on a baseline: `longer` takes more
 steps, its learning rate decayed over all of them, and `deeper` has more layers, hence more
-parameters; `shift-longer` spends what order 2 on k costs on more steps of a key shift. With --lrs,
+parameters; `shift-longer` spends what order 2 on k costs on more steps of a key shift; `larger` is a
+baseline with as many layers more as give it the parameters of `separate`. With --lrs,
 each variant's learning rate is first chosen by runs of a quarter of the length on seed 1000, which
 is used for nothing else.
 
@@ -20,6 +21,8 @@ interrupted one continues. Prints a table, writes compare.json and compare.svg; 
 from the existing lines alone. Arguments after -- are passed to train.py.
 """
 
+import itertools
+import math
 import os
 import statistics
 import sys
@@ -36,7 +39,7 @@ from nanonexus.controls import CONTROLS, build, replaces_loops
 from nanonexus.data import TokenSet, pydocs
 from nanonexus.files import read_json, read_lines, write_json
 from nanonexus.flags import PRESETS, build_parser, preset_config
-from nanonexus.stats import mean_spread, paired, paired_text
+from nanonexus.stats import holm, mean_spread, paired, paired_text
 
 ENDS = {  # of the names of an inner step's variants
     "": "--nexus_order 2 --nexus_inner {}", "-3": "--nexus_order 3 --nexus_inner {}",
@@ -54,9 +57,10 @@ VARIANTS = {  # name -> flags of train.py
     "shift-past-k": "--control key-shift --nexus_order 2 --nexus_inner past --nexus_streams k",
     "shift-cross-k": "--control key-shift --nexus_order 2 --nexus_inner cross --nexus_streams k",
 }
-EQUAL = {  # to equal FLOPs, see equal_compute: two baselines to order 2's, a shift to those on k
+EQUAL = {  # see equals: to the FLOPs of order 2, of order 2 on k, to the parameters of `separate`
     "longer": "--nexus_order 1",  # with more steps
     "deeper": "--nexus_order 1 --n_layer {deeper}",
+    "larger": "--nexus_order 1 --n_layer {larger}",
     "shift-longer": "--control key-shift --nexus_order 1",
 }
 SCALES = {  # defaults of flags not given
@@ -73,12 +77,12 @@ LR_SEED = 1000  # for the runs that choose the learning rate
 PARSER = build_parser(__doc__)  # of train.py's flags
 
 
-def read_variant(name, deeper=0):
-    """The flags of train.py of a variant; deeper: the layers of the one called so. UserError if
-    there is no such variant."""
+def read_variant(name, equal=None):
+    """The flags of train.py of a variant; equal: what equals() returns. UserError if there is no
+    such variant."""
     if name not in VARIANTS | EQUAL:
         raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS | EQUAL)}")
-    return (VARIANTS | EQUAL)[name].format(deeper=deeper).split()
+    return (VARIANTS | EQUAL)[name].format(**equal or dict(deeper=0, larger=0)).split()
 
 
 def model_fields(flags):
@@ -93,18 +97,25 @@ def split(argv):
     return argv[:cut], argv[cut + 1:]
 
 
-def equal_compute(config, max_steps):
+def equals(config, max_steps):
     """How long, or how deep, order 1 of a GPTConfig must be to spend what order 2 spends:
-    {"longer": steps, "deeper": layers} and, for order 2 on k alone, {"shift-longer": steps}; the
-    nearest whole numbers."""
-    T, base = config.block_size, replace(config, nexus_order=1)
-    price = [build(replace(base, **changes)).flops_per_token(T) for changes in (
-        {}, dict(nexus_order=2, nexus_inner="self", nexus_streams="qk"),
-        dict(nexus_order=2, nexus_inner="self", nexus_streams="k"), dict(n_layer=base.n_layer + 1))]
-    more_layers = max(1, round((price[1] - price[0]) / (price[3] - price[0])))
-    return {"longer": round(max_steps * price[1] / price[0]),
-            "shift-longer": round(max_steps * price[2] / price[0]),
-            "deeper": base.n_layer + more_layers}
+    {"longer": steps, "deeper": layers}, for order 2 on k alone {"shift-longer": steps}, and to have
+    as many parameters as `separate` {"larger": layers}; the nearest whole numbers."""
+    def model(**changes):
+        return build(replace(config, **dict(nexus_order=1) | changes))
+
+    def flops(**changes):
+        return model(**changes).flops_per_token(config.block_size)
+
+    def layers(spent, base, with_one_more):
+        return config.n_layer + max(1, round((spent - base) / (with_one_more - base)))
+
+    order2, base = dict(nexus_order=2, nexus_inner="self", nexus_streams="qk"), flops()
+    return {"longer": round(max_steps * flops(**order2) / base),
+            "shift-longer": round(max_steps * flops(**order2 | dict(nexus_streams="k")) / base),
+            "deeper": layers(flops(**order2), base, flops(n_layer=config.n_layer + 1)),
+            "larger": layers(*(model(**changes).num_params() for changes in (
+                order2 | dict(nexus_inner="separate"), {}, dict(n_layer=config.n_layer + 1))))}
 
 
 def summarise(lines):
@@ -130,13 +141,17 @@ def minus(r, base):
 def rows(results, references):
     against = [name for name in references if name in results]
     yield ("variant", "lr", "parameters", "FLOPs/token", "FLOPs", "tokens/s", "seeds",
-           "val loss, nats", *(f"minus {name} [99% interval]" for name in against))
-    for name, r in results.items():
+           "val loss, nats", *(f"minus {name} [99% interval]" for name in against),
+           *(f"Holm, {name}" for name in against[:1]))
+    first = [r.get(f"minus_{name}", {}).get("p", math.nan) for name in against[:1]
+             for r in results.values()]
+    for (name, r), p in itertools.zip_longest(results.items(), holm(first)):
         gaps = [r.get(f"minus_{base}") for base in against]
         flops = r["flops_per_token"]
         yield (name, f"{r['lr']:g}", f"{r['parameters']:,}", f"{flops / 1e6:,.2f} M",
                f"{flops * r['tokens'][-1]:.2e}", f"{r['tokens_per_sec']:,.0f}", len(r["seeds"]),
-               mean_spread(r["val_loss"]), *(paired_text(gap) if gap else "" for gap in gaps))
+               mean_spread(r["val_loss"]), *(paired_text(gap) if gap else "" for gap in gaps),
+               *["" if math.isnan(p) else f"{p:.2g}" for _ in against[:1]])
 
 
 def plot(plt, results, title):
@@ -212,12 +227,12 @@ class Plan:
                       "--log_interval", str(args.eval_interval), *args.flags.split(), *extra]
         config = preset_config(args.preset, **dict(vocab_size=vocab_size)
                                | model_fields(self.flags))
-        self.equal = equal_compute(config, args.max_steps)
+        self.equal = equals(config, args.max_steps)
 
     def run(self, variant, seed, lr=None, share=1):
         """The TrainingRun of a variant, over 1 / share of the steps."""
         steps = self.equal[variant] if "longer" in variant else self.args.max_steps
-        flags = [*self.flags, *read_variant(variant, self.equal["deeper"]), "--seed", str(seed),
+        flags = [*self.flags, *read_variant(variant, self.equal), "--seed", str(seed),
                  "--max_steps", str(steps // share)]
         name = f"{variant}-seed{seed}" + (f"-lr{lr:g}" if share > 1 else "")
         return TrainingRun(name, variant, seed, steps // share,
@@ -288,7 +303,8 @@ def main():
             if base in results and name != base and (gap := minus(r, results[base])):
                 r[f"minus_{base}"] = gap
     print(f"\n{table(rows(results, args.against))}\n\n± is the standard deviation over seeds; "
-          "differences are paired by seed, below 0 is better, * is p < 0.01")
+          "differences are paired by seed, below 0 is better, * is p < 0.01; Holm: p corrected for "
+          "as many comparisons as the table has")
     title = f"{args.preset}, {max(len(r['seeds']) for r in results.values())} seeds"
     save(args, "compare", results, plot(plt, results, title))
     if not args.show:

@@ -51,6 +51,16 @@ def paired(values, base):
     return dict(mean=mean, low=low, high=high, p=stats.ttest_1samp(gaps, 0).pvalue)
 
 
+def holm(ps):
+    """p-values corrected for how many they are (Holm 1979): of n, the i-th smallest times n - i,
+    counted from 0, and none below a smaller one's. NaN stays NaN and is not counted."""
+    corrected, largest = list(ps), 0.0
+    order = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
+    for rank, (p, i) in enumerate(order):
+        corrected[i] = largest = max(largest, min(1.0, p * (len(order) - rank)))
+    return corrected
+
+
 def paired_text(gap, digits=4):
     """A difference, its 99% interval and p; marked * where it may be claimed."""
     if math.isnan(gap["p"]):

@@ -177,14 +177,18 @@ def test_seeds_are_paired_although_one_variant_has_more():
     assert single["mean"] == -98 and math.isnan(single["p"])
     heading, *body = compare.rows({"baseline": base, "past": other | dict(minus_baseline=gap)},
                                   ["baseline", "self"])
-    assert heading[-1] == "minus baseline [99% interval]"
-    assert body[1][0] == "past" and body[1][6] == 3 and body[1][-1].startswith("-0.2333 [")
+    assert heading[-2:] == ("minus baseline [99% interval]", "Holm, baseline")
+    assert body[1][0] == "past" and body[1][6] == 3 and body[1][-2].startswith("-0.2333 [")
+    assert body[0][-2:] == ("", "") and body[1][-1] == f"{gap['p']:.2g}"  # one comparison
+    _, *two = compare.rows({"baseline": base} | dict.fromkeys(
+        ("past", "cross"), other | dict(minus_baseline=gap)), ["baseline"])
+    assert two[1][-1] == two[2][-1] == f"{2 * gap['p']:.2g}"
 
 
 def test_every_variant_is_a_model_and_has_a_style():
     import figures
 
-    args, extra = compare.parse_args(["--quick"])
+    args, extra = compare.parse_args(["--max_steps", "40"])
     plan = compare.Plan(args, extra, 320)
     made = {name: plan.run(name, 3) for name in compare.VARIANTS | compare.EQUAL}
     for name, one in made.items():
@@ -216,11 +220,15 @@ def test_controls_of_equal_compute_spend_it():
     for longer, order_2 in (("longer", "self"), ("shift-longer", "shift-cross-k")):
         assert abs(flops[longer] - flops[order_2]) <= flops["baseline"] / 20 / 2  # half a step
     base = preset_config("tiny", n_layer=3, block_size=2048)
-    layers = compare.equal_compute(base, 1)["deeper"]
+    layers = compare.equals(base, 1)["deeper"]
     target = build(replace(base, nexus_order=2)).flops_per_token(2048)
     gaps = {n: abs(build(replace(base, n_layer=n)).flops_per_token(2048) - target)
             for n in (layers - 1, layers, layers + 1)}
     assert min(gaps, key=gaps.get) == layers > 5  # several layers at a long context
+    larger = build(replace(base, n_layer=compare.equals(base, 1)["larger"])).num_params()
+    separate = build(replace(base, nexus_order=2, nexus_inner="separate")).num_params()
+    layer = (larger - build(base).num_params()) / (compare.equals(base, 1)["larger"] - 3)
+    assert abs(larger - separate) <= layer / 2  # half a layer
 
 
 def test_measured_lines_are_those_of_todays_flags():
@@ -228,7 +236,7 @@ def test_measured_lines_are_those_of_todays_flags():
     for name in ("compare", "text", "bytes"):
         for line in lines(pathlib.Path(ROOT, "docs", "results", f"{name}.jsonl")):
             flags = line["flags"].split()
-            variant = compare.read_variant(line["variant"], "5")  # layers
+            variant = compare.read_variant(line["variant"], dict(deeper=5, larger=6))
             start = flags.index(variant[0])
             assert flags[start:start + len(variant)] == variant
             assert flags[start + len(variant)] == "--seed", line["flags"]

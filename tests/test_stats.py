@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nanonexus.stats import mcnemar, mean_spread, paired, paired_text, stderr
+from nanonexus.stats import holm, mcnemar, mean_spread, paired, paired_text, stderr
 
 
 def test_mcnemar_is_the_exact_binomial():
@@ -25,6 +25,14 @@ def test_paired_is_the_textbooks_t_test():
                                      p=1 - math.sqrt(12 / 14)), rel=1e-5)
     assert math.isnan(paired([2], [1])["p"])  # one seed
     assert math.isnan(paired([2, 3], [1, 2])["p"])  # no spread
+
+
+def test_holm_is_the_textbooks():
+    # 0.01 * 4 = 0.04; 0.02 * 3; 0.03 * 2 = 0.06; 0.04 * 1 is raised to the 0.06 before it
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
+    (low, nan), alone = holm([0.02, math.nan]), 0.02
+    assert low == alone and math.isnan(nan)  # a single seed is no comparison
 
 
 def test_a_difference_is_marked_where_the_interval_excludes_0():
