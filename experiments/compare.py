@@ -9,12 +9,11 @@ Does Nexus learn more than its baseline, and than cheaper changes, from the same
     python experiments/compare.py --preset pythia-70m --dataset tokens/fw -- --micro_batch 32
 
 Each run is train.py in its own folder under --out; all variants of a seed read the same tokens in
-the same order. Controls of equal FLOPs spend what order 2 costs on a baseline: `longer` takes more
-steps, its learning rate decayed over all of them, and `deeper` has more layers, hence more
-parameters; `shift-longer` spends what order 2 on k costs on more steps of a key shift; `larger` is a
-baseline with as many layers more as give it the parameters of `separate`. With --lrs,
-each variant's learning rate is first chosen by runs of a quarter of the length on seed 1000, which
-is used for nothing else.
+the same order. Baselines that spend what order 2 costs: `longer` takes more steps, its learning
+rate decayed over all of them, and `deeper` has more layers; `larger` has as many layers more as
+give it the parameters of `separate`. `shift-longer` spends what order 2 on k costs on more steps
+of a key shift. With --lrs, each variant's learning rate is first chosen by runs of a quarter of
+the length on seed 1000, which is used for nothing else.
 
 Each finished run appends one line to --results, and is never run again while that line is there; an
 interrupted one continues. Prints a table, writes compare.json and compare.svg; --show does that
