@@ -147,7 +147,8 @@ def train(args, config, tokens, world, saved, stop, log):
     if log:
         log.say(f"{args.preset}, {describe(config)}, {gpt.num_params():,} parameters; {world.size} "
                 f"{device.type}, {str(dtype).removeprefix('torch.')}; {n_train * T:,} tokens of "
-                f"{tokens.meta['dataset']}, {args.batch_tokens:,} per step"
+                f"{tokens.meta['dataset']}, {args.batch_tokens:,} per step; validation on "
+                f"{min(n_val, args.eval_windows):,} of {n_val:,} sequences of {T}"
                 + (f"; resumed at step {step}" if saved else ""))
     if not saved and (val_loss := validate()) and log:
         log.write(dict(step=0, tokens=0, train_loss=None, val_loss=val_loss, lr=None,
