@@ -4,6 +4,7 @@ Zero-shot SciQ and its five related tasks, scored as lm-evaluation-harness score
     python eval_sciq.py --checkpoint out/ckpt.pt --tasks demo            # no network: a smoke test
     python eval_sciq.py --checkpoint EleutherAI/pythia-70m --tasks sciq,piqa
     python eval_sciq.py --checkpoint out/base/ckpt.pt --versus out/nexus/ckpt.pt --tasks all
+    python eval_sciq.py --checkpoint HuggingFaceTB/SmolLM2-135M --versus out/retrofitted
     python eval_sciq.py --checkpoint base.json --versus nexus.json      # scored before, --save_docs
     python eval_sciq.py --checkpoint out/ckpt.pt --lm_eval --tasks lambada_openai,winogrande
 
@@ -27,7 +28,7 @@ import sys
 import torch
 
 from nanonexus.cli import Parser, UserError, positive_int, run_script
-from nanonexus.controls import describe
+from nanonexus.decoder import Decoder
 from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import output_file, read_json, reading, write_json
 from nanonexus.lm_eval_adapter import run_tasks
@@ -48,9 +49,10 @@ def batch_size(text):
 def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of train.py, a GPT-NeoX folder, a "
-        "name on the hub such as EleutherAI/pythia-70m, or a FILE.json that --json and --save_docs "
-        "wrote (default: out/ckpt.pt)")
+    add("--checkpoint", default="out/ckpt.pt", help="a ckpt.pt of train.py; a transformers folder "
+        "(GPT-NeoX, Llama, Qwen2, ..., retrofitted or not) or its name on the hub, such as "
+        "EleutherAI/pythia-70m; or a FILE.json that --json and --save_docs wrote (default: "
+        "out/ckpt.pt)")
     add("--versus", metavar="CHECKPOINT", help="a second model: paired differences on the same "
         "documents, with their p-values, and a bar chart")
     add("--tasks", default="sciq", help=f"a list of {', '.join(TASKS)}, or all for the first six "
@@ -110,7 +112,11 @@ def main():
 
 def other_tasks(names, args):
     """--lm_eval: tasks of the harness; prints its table and writes its metrics."""
-    results = run_tasks(load(args.checkpoint, args), names, limit=args.limit)
+    scorer = load(args.checkpoint, args)
+    if isinstance(scorer.model, Decoder):
+        raise UserError("for a pretrained decoder --lm_eval is python finetune.py eval --model "
+                        f"{args.checkpoint} --tasks {args.tasks}")
+    results = run_tasks(scorer, names, limit=args.limit)
     from lm_eval.utils import make_table
 
     print(make_table(results))
@@ -184,8 +190,7 @@ def leave_out(data, paths, entries):
 def score(path, entry, scorer, data, args):
     """Score the tasks into a model's entry, unless it was read; prints its table line by line.
     data: {task: (documents, sha256)}."""
-    model = entry["checkpoint"]["path"] if scorer is None else \
-        f"{describe(scorer.model.config)}, {scorer.model.num_params():,} parameters"
+    model = scorer.description if scorer else entry["checkpoint"]["path"]
     print(f"\n{path}: {model}, {args.dtype}" + ", scored before" * (scorer is None)
           + f"\n{'task':15}{'n':>6}  {'acc':>15}  {'acc_norm':>15}  {'chance':>6}")
     for name, (docs, digest) in data.items():

@@ -12,7 +12,6 @@ import sys
 
 import torch
 
-from model import ModelError
 from nanonexus.cli import (
     Parser,
     UserError,
@@ -23,6 +22,7 @@ from nanonexus.cli import (
     run_script,
     whole,
 )
+from nanonexus.decoder import describe, pretrained
 from nanonexus.device import check_device
 from nanonexus.files import output_file, output_folder, read_json, sha256, write_json
 from nanonexus.flags import agree
@@ -111,24 +111,6 @@ def chat(messages, tokenizer):
                 raise ValueError("the chat template does not write a conversation turn by turn")
             answers[len(before):len(after)] = [True] * (len(after) - len(before))
     return conversation, answers
-
-
-def pretrained(loader, path, **kwargs):
-    """loader(path); UserError if it is neither a transformers folder nor on the hub."""
-    try:
-        return loader(path, **kwargs)
-    except (ModelError, ImportError, MemoryError):
-        raise
-    except Exception as error:  # a damaged file can crash the libraries in any way
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot load {path}: it is not a transformers model "
-                        f"({type(error).__name__}: {reason:.300})") from error
-
-
-def describe(model):
-    """What nexus() has made of a transformers model, e.g. "order 2, streams qk, inner self"."""
-    settings = getattr(model.config, "nexus", None) or dict(order=1)
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
 
 
 def make_optimizer(model, args):

@@ -24,14 +24,14 @@ NAMES = {"gpt_neox.": "", "layers.": "blocks.", "embed_in.": "embed.", "embed_ou
 GELUS = {"gelu": "erf", "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
-def open_model(path, device="cpu", **overrides):
+def open_model(path, device="cpu", load=None, **overrides):
     """(model in eval mode, tokenizer, meta) of a ckpt.pt, a GPT-NeoX folder, or a NAME or
     NAME@REVISION on the hub.
 
     The tokenizer has encode_ordinary, decode, decode_bytes, eot_token and n_vocab, as a
     tiktoken.Encoding. meta: load_checkpoint's; of a Hugging Face model the config, as it was
     trained, and the revision: the hub's commit, or None. overrides: fields of the config, e.g.
-    nexus_order=2, the start of a retrofit.
+    nexus_order=2, the start of a retrofit. load: what reads a folder, if not load_gpt.
     Raises ModelError or UserError if the model, or a tokenizer that fits it, is not available.
     """
     path = os.fspath(path)
@@ -44,12 +44,13 @@ def open_model(path, device="cpu", **overrides):
             raise UserError(f"{path} is a folder of train.py: use --checkpoint {inside}")
         try:
             folder = fetch(path)
-            model = load_neox(folder, **overrides).to(device).eval()
+            model, config = (load or load_gpt)(folder, **overrides)
+            model = model.to(device).eval()
             tokenizer = FolderTokenizer(folder)
         except ImportError as error:
             raise UserError(f"{error}: a Hugging Face model needs pip install -e '.[hf]'"
                             ) from error
-        meta = dict(config=read_config(folder), revision=commit_of(folder))
+        meta = dict(config=config, revision=commit_of(folder))
     if tokenizer.n_vocab > model.config.vocab_size:
         raise UserError(f"the tokenizer of {path} has {tokenizer.n_vocab} tokens, its model only "
                         f"{model.config.vocab_size}: they do not match")
@@ -79,6 +80,11 @@ def commit_of(folder):
     """The commit of a folder that fetch() has downloaded, None for any other."""
     parent, name = os.path.split(os.path.abspath(folder))
     return name if os.path.basename(parent) == "snapshots" else None
+
+
+def load_gpt(folder, **overrides):
+    """(the GPT of load_neox, the fields of its config as the folder has them)"""
+    return load_neox(folder, **overrides), read_config(folder)
 
 
 def load_neox(path_or_name, **overrides):

@@ -224,7 +224,7 @@ def keep(context, name, x):
     cache, layer = context.cache, context.attention.layer_idx
     if cache is None:
         return x.view_as(x)  # compiled flex_attention rejects a tensor given twice (torch 2.13)
-    while len(cache.layers) <= layer:  # a cache that grows as layers come
+    while len(cache.layers) < context.attention.config.num_hidden_layers:  # one that would grow
         cache.layers.append(cache.layer_class_to_replicate())
     places = cache.__dict__.setdefault("nexus", {})  # (layer, name) -> index in cache.layers
     if (layer, name) not in places:

@@ -12,7 +12,10 @@ from tqdm import tqdm
 
 from model import check, output_layer
 from nanonexus.cli import UserError
+from nanonexus.controls import describe
 from nanonexus.data import split
+from nanonexus.decoder import Decoder, DecoderCache, load_any
+from nanonexus.decoder import describe as describe_settings
 from nanonexus.files import sha256
 from nanonexus.generate import KVCache
 from nanonexus.hf import open_model
@@ -24,13 +27,13 @@ class Scorer:
 
     path, device, overrides: as in open_model, with its errors. dtype: "float32", or "bfloat16" for
     the products. batch_size: contexts at once, or "auto" for bounded memory.
-    identity: which model it is, for the results.
+    identity: which model it is, for the results. description: the same in a few words.
     """
 
     def __init__(self, path, device="cpu", dtype="float32", batch_size="auto", **overrides):
         self.device, self.batch_size = torch.device(device), batch_size
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, dtype == "bfloat16")
-        self.model, self.tokenizer, meta = open_model(path, device, **overrides)
+        self.model, self.tokenizer, meta = open_model(path, device, load_any, **overrides)
         # a folder's tokenizer may add a token that begins a text, which the harness lets it do
         self.encode = getattr(self.tokenizer, "encode_special", self.tokenizer.encode_ordinary)
         self.bos_token = getattr(self.tokenizer, "bos_token", self.tokenizer.eot_token)
@@ -39,6 +42,9 @@ class Scorer:
             self.identity |= dict(sha256=sha256(path), step=meta["step"])
         elif meta["revision"]:
             self.identity |= dict(revision=meta["revision"])
+        c, size = self.model.config, f", {self.model.num_params():,} parameters"
+        self.description = (f"{c.model_type}, {describe_settings(self.model)}" if isinstance(
+            self.model, Decoder) else describe(c)) + size
         order, trained = self.model.config.nexus_order, meta["config"]["nexus_order"]
         if order != trained:
             print(f"note: {path} was trained at order {trained} and is run at order {order}: the "
@@ -107,11 +113,15 @@ class Scorer:
         """Fill groups[context] for contexts of one length; budget: tokens at once."""
         rows = [(i, c) for i, context in enumerate(contexts) for c in groups[context]]
         length, longest = len(contexts[0]), max(len(c) for _, c in rows)
-        cache = KVCache(length + longest - 1)
         x = torch.tensor(contexts, device=self.device)  # (B, length)
         with self.autocast:  # the output layer on the last token alone: it predicts the next
-            h = self.model.hidden_states(x, cache=cache)[:, -1:]
-            last = output_layer(h, *self.model.output_weights())  # (B, 1, V)
+            if isinstance(self.model, Decoder):
+                cache = DecoderCache()
+                last = self.model(x, cache, logits_to_keep=1)  # (B, 1, V)
+            else:
+                cache = KVCache(length + longest - 1)
+                h = self.model.hidden_states(x, cache=cache)[:, -1:]
+                last = output_layer(h, *self.model.output_weights())
         rows.sort(key=lambda row: len(row[1]))  # little padding per part
         step = max(1, budget // 2 // longest)
         for part in split(rows, step):
