@@ -40,7 +40,6 @@ so every seed is shown, no mean.
 import itertools
 import os
 import time
-from argparse import ArgumentTypeError
 from typing import NamedTuple
 
 import compare
@@ -52,7 +51,7 @@ from puzzles import SYMBOLS, TASKS, chains
 from runs import commit
 from tqdm import tqdm
 
-from common import INNERS, parse, pyplot, save, table
+from common import INNERS, one_of, parse, pyplot, save, table
 
 from model import GPTConfig, output_layer
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
@@ -284,15 +283,6 @@ def plot_maps(plt, run, path):
         panel.axhline(first - 0.5, color="k", lw=0.6)
     figure.tight_layout()
     write(figure, path)
-
-
-def one_of(names):
-    """The argparse type of one of several names."""
-    def read(text):
-        if text not in names:
-            raise ArgumentTypeError(f"choose from {', '.join(names)}, not {text!r}")
-        return text
-    return read
 
 
 def main():

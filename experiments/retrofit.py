@@ -1,385 +1,387 @@
 """
-What does a retrofit do to a pretrained model, at once and after fine-tuning?
+What does Nexus do to a pretrained decoder, at once and after fine-tuning?
 
-    python experiments/retrofit.py --text 'books/*.txt.xz' --seeds 5 --out out/retrofit
+    python experiments/retrofit.py --text 'books/*.txt.xz' --data DATA    # SmolLM2-135M-Instruct
+    python experiments/retrofit.py --model FOLDER --text books.txt --data DATA --parts loss,scores
     python experiments/retrofit.py --show --results docs/results/retrofit.jsonl
-    python experiments/retrofit.py --quick
 
-From scratch to a table, without the hub: a small Qwen2 (transformers' own) is pretrained on bytes
-of text; nexus() turns it into its Nexus versions, with each inner map and with gates more or less
-open, and the KL divergence from the original's predictions measures the change; then
-`finetune.py sft` trains each variant on the same questions in the same order, and it answers new
-ones.
+Four parts, in the order of --parts; --model is a transformers folder or a name on the hub.
 
-A question is a sum modulo 10, "3+4+8+6="; its answer goes step by step, "7 5 1", and counts if
-all steps are right. Each finished run appends one line to --results and is never run again while
-that line is there; the same command continues. --show prints the tables of those lines.
+- loss: with each map, stream, order and gate, and no training, the loss on text that was held out:
+  pieces of about 450 tokens, each alone and packed by eight into a row as in fine-tuning.
+- scores: the same models on zero-shot tasks, by eval_sciq.py's rules, paired with the original.
+- text: `finetune.py sft` continues training on --text, every variant on the same pieces in the same
+  order; then the loss on held-out text, the tasks, and the gates of each layer.
+- answers: `finetune.py sft` on questions and answers of SciQ's validation rows; then its test rows.
+
+Before text and answers the learning rate is chosen from --lrs by runs of the control, order 1, of a
+quarter of the steps on seed 1000. Each finished measurement appends one line to --results and is
+never made again while that line is there; the same command continues. --show prints the tables.
 """
 
-import argparse
 import collections
-import copy
+import glob
 import json
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
 import figures
 import torch
+import torch.nn.functional as F
 from runs import commit
 from tqdm import tqdm
 
-from common import ROOT, parse, pyplot, save, table
+from common import ROOT, one_of, parse, pyplot, save, table
 
-from nanonexus.cli import (
-    Parser,
-    UserError,
-    listed,
-    non_negative,
-    number,
-    positive_int,
-    run_script,
-)
-from nanonexus.device import keep_freed_memory
-from nanonexus.files import append_line, output_file, read_json, read_lines, write_json
-from nanonexus.retrofit import INNERS, load, nexus
-from nanonexus.stats import mean_spread, paired, paired_text
-from nanonexus.tokenizer import EOT
+from finetune import read_examples
+from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
+from nanonexus.data import split
+from nanonexus.device import check_device, keep_freed_memory
+from nanonexus.files import append_line, output_file, read_json, read_lines
+from nanonexus.hf import fetch
+from nanonexus.retrofit import INNERS
+from nanonexus.scoring import Scorer, evaluate
+from nanonexus.stats import mcnemar, mean_spread, paired, paired_text
+from nanonexus.tasks import TASKS, read_task
 from prepare_data import documents
-from train import warmup_cosine
 
-VARIANTS = {  # name -> flags of finetune.py sft, in addition to --order 2
-    "baseline": "--order 1",
+
+def change(inner, streams, order, gate):
+    """The name of a retrofit without training."""
+    return (f"{inner} on {streams}" + f", order {order}" * (order > 2)
+            + (f", gate {gate}" if gate else ""))
+
+
+ORIGINAL = "order 1"
+CHANGES = {ORIGINAL: dict(nexus_order=1)} | {  # name -> overrides of Scorer, the plainest first
+    change(inner, streams, order, gate): dict(nexus_order=order, inner=inner, streams=streams,
+                                              gate=gate)
+    for gate in (None, 0.25) for order in (2, 3) for streams in ("qk", "k", "q")
+    for inner in INNERS if inner != "shift" or streams == "k"}
+VARIANTS = {  # name -> flags of finetune.py sft
+    "control": "--order 1",
     "self": "--inner self",
-    "past": "--inner past",
-    "cross": "--inner cross",
-    "past-k": "--inner past --streams k",
-    "past-gated": "--inner past --gate 0",
-    "cross-gated": "--inner cross --gate 0",
-    "past-k-gated": "--inner past --streams k --gate 0",
-    "key-shift": "--inner shift --streams k --gate 0",
     "self-gated": "--inner self --gate 0",
-    "self-k": "--inner self --streams k",
+    "tokens-gated": "--inner tokens --gate 0",
     "cross-k": "--inner cross --streams k",
+    "cross-k-gated": "--inner cross --streams k --gate 0",
+    "key-shift-gated": "--inner shift --streams k --gate 0",
 }
-MAPS = [inner for inner in INNERS if inner != "shift"]  # that attend
-CHANGES = {  # name -> arguments of nexus()
-    "original": dict(order=1),
-    **{f"{inner}{'-' * bool(streams)}{streams}": dict(inner=inner, streams=streams or "qk")
-       for inner in MAPS for streams in ("", "q", "k")},
-    **{f"self-{order}": dict(order=order) for order in (3, 4)},
-    **{f"{inner}, gate {gate}": dict(inner=inner, gate=gate)
-       for inner in MAPS for gate in (0.0, 0.1, 0.25, 0.5)},
-    **{f"key-shift, gate {gate}": dict(inner="shift", streams="k", gate=gate)
-       for gate in (0.1, 0.25, 0.5)},
-}
-PRETRAINING = ("steps", "batch", "context", "lr")  # flags
-TUNING = ("terms", "examples", "sft_steps", "sft_batch", "sft_lr")
-SHAPE = dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
-             intermediate_size=512)  # 2.4M parameters; groups of three queries
+LR_SEED = 1000  # for the runs that choose the learning rate
+LENGTH = 4096  # tokens of an example, at most
+IDENTITY = {  # part -> the flags that make its lines other lines
+    "loss": ["model", "text", "pieces"], "scores": ["model", "tasks", "limit"],
+    "text": ["model", "text", "pieces", "tasks", "limit", "steps", "batch", "lrs"],
+    "answers": ["model", "pieces", "limit", "answer_steps", "batch", "lrs"]}
 
 
-def byte_tokenizer():
-    """A transformers tokenizer whose tokens are the bytes of UTF-8."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOT,
-                                   pad_token="<|pad|>")
-
-
-def read_text(args, tokenizer):
-    """Token ids of the text, int64: (for training, held out)."""
-    source = argparse.Namespace(dataset="text" if args.text else "pydocs", input=args.text,
-                                text_field=None)
-    texts, size = [], 0
-    for text in documents(source, collections.Counter())[0]:
-        texts.append(text)
-        size += len(text)
-        if size > args.steps * args.batch * args.context:
-            break
-    ids = torch.tensor(tokenizer("\n".join(texts), add_special_tokens=False)["input_ids"])
-    held = max(args.context * 8, len(ids) // 20)
-    if len(ids) < 2 * held:
-        raise UserError(f"{len(ids)} bytes of text are too few for windows of {args.context}")
-    return ids[:-held], ids[-held:]
+def pieces(args):
+    """(to train on, held out): pieces of about 2,000 characters, whole paragraphs, of the
+    documents of --text; every tenth document is held out. UserError if they are too few."""
+    found = [], []
+    source = Namespace(dataset="text", input=args.text, text_field=None)
+    for i, text in enumerate(documents(source, collections.Counter())[0], 1):
+        piece, own = "", found[i % 10 == 0]
+        for paragraph in text.split("\n"):
+            piece += paragraph + "\n"
+            if len(piece) > 2000:
+                own.append(piece[:4000])
+                piece = ""
+    train, held = found
+    needed = args.steps * args.batch
+    if len(train) < needed or len(held) < args.pieces:
+        raise UserError(f"--text has {len(train)} pieces to train on and {len(held)} in every "
+                        f"tenth document, held out: {needed} and {args.pieces} are needed")
+    return (random.Random(0).sample(train, needed),
+            [held[i * len(held) // args.pieces] for i in range(args.pieces)])
 
 
-def pretrain(args, tokenizer, ids):
-    """A Qwen2 trained on windows of ids, in folder OUT/base; reused if it exists."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def write_rows(path, rows):
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(dict(prompt=prompt, answer=answer)) + "\n"
+                     for prompt, answer in rows)
 
-    folder, settings = os.path.join(args.out, "base"), settings_of(args, PRETRAINING)
-    path = os.path.join(folder, "settings.json")  # written when all is done
-    if os.path.exists(path):
-        if read_json(path) != settings:
-            raise UserError(f"{folder} was pretrained with other settings: use another --out")
-        print(f"reusing {folder}")
-        return load(folder).eval()
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=320, max_position_embeddings=2048, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **SHAPE))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
-    bar = tqdm(range(args.steps), desc="pretraining", disable=None, leave=False)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warmup_cosine(step, 50, args.steps)
-        starts = torch.randint(len(ids) - args.context, (args.batch, 1))
-        batch = ids[starts + torch.arange(args.context)]
-        loss = model(batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_json(path, settings)
-    return model.eval()
+
+def write_data(args):
+    """The files that finetune.py and the losses read: OUT/text.jsonl, ..., answers-held.jsonl."""
+    if {"loss", "text"} & {*args.parts}:
+        for name, texts in zip(("text", "text-held"), pieces(args), strict=True):
+            write_rows(os.path.join(args.out, name + ".jsonl"), [("", text) for text in texts])
+    if "answers" in args.parts:
+        docs, _ = read_task("sciq", args.data, split="validation")
+        rows = [(doc.context, " " + doc.choices[doc.gold]) for doc in docs]
+        n = len(rows) * 4 // 5
+        write_rows(os.path.join(args.out, "answers.jsonl"), rows[:n])
+        write_rows(os.path.join(args.out, "answers-held.jsonl"), rows[n:][:args.pieces])
 
 
 @torch.no_grad()
-def change(model, batch, settings):
-    """How much a retrofit changes predictions: dict(kl, loss), in nats per token."""
-    def predict(m):
-        return m(batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+def losses(model, examples, packed=1):
+    """The mean loss of each row of `packed` examples, nats per predicted token."""
+    from transformers import DataCollatorWithFlattening
 
-    own, new = predict(model), predict(nexus(copy.deepcopy(model), **settings))
-    return dict(kl=(own.exp() * (own - new)).sum(-1).mean().item(),
-                loss=-new.gather(2, batch[:, 1:, None]).mean().item())
-
-
-def questions(n, steps, seed):
-    """n of {"prompt", "answer"}: sums of steps + 1 digits modulo 10, the answer step by step."""
-    rng, rows = random.Random(seed), []
-    for _ in range(n):
-        digits = [rng.randint(0, 9) for _ in range(steps + 1)]
-        sums = [sum(digits[:i + 2]) % 10 for i in range(steps)]
-        rows.append(dict(prompt="+".join(map(str, digits)) + "=", answer=" ".join(map(str, sums))))
-    return rows
+    collate, found = DataCollatorWithFlattening(), []
+    for part in split(examples, packed):
+        row = {name: x.to(model.device) for name, x in collate(part).items()
+               if isinstance(x, torch.Tensor)}
+        labels = row.pop("labels")[0, 1:]
+        logits = model(**row, use_cache=False).logits[0, :-1].float()
+        found.append(F.cross_entropy(logits, labels).item())
+    return found
 
 
-@torch.no_grad()
-def accuracy(model, tokenizer, rows, args):
-    """(fraction of the questions that greedy decoding answers exactly; the same for each step)"""
-    right, steps = 0, [0] * (args.terms - 1)
-    tokenizer.padding_side = "left"
-    for start in range(0, len(rows), 100):
-        part = rows[start:start + 100]
-        inputs = tokenizer([row["prompt"] for row in part], return_tensors="pt", padding=True)
-        inputs.pop("token_type_ids", None)
-        out = model.generate(**inputs, max_new_tokens=2 * args.terms, do_sample=False)
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].size(1):],
-                                       skip_special_tokens=True)
-        for text, row in zip(texts, part, strict=True):
-            right += text == row["answer"]
-            for i, (said, step) in enumerate(zip(text.split(), row["answer"].split(),
-                                                 strict=False)):
-                steps[i] += said == step
-    return right / len(rows), [n / len(rows) for n in steps]
+def held_out(scorer, args, name):
+    """losses of one of the held-out files, for a Scorer's model, alone and packed."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(fetch(args.model))
+    examples = read_examples(os.path.join(args.out, name + "-held.jsonl"), tokenizer, LENGTH)
+    model = scorer.model.model
+    return dict(losses=losses(model, examples), packed=statistics.mean(losses(model, examples, 8)))
 
 
-def settings_of(args, names):
-    """What identifies a run, in addition to its variant and seed."""
-    return {name: getattr(args, name) for name in names} | dict(
-        text=[os.path.basename(path) for path in args.text or ["pydocs"]])
+def score(scorer, tasks, args):
+    """{task: a string of 1 and 0, whether each document is answered right (acc)}"""
+    return dict(scores={task: "".join(str(int(doc["acc"])) for doc in evaluate(
+        scorer, task, read_task(task, args.data, args.limit)[0])["docs"]) for task in tasks})
 
 
 class Results:
-    """The file of lines, {(variant, seed): line} of one set of settings; seed None: a change. With
-    --show the settings are those of the lines; UserError if these differ."""
+    """The file of lines, {(part, variant, seed, lr): line} of those with today's settings."""
 
     def __init__(self, args):
-        self.path, self.commit = args.results, commit()
-        lines = read_lines(args.results, "variant", "seed", "settings")
-        self.settings = settings_of(args, PRETRAINING + TUNING)
-        if args.show and lines:
-            self.settings = lines[0]["settings"]
-            if any(line["settings"] != self.settings for line in lines):
-                raise UserError(f"{self.path} has lines of several settings: keep only one's")
-        self.found = {(line["variant"], line["seed"]): line for line in lines
-                      if line["settings"] == self.settings}
+        self.args, self.path, self.commit, self.found = args, args.results, commit(), {}
+        for line in read_lines(args.results, "part", "variant", "seed", "lr", "settings"):
+            if args.show or line["settings"] == self.settings(line["part"]):
+                key = line["part"], line["variant"], line["seed"], line["lr"]
+                if self.found.setdefault(key, line)["settings"] != line["settings"]:
+                    raise UserError(f"{self.path} has lines of several settings: keep only one's")
 
-    def add(self, variant, seed, **measured):
-        line = dict(variant=variant, seed=seed, **measured, settings=self.settings,
-                    commit=self.commit, torch=torch.__version__)
-        self.found[variant, seed] = line
+    def settings(self, part):
+        values = {name: getattr(self.args, name) for name in IDENTITY[part]}
+        return values | dict(model=os.path.basename(os.path.normpath(self.args.model))) | (
+            dict(text=[os.path.basename(path) for path in self.args.text or []])
+            if "text" in values else {})
+
+    def add(self, part, variant, seed=None, lr=None, **measured):
+        line = dict(part=part, variant=variant, seed=seed, lr=lr, **measured,
+                    settings=self.settings(part), commit=self.commit, torch=torch.__version__)
+        self.found[part, variant, seed, lr] = line
         append_line(self.path, line)
 
+    def final(self, part, variant):
+        """{seed: line} of a part's runs that count."""
+        return {seed: line for (p, v, seed, _), line in self.found.items()
+                if (p, v) == (part, variant) and seed != LR_SEED}
 
-def finetune(args, variant, seed):
-    """The folder of one run of finetune.py sft, which fine-tunes OUT/base; a finished one is
-    reused. UserError if it fails."""
-    folder = os.path.join(args.out, f"{variant}-{seed}")
+
+def measure_changes(args, results, part):
+    left = [name for name in CHANGES if (part, name, None, None) not in results.found]
+    for name in tqdm(left, desc=part, disable=None):
+        scorer = Scorer(args.model, args.device, **CHANGES[name])
+        results.add(part, name, **held_out(scorer, args, "text") if part == "loss" else
+                    score(scorer, args.tasks, args))
+
+
+def finetune(args, part, variant, seed, lr, steps):
+    """The folder of one finished run of finetune.py sft, which continues if it was stopped.
+    UserError if it fails."""
+    folder = os.path.join(args.out, f"{part}-{variant}-seed{seed}-lr{lr:g}")
     if not os.path.exists(os.path.join(folder, "trainer_state.json")):
-        shutil.rmtree(folder, ignore_errors=True)  # one that was stopped
-        argv = [sys.executable, os.path.join(ROOT, "finetune.py"), "sft", "--model",
-                os.path.join(args.out, "base"), "--data",
-                os.path.join(args.out, f"questions-{seed}.jsonl"), "--out", folder, "--max_steps",
-                str(args.sft_steps), "--batch", str(args.sft_batch), "--lr", str(args.sft_lr),
-                "--seed", str(seed), "--log_interval", str(max(1, args.sft_steps // 20)),
-                "--save_interval", str(args.sft_steps), "--device", "cpu",
-                *VARIANTS[variant].split()]
+        resume = bool(glob.glob(os.path.join(folder, "checkpoint-*", "trainer_state.json")))
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        argv = [sys.executable, os.path.join(ROOT, "finetune.py"), "sft", "--model", args.model,
+                "--data", os.path.join(args.out, part + ".jsonl"), "--out", folder, "--max_steps",
+                str(steps), "--batch", str(args.batch), "--lr", str(lr), "--seed", str(seed),
+                "--log_interval", "5", "--save_interval", "20", "--max_length", str(LENGTH),
+                "--device", args.device, *VARIANTS[variant].split(), *["--resume"] * resume]
+        threads = {} if args.jobs == 1 else dict(OMP_NUM_THREADS="1")
         done = subprocess.run(argv, capture_output=True, text=True, errors="replace",
-                              env=os.environ | dict(OMP_NUM_THREADS="1"))
+                              env=os.environ | threads)
         if done.returncode:
             raise UserError(f"{' '.join(argv)} failed: {done.stderr[-500:]}")
     return folder
 
 
-def measure(args, folder, tokenizer, test):
-    """What goes into a run's line: accuracies on the questions `test`, losses, gates."""
-    model = load(folder).eval()
-    right, steps = accuracy(model, tokenizer, test, args)
+def measure_run(args, part, folder, final):
+    """What goes into a run's line; the folder, of 2 GB and more, is removed."""
+    scorer = Scorer(folder, args.device)
     log = read_json(os.path.join(folder, "trainer_state.json"))["log_history"]
-    losses = [(e["step"], e["loss"]) for e in log if "loss" in e]
-    gates = [p.abs().mean().item() for name, p in model.named_parameters() if "nexus_gate" in name]
-    return dict(accuracy=right, steps=steps, losses=losses,
-                gate=sum(gates) / len(gates) if gates else None)
+    gates = [p.flatten().tolist() for name, p in scorer.model.named_parameters()
+             if "nexus_gate" in name]  # of each layer, its heads
+    measured = held_out(scorer, args, part) | dict(
+        gates=gates, curve=[(e["step"], e["loss"]) for e in log if "loss" in e])
+    if final:
+        measured |= score(scorer, args.tasks if part == "text" else ["sciq"], args)
+    return measured
 
 
-def run_all(args, results):
-    """Pretrain if necessary, measure every change, fine-tune what the results lack."""
-    output_file(args.results)
-    tokenizer = byte_tokenizer()
-    ids, held = read_text(args, tokenizer)
-    model = pretrain(args, tokenizer, ids)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    batch = held[:len(held) // args.context * args.context].view(-1, args.context)[:16]
-    for name, settings in tqdm(CHANGES.items(), desc="changes", disable=None, leave=False):
-        if (name, None) not in results.found:
-            results.add(name, None, **change(model, batch, settings))
+def tune(args, results, part):
+    """The runs of a part: first those that choose the rate, then a run per seed and variant."""
+    steps = args.steps if part == "text" else args.answer_steps
 
-    test = questions(1000, args.terms - 1, seed=10**6)
-    jobs = [(name, seed) for seed in range(args.seeds) for name in args.variants
-            if (name, seed) not in results.found]
-    for seed in {seed for _, seed in jobs}:
-        with open(os.path.join(args.out, f"questions-{seed}.jsonl"), "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(row) + "\n"
-                         for row in questions(args.examples, args.terms - 1, seed))
-    with ThreadPoolExecutor(args.jobs) as pool, \
-            tqdm(total=len(jobs), desc="fine-tuning", disable=None) as bar:
-        folders = pool.map(lambda job: finetune(args, *job), jobs)
-        for (name, seed), folder in zip(jobs, folders, strict=True):
-            results.add(name, seed, **measure(args, folder, tokenizer, test))
-            shutil.rmtree(folder)  # the line has it all
-            bar.update()
-            bar.write(f"{name}, seed {seed}: {results.found[name, seed]['accuracy']:.3f}")
+    def execute(jobs, steps, final):
+        jobs = [job for job in jobs if (part, *job) not in results.found]
+        with ThreadPoolExecutor(args.jobs) as pool, \
+                tqdm(total=len(jobs), desc=part, disable=None) as bar:
+            folders = pool.map(lambda job: finetune(args, part, *job, steps), jobs)
+            for job, folder in zip(jobs, folders, strict=True):
+                results.add(part, *job, **measure_run(args, part, folder, final))
+                shutil.rmtree(folder)
+                bar.update()
+
+    grid = [("control", LR_SEED, lr) for lr in args.lrs] if len(args.lrs) > 1 else []
+    execute(grid, max(1, steps // 4), final=False)
+    lr = min(grid, key=lambda job: statistics.mean(results.found[(part, *job)]["losses"])
+             )[2] if grid else args.lrs[0]
+    execute([(name, seed, lr) for seed in range(args.seeds) for name in args.variants], steps,
+            final=True)
 
 
-def summarise(results, variants):
-    """({name: line} of the changes, {variant: {seed: line}} of the runs), as far as they exist."""
-    changes = {name: results.found[name, None] for name in CHANGES if (name, None) in results.found}
-    runs = {name: {seed: line for (v, seed), line in sorted(results.found.items(), key=str)
-                   if v == name and seed is not None} for name in variants}
-    return changes, {name: lines for name, lines in runs.items() if lines}
+def accuracies(line, base):
+    """Of each task the accuracy; if there is a base line, minus its accuracy, and McNemar's p."""
+    for task, hits in line.get("scores", {}).items():
+        right = list(map(int, hits))
+        text = f"{task} {statistics.mean(right):.3f}"
+        if base and base is not line:
+            other = list(map(int, base["scores"][task]))
+            gap = statistics.mean(right) - statistics.mean(other)
+            text += f" ({gap:+.3f}, p={mcnemar(other, right):.2g})"
+        yield text
 
 
-def rows(runs):
-    """The table of the runs: differences from the baseline are paired over the seeds of both."""
-    base = runs.get("baseline", {})
-    yield ("", "accuracy", "minus baseline [99% interval]", "last loss", "mean |gate|", "by seed")
-    for name, lines in runs.items():
-        both = [seed for seed in lines if seed in base] if name != "baseline" else []
-        gap = paired([lines[seed]["accuracy"] for seed in both],
-                     [base[seed]["accuracy"] for seed in both]) if both else None
-        gates = [line["gate"] for line in lines.values()]
-        yield (name, mean_spread([line["accuracy"] for line in lines.values()], 3),
-               paired_text(gap, 3) if gap else "",
-               mean_spread([line["losses"][-1][1] for line in lines.values()], 3),
-               f"{sum(gates) / len(gates):.2f}" if gates[0] is not None else "",
-               " ".join(f"{line['accuracy']:.2f}" for line in lines.values()))
+def change_rows(results):
+    """The table of the parts without training; differences in loss are paired by piece."""
+    yield "at once", "loss", "minus the original [99% interval]", "packed", "accuracy"
+    loss, scores = ({name: results.found[part, name, None, None] for name in CHANGES
+                     if (part, name, None, None) in results.found} for part in ("loss", "scores"))
+    for name in CHANGES:
+        cells, line, base = ["", "", ""], loss.get(name), loss.get(ORIGINAL)
+        if line:
+            cells = [f"{statistics.mean(line['losses']):.3f}",
+                     paired_text(paired(line["losses"], base["losses"]), 3)
+                     if base and line is not base else "", f"{line['packed']:.3f}"]
+        if line or name in scores:
+            yield (name, *cells, ", ".join(accuracies(scores.get(name, {}), scores.get(ORIGINAL))))
 
 
-def plot(plt, changes, runs):
-    """How much a retrofit changes at once, and each seed's accuracy after fine-tuning."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(figures.WIDTH, 3.6))
-    for panel, names in ((left, [name for name in changes if "gate" not in name][1:]),
-                         (right, list(runs))):
-        panel.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
+def run_rows(results, part):
+    """The table of fine-tuning: a row for each run, then the mean over the seeds."""
+    yield part, "seed", "lr", "loss", "minus control", "mean |gate|", "accuracy"
+    control = results.final(part, "control")
+    for variant in VARIANTS:
+        means = []
+        for seed, line in sorted(results.final(part, variant).items()):
+            means.append(statistics.mean(line["losses"]))
+            base = control.get(seed)
+            gap = means[-1] - statistics.mean(base["losses"]) if base else None
+            gates = [abs(g) for layer in line["gates"] for g in layer]
+            yield (variant, seed, f"{line['lr']:g}", f"{means[-1]:.4f}",
+                   f"{gap:+.4f}" if base and base is not line else "",
+                   f"{statistics.mean(gates):.3f}" if gates else "",
+                   ", ".join(accuracies(line, base)))
+        if len(means) > 1:
+            yield variant, "mean", "", mean_spread(means), "", "", ""
+
+
+def plot(plt, results):
+    """Loss at once, loss after training on text minus the control's, and the gates by layer."""
+    figure, (at_once, after, layers) = plt.subplots(1, 3, figsize=(figures.WIDTH, 3.6))
+
+    def rows(panel, names, **labels):
+        panel.set(yticks=range(len(names)), ylim=(max(1, len(names)) - 0.5, -0.5), **labels)
         panel.set_yticklabels(names)
-        for y, name in enumerate(names):
-            color = figures.style(name.split("-gated")[0].replace("self-4", "self-3"))["color"]
-            if panel is left:
-                left.barh(y, changes[name]["kl"], color=color)
-                continue
-            lines = list(runs[name].values())
-            for i, line in enumerate(lines):  # slightly apart, so that equal ones stay visible
-                right.plot(line["accuracy"], y + 0.6 * ((i + 0.5) / len(lines) - 0.5), "o", ms=3.6,
-                           mec=color, mfc="none" if "gated" in name else color, clip_on=False)
-    left.set(title="change by the retrofit alone", xlabel="KL from the original (nats per token)")
-    right.set(title="after fine-tuning, a dot per seed (open: gated)", xlabel="questions answered",
-              xlim=(0, 1))
+
+    shown = {name: line for name in CHANGES if "gate" not in name and "order 3" not in name
+             and (line := results.found.get(("loss", name, None, None)))}
+    for y, (name, line) in enumerate(shown.items()):
+        at_once.barh(y, statistics.mean(line["losses"]), 0.6, alpha=0.6,
+                     color=figures.style(name.split()[0])["color"])
+    rows(at_once, shown, title="at once", xlabel="loss (nats per token), lower is better")
+    control = {seed: statistics.mean(line["losses"])
+               for seed, line in results.final("text", "control").items()}
+    names = [name for name in VARIANTS if name != "control" and results.final("text", name)]
+    for y, name in enumerate(names):
+        lines, look = results.final("text", name), figures.style(name.removesuffix("-gated"))
+        gaps = [statistics.mean(line["losses"]) - control[seed] for seed, line in lines.items()
+                if seed in control]
+        after.plot(gaps, [y] * len(gaps), "o", ms=4, color=look["color"])
+        by_layer = [[statistics.mean(layer) for layer in line["gates"]] for line in lines.values()]
+        if by_layer[0]:
+            layers.plot([statistics.mean(at) for at in zip(*by_layer, strict=True)], label=name,
+                        **look)
+    after.axvline(0, color="#666666", lw=0.8)
+    rows(after, names, title="after training on text", xlabel="loss minus the control's")
+    layers.set(title="learnt gates", xlabel="layer")
+    if names:
+        layers.legend(fontsize=7)
     return figure
 
 
 def build_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--variants", type=listed(str),
-        help=f"a list of {', '.join(VARIANTS)} (default: all; with --quick three)")
-    add("--text", nargs="+", metavar="FILE", help="files to pretrain on, as prepare_data.py takes "
-        "them (default: pydocs)")
-    add("--steps", type=positive_int, default=600, help="steps of pretraining (default: 600)")
-    add("--batch", type=positive_int, default=16,
-        help="windows per step of pretraining (default: 16)")
-    add("--context", type=number(int, 16, 2048), default=256,
-        help="bytes per window (default: 256)")
-    add("--lr", type=non_negative, default=2e-3, help="of pretraining (default: 2e-3)")
-    add("--terms", type=number(int, 2, 1000), default=4, help="digits per question (default: 4)")
-    add("--examples", type=positive_int, default=20_000,
-        help="questions to train on (default: 20000)")
-    add("--sft_steps", type=positive_int, default=600, help="steps of fine-tuning (default: 600)")
-    add("--sft_batch", type=positive_int, default=32, help="questions per step (default: 32)")
-    add("--sft_lr", type=non_negative, default=1e-3, help="of fine-tuning (default: 1e-3)")
-    add("--jobs", type=positive_int, default=os.cpu_count() or 1,
-        help="runs in parallel, one core each (default: one per core)")
-    add("--seeds", type=positive_int, default=3, help="seeds 0 to N-1 (default: 3)")
-    add("--quick", action="store_true", help="few steps, one seed: about a minute")
+    add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a transformers folder or a "
+        "name on the hub (default: HuggingFaceTB/SmolLM2-135M-Instruct)")
+    add("--text", nargs="+", metavar="FILE", help="text files or globs, of at least ten documents")
+    add("--data", metavar="DIR", help="folder with <task>_<split>.jsonl files (default: the hub)")
+    add("--parts", type=listed(one_of(IDENTITY)), default=list(IDENTITY),
+        help=f"of {', '.join(IDENTITY)} (default: all)")
+    add("--variants", type=listed(one_of(VARIANTS)),
+        default=["control", "self", "self-gated", "cross-k-gated", "key-shift-gated"],
+        help=f"to fine-tune, of {', '.join(VARIANTS)} (default: control,self,self-gated,"
+        "cross-k-gated,key-shift-gated)")
+    add("--seeds", type=positive_int, default=2, help="runs of each (default: 2)")
+    add("--tasks", type=listed(one_of(TASKS)), default=["sciq", "arc_easy", "piqa"],
+        help=f"of {', '.join(TASKS)} (default: sciq,arc_easy,piqa)")
+    add("--limit", type=positive_int, default=500, help="documents of each task (default: 500)")
+    add("--pieces", type=positive_int, default=24, help="held-out examples (default: 24)")
+    add("--steps", type=positive_int, default=140, help="of training on text (default: 140, about "
+        "250,000 tokens)")
+    add("--answer_steps", type=positive_int, default=200, help="of training on answers (200)")
+    add("--batch", type=positive_int, default=4, help="examples packed into a row (default: 4)")
+    add("--lrs", type=listed(rate), default=[1e-5, 1e-4], help="learning rates to choose from "
+        "(default: 1e-5,1e-4)")
+    add("--jobs", type=positive_int, default=1, help="runs in parallel, each with one thread if "
+        "more than 1 (default: 1)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--quick", action="store_true", help="few pieces, documents and steps")
     add("--out", default="out/retrofit", help="folder (default: out/retrofit)")
-    add("--results", metavar="FILE", help="each finished run appends a line to it (default: "
+    add("--results", help="file to which each finished measurement appends a line (default: "
         "OUT/results.jsonl)")
-    add("--show", action="store_true", help="run nothing: the tables of the existing lines")
+    add("--show", action="store_true", help="only print the tables of the lines in --results")
     return parser
 
 
 def main():
     args = parse(build_parser())
     if args.quick:
-        args.steps, args.batch, args.sft_steps, args.examples, args.seeds = 20, 4, 12, 400, 1
-    args.variants = args.variants or (["baseline", "past", "key-shift"] if args.quick else
-                                      list(VARIANTS))
-    if unknown := set(args.variants) - set(VARIANTS):
-        raise UserError(f"no variant {', '.join(sorted(unknown))}: choose from "
-                        f"{', '.join(VARIANTS)}")
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(f"{error}: pip install -e '.[retrofit]'") from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    plt = pyplot(args.out)
-    keep_freed_memory()
+        args.pieces, args.limit, args.steps, args.answer_steps, args.seeds = 2, 4, 4, 4, 1
     args.results = args.results or os.path.join(args.out, "results.jsonl")
-
+    plt = pyplot(args.out)
     results = Results(args)
     if not args.show:
-        run_all(args, results)
-    changes, runs = summarise(results, args.variants)
-    if not changes and not runs:
-        raise UserError(f"{args.results} has no line of these settings and variants yet")
-    print(table([["", "KL from the original", "loss, nats per byte"],
-                 *([name, f"{r['kl']:.4f}", f"{r['loss']:.4f}"] for name, r in changes.items())]))
-    print(table(list(rows(runs))))
-    save(args, "retrofit", dict(changes=changes, runs=runs), plot(plt, changes, runs))
+        if not args.text and {"loss", "text"} & {*args.parts}:
+            raise UserError("the parts loss and text need --text FILE: books of plain text, a "
+                            "document each")
+        check_device(args.device)
+        keep_freed_memory()
+        output_file(args.results)
+        write_data(args)
+        for part in args.parts:
+            (measure_changes if part in ("loss", "scores") else tune)(args, results, part)
+    for rows in (change_rows(results), run_rows(results, "text"), run_rows(results, "answers")):
+        if len(lines := list(rows)) > 1:
+            print(f"\n{table(lines)}")
+    print("\nloss in nats per token of held-out text, or answers; p is McNemar's")
+    save(args, "retrofit", list(results.found.values()), plot(plt, results))
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ class DecoderCache:
 
 def load_any(folder, **overrides):
     """load_gpt of a plain GPT-NeoX folder or one of nanonexus.export; of any other (a Decoder, the
-    fields of its config as the folder has them). overrides: nexus_order, or none. Raises ModelError
-    or UserError."""
+    fields of its config as the folder has them). overrides: nexus_order, and for a Decoder the
+    other settings of nexus(). Raises ModelError or UserError."""
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
             hf = json.load(f)
@@ -69,7 +69,8 @@ def load_any(folder, **overrides):
     model = pretrained(load, folder, dtype="float32")
     trained = vars(Decoder(model).config)
     if overrides:
-        order, settings = overrides["nexus_order"], dict(trained["nexus"] or {})
+        settings = (trained["nexus"] or {}) | overrides
+        order = settings.pop("nexus_order")
         if order == 1:
             settings.pop("gate", None)
         nexus(model, **settings | dict(order=order))

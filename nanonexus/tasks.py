@@ -74,13 +74,15 @@ TASKS = {  # name -> (hub repository, its configuration, split, how to read a ro
 BENCHMARKS = [name for name in TASKS if name != "demo"]
 
 
-def read_task(name, folder=None, limit=None):
+def read_task(name, folder=None, limit=None, split=None):
     """(documents, sha256 of the data) of a task, from folder if given, else from the hub.
 
-    limit: only the first N documents. Raises UserError, naming the row, if one cannot be read.
+    limit: only the first N documents. split: another than the one that counts. Raises UserError,
+    naming the row, if one cannot be read.
     """
     read = TASKS[name][3]
-    found, source, digest = (read_file if folder or name == "demo" else read_hub)(name, folder)
+    found, source, digest = (read_file if folder or name == "demo" else read_hub)(
+        name, folder, split or TASKS[name][2])
     docs = []
     for place, row in itertools.islice(found, limit):
         try:
@@ -98,10 +100,10 @@ def read_task(name, folder=None, limit=None):
     return docs, digest
 
 
-def read_file(name, folder):
+def read_file(name, folder, split):
     """((place, row) of each row, their path, sha256 of the file) from folder; demo's is in this
     one."""
-    repo, _, split, _ = TASKS[name]
+    repo = TASKS[name][0]
     path = os.path.join(HERE if name == "demo" else folder, f"{name}_{split}.jsonl")
     if not os.path.isfile(path):
         raise UserError(f"no file {path}: task {name} needs it, with the columns of {repo}, or "
@@ -109,9 +111,9 @@ def read_file(name, folder):
     return rows(path), path, sha256(path)
 
 
-def read_hub(name, folder=None):
+def read_hub(name, folder, split):
     """((place, row) of each row, their repository, sha256 of the rows) from the hub."""
-    repo, config, split, _ = TASKS[name]
+    repo, config = TASKS[name][:2]
     try:
         found = list(load_hub(repo, config, split))
     except UserError as error:

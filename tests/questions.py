@@ -13,6 +13,7 @@ from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.checkpoint import probe, save_checkpoint
 from nanonexus.lm_eval_adapter import run_tasks
 from nanonexus.tasks import TASKS
+from nanonexus.tokenizer import EOT
 
 # Rows in the hub's columns. Each trap of the scoring rules has a row.
 LONG = "The river carries sand and clay to the sea, where they sink and slowly turn into rock. " * 4
@@ -83,6 +84,19 @@ def neox(tmp_path_factory):
         torch.nn.init.normal_(p, std=0.3)  # scores that differ clearly
     model.save_pretrained(folder)
     return folder
+
+
+def byte_tokenizer():
+    """A transformers tokenizer whose tokens are the bytes of UTF-8."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one for each byte
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOT,
+                                   pad_token="<|pad|>")
 
 
 def add_inner_step(monkeypatch, name="again"):

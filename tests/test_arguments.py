@@ -21,7 +21,7 @@ from nanonexus.cli import run_script
 hypothesis = pytest.importorskip("hypothesis")
 transformers = pytest.importorskip("transformers")
 from hypothesis import given, settings, strategies  # noqa: E402
-from retrofit import byte_tokenizer  # noqa: E402
+from questions import byte_tokenizer  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -20,7 +20,8 @@ NEEDS = {"finetune": "transformers", "retrofit": "transformers"}
     "nanonexus.view --checkpoint none.pt --prompt a --out", "compare --dataset none --out",
     "compare --out x --results", "cost --out", "gpu --tokens none --out",
     "induction --out", "parity --out", "rank --out", "recall --out", "recall --out x --results",
-    "retrofit --out", "retrofit --out x --results", "spectrum --out", "stability --out"])
+    "retrofit --out", "retrofit --out x --text file --results", "spectrum --out",
+    "stability --out"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, tmp_path,
                                                                      monkeypatch):
     name, *argv = command.split()

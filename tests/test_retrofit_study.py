@@ -1,104 +1,121 @@
-"""experiments/retrofit.py: questions have the answers they claim, a gate of 0 changes nothing."""
+"""experiments/retrofit.py: what it trains on and measures, and that nothing is measured twice."""
 
 import json
+import statistics
 import sys
 
 import pytest
 import torch
+from questions import ROWS, byte_tokenizer, write_rows
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="extra retrofit: transformers")
 import retrofit  # noqa: E402
+from test_retrofit import make  # noqa: E402
 
 from nanonexus.cli import UserError  # noqa: E402
+from nanonexus.decoder import Decoder  # noqa: E402
+from nanonexus.retrofit import INNERS, nexus  # noqa: E402
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_questions_have_their_answers(steps):
-    rows = retrofit.questions(200, steps, seed=1)
-    assert rows == retrofit.questions(200, steps, seed=1) != retrofit.questions(200, steps, seed=2)
-    for row in rows:
-        digits = row["prompt"].rstrip("=").split("+")
-        so_far = digits[0]
-        for digit, said in zip(digits[1:], row["answer"].split(), strict=True):
-            so_far = str(int(so_far) + int(digit))
-            assert so_far[-1] == said
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a small Llama whose tokens are bytes, questions, and a text of 20 documents."""
+    folder = tmp_path_factory.mktemp("study")
+    model = make("llama", torch.float32, vocab_size=320, max_position_embeddings=8192)
+    model.save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    write_rows(folder, dict(sciq=ROWS["sciq"]))
+    (folder / "sciq_validation.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in ROWS["sciq"] * 3))
+    books = ["\n".join(f"{i} is the book and {j} the line" for j in range(200)) for i in range(20)]
+    (folder / "books.txt").write_text("\n<|endoftext|>\n".join(books))
+    return folder
 
 
-def test_bytes_there_and_back():
-    tokenizer = retrofit.byte_tokenizer()
-    text = "naïve 🙂\n\ttwo  spaces"
-    ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
-    assert len(tokenizer) == 258 <= 320
+def study(place, out, *flags):
+    return retrofit.build_parser().parse_args([
+        "--model", str(place / "model"), "--data", str(place), "--text", str(place / "books.txt"),
+        "--out", str(out), "--limit", "3", "--steps", "2", "--answer_steps", "2", "--pieces", "4",
+        "--batch", "2", "--seeds", "1", "--tasks", "sciq", "--device", "cpu", *flags])
 
 
-def test_change_is_zero_at_order_1_and_gate_0():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def test_no_document_is_both_trained_on_and_held_out(place, tmp_path):
+    args = study(place, tmp_path, "--steps", "8")
+    train, held = retrofit.pieces(args)
+    assert (train, held) == retrofit.pieces(args)  # the same whenever it continues
+    assert len(train) == len(set(train)) == 16 and len(held) == len(set(held)) == 4
+    books = [{piece.rsplit("\n", 2)[-2].split()[0] for piece in part} for part in (train, held)]
+    assert books[1] == {"9", "19"} and not books[0] & books[1]
+    with pytest.raises(UserError, match="8000 and 4 are needed"):
+        retrofit.pieces(study(place, tmp_path, "--steps", "4000"))
+
+
+def test_every_retrofit_without_training_is_a_model_of_its_own():
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, **retrofit.SHAPE)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1) if p.dim() > 1 else None
-    batch = torch.randint(64, (2, 20))
-    names = ["original", *(f"{inner}{gate}" for inner in ("self", "past", "cross")
-                           for gate in ("", ", gate 0.0", ", gate 0.25")), "key-shift, gate 0.25"]
-    changes = {name: retrofit.change(model, batch, retrofit.CHANGES[name]) for name in names}
-    assert abs(changes["original"]["kl"]) < 1e-6
-    for inner in ("self", "past", "cross"):
-        assert abs(changes[f"{inner}, gate 0.0"]["kl"]) < 1e-6
-        assert 1e-4 < changes[f"{inner}, gate 0.25"]["kl"] < changes[inner]["kl"]
-        assert changes["original"]["loss"] == changes[f"{inner}, gate 0.0"]["loss"]
-    assert changes["key-shift, gate 0.25"]["kl"] > 1e-4
-    assert len({r["kl"] for r in changes.values()}) >= 8  # each is a different retrofit
+    idx, seen = torch.randint(3, 100, (1, 12)), {}
+    for name, settings in retrofit.CHANGES.items():
+        order, rest = settings["nexus_order"], {k: v for k, v in settings.items()
+                                                if k != "nexus_order"}
+        model = nexus(make("llama", torch.float32), order, **rest)
+        with torch.no_grad():
+            seen[name] = Decoder(model)(idx)
+        assert rest.get("inner", "") in name
+    assert {settings.get("inner") for settings in retrofit.CHANGES.values()} == {None, *INNERS}
+    names = list(seen)
+    for i, first in enumerate(names):
+        for second in names[i + 1:]:
+            assert not torch.allclose(seen[first], seen[second], atol=1e-5), (first, second)
 
 
-def test_accuracy_counts_answers_and_their_steps():
-    class Model:  # answers every question except its last step
-        def generate(self, input_ids, **kwargs):
-            answers = [row["answer"][:-1] + str((int(row["answer"][-1]) + 1) % 10) for row in rows]
-            ends = tokenizer(answers, return_tensors="pt")["input_ids"]
-            return torch.cat([input_ids, ends], dim=1)
-
-    tokenizer, rows = retrofit.byte_tokenizer(), retrofit.questions(30, 3, seed=0)
-    args = retrofit.build_parser().parse_args([])
-    assert retrofit.accuracy(Model(), tokenizer, rows, args) == (0, [1, 1, 0])
+def test_packed_examples_have_the_loss_of_each_alone():
+    torch.manual_seed(0)
+    examples = [dict(input_ids=ids, labels=[-100] * 2 + ids[2:]) for ids in (
+        torch.randint(3, 100, (n,)).tolist() for n in (9, 9, 9, 9))]
+    for settings in (dict(order=1), dict(inner="cross"), dict(inner="shift", streams="k")):
+        model = nexus(make("llama", torch.float32), **settings)
+        alone = retrofit.losses(model, examples)
+        with torch.no_grad():
+            logits = model(torch.tensor([examples[0]["input_ids"]])).logits[0, 1:-1]
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(
+            examples[0]["labels"][2:]))
+        assert alone[0] == pytest.approx(expected.item(), abs=1e-4)
+        packed, = retrofit.losses(model, examples, 4)
+        assert packed == pytest.approx(statistics.mean(alone), abs=1e-4)
 
 
 @pytest.mark.usefixtures("plots")
-def test_runs_end_in_a_line_and_are_never_run_again(tmp_path, monkeypatch, capsys):
+def test_every_part_ends_in_lines_and_none_is_made_twice(place, tmp_path, monkeypatch, capsys):
     for package in ("accelerate", "jinja2"):
         pytest.importorskip(package, reason=f"extra retrofit: {package}")
-    argv = ("--steps 2 --batch 2 --context 32 --sft_steps 2 --examples 64 --sft_batch 4 --seeds 1 "
-            f"--variants baseline,past-gated --out {tmp_path}").split()
+    few = dict(list(retrofit.CHANGES.items())[:2])
+    monkeypatch.setattr(retrofit, "CHANGES", few)
 
     def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["retrofit.py", *argv, *flags])
+        args = study(place, tmp_path, "--variants", "control,cross-k-gated", *flags)
+        argv = [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
+                for name, value in vars(args).items()
+                if value not in (None, False) and value is not True]
+        monkeypatch.setattr(sys, "argv", ["retrofit.py", *argv, *["--show"] * args.show])
         retrofit.main()
         return capsys.readouterr().out
 
-    few = dict(list(retrofit.CHANGES.items())[:2])
-    monkeypatch.setattr(retrofit, "CHANGES", few)
-    assert "2,425,152 parameters" in run()
-    results = json.loads((tmp_path / "retrofit.json").read_text())["results"]
-    assert len(results["runs"]["baseline"]["0"]["losses"]) == 2
-    assert results["runs"]["baseline"]["0"]["gate"] is None
-    assert results["runs"]["past-gated"]["0"]["gate"] > 0
-    assert list(results["changes"]) == list(few)
-    assert (tmp_path / "retrofit.svg").exists()
-
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 2 + 2
+    run("--parts", "loss,scores,text", "--lrs", "1e-3,1e-2")
+    shown = run("--parts", "answers", "--lrs", "1e-3", "--variants", "control")
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["part"] for line in lines] == (
+        ["loss"] * 2 + ["scores"] * 2 + ["text"] * 4 + ["answers"])
+    *grid, control, gated = (line for line in lines if line["part"] == "text")
+    assert [line["seed"] for line in grid] == [1000, 1000] and control["seed"] == 0
+    best = min(grid, key=lambda line: statistics.mean(line["losses"]))
+    assert control["lr"] == gated["lr"] == best["lr"] and "scores" not in best
+    assert control["gates"] == [] and any(g for layer in gated["gates"] for g in layer)
+    assert len(gated["gates"]) == 2 and set(control["scores"]["sciq"]) <= {"0", "1"}
+    assert "answers" in shown and (tmp_path / "retrofit.svg").exists()
     monkeypatch.setattr(retrofit, "finetune", lambda *args: pytest.fail("run twice"))
-    shown = run("--show")  # neither the text nor the flags of the runs are needed for it
-    assert run("--results", str(tmp_path / "results.jsonl")).endswith(shown)
-    assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
-    with pytest.raises(UserError, match="pretrained with other settings"):
-        run("--steps", "3")
-    other = json.loads(lines[-1])
-    other["settings"]["sft_steps"] = 3
-    (tmp_path / "results.jsonl").write_text("\n".join([*lines, json.dumps(other)]) + "\n")
+    assert "cross-k-gated" in run("--show", "--steps", "9")
+    assert run("--parts", "answers", "--lrs", "1e-3", "--variants", "control") == shown
+    other = lines[0] | dict(settings=lines[0]["settings"] | dict(pieces=5))
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write(json.dumps(other) + "\n")
     with pytest.raises(UserError, match="lines of several settings"):
         run("--show")
-    with pytest.raises(UserError, match="no variant nonsense"):
-        run("--variants", "nonsense")
-    with pytest.raises(UserError, match="--terms: must be a number from 2"):
-        run("--terms", "1")
