@@ -34,7 +34,7 @@ SLOW = {  # how a command begins that does not run here, and why: minutes are th
     "python experiments/induction.py": "30 s to 5 minutes, after compare.py",
     "python experiments/rank.py": "46 minutes",
     "python experiments/recall.py": "3 minutes to an hour",
-    "python experiments/retrofit.py": "a minute to an hour for each line; needs a model, a text and the tasks",
+    "python experiments/retrofit.py": "minutes to an hour a line; needs a model, a text, the tasks",
     "python experiments/spectrum.py": "a minute, after compare.py",
     "python experiments/stability.py": "25 minutes",
 }
