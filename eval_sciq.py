@@ -6,7 +6,6 @@ Zero-shot SciQ and its five related tasks, scored as lm-evaluation-harness score
     python eval_sciq.py --checkpoint out/base/ckpt.pt --versus out/nexus/ckpt.pt --tasks all
     python eval_sciq.py --checkpoint HuggingFaceTB/SmolLM2-135M --versus out/retrofitted
     python eval_sciq.py --checkpoint base.json --versus nexus.json      # scored before, --save_docs
-    python eval_sciq.py --checkpoint out/ckpt.pt --lm_eval --tasks lambada_openai,winogrande
 
 For each question the model gives every choice a log-likelihood after the prompt. acc is the
 fraction of questions whose correct choice has the highest; acc_norm first divides by the choice's
@@ -28,10 +27,8 @@ import sys
 import torch
 
 from nanonexus.cli import Parser, UserError, positive_int, run_script
-from nanonexus.decoder import Decoder
 from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import output_file, read_json, reading, write_json
-from nanonexus.lm_eval_adapter import run_tasks
 from nanonexus.processes import Stop
 from nanonexus.scoring import Scorer, compare, evaluate, summary
 from nanonexus.tasks import BENCHMARKS, TASKS, read_task
@@ -68,11 +65,8 @@ def parse_args():
     add("--json", metavar="FILE", help="write the scores to this file")
     add("--save_docs", action="store_true", help="add each document's log-likelihoods to the JSON")
     add("--plot", metavar="FILE", default="versus.png", help="the chart of --versus (versus.png)")
-    add("--lm_eval", action="store_true", help="run any tasks of lm-evaluation-harness instead")
     args = parser.parse_args()
-    if args.lm_eval:
-        parser.refuse(args, ["versus", "data", "save_docs", "plot"], "with --lm_eval")
-    elif not args.versus:
+    if not args.versus:
         parser.refuse(args, ["plot"], "without --versus")
     return args
 
@@ -87,9 +81,6 @@ def main():
     names = BENCHMARKS if args.tasks == "all" else args.tasks.split(",")
     for path in filter(None, (args.json, args.versus and args.plot)):
         output_file(path, args.checkpoint, args.versus, *names)
-    if args.lm_eval:
-        return other_tasks(names, args)
-
     check_names(names)
     plt = pyplot(args.plot) if args.versus else None  # fail before scoring
     data = {name: read_task(name, args.data, args.limit) for name in names}
@@ -110,27 +101,13 @@ def main():
         plot(plt, entries, args.plot)
 
 
-def other_tasks(names, args):
-    """--lm_eval: tasks of the harness; prints its table and writes its metrics."""
-    scorer = load(args.checkpoint, args)
-    if isinstance(scorer.model, Decoder):
-        raise UserError("for a pretrained decoder --lm_eval is python finetune.py eval --model "
-                        f"{args.checkpoint} --tasks {args.tasks}")
-    results = run_tasks(scorer, names, limit=args.limit)
-    from lm_eval.utils import make_table
-
-    print(make_table(results))
-    if args.json:
-        write_json(args.json, dict(tasks=results["results"]))
-
-
 def check_names(names):
     """Raises UserError for a name that is not in TASKS."""
     for name in names:
         if name not in TASKS:
             near = difflib.get_close_matches(name, TASKS, n=1)
             raise UserError(f"no task {name!r}: " + (f"did you mean {near[0]}?" if near else
-                            f"choose from {', '.join(TASKS)}, or give --lm_eval"))
+                            f"choose from {', '.join(TASKS)}"))
 
 
 def load(path, args):

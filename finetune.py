@@ -26,8 +26,8 @@ from nanonexus.decoder import describe, pretrained
 from nanonexus.device import check_device
 from nanonexus.files import output_file, output_folder, read_json, sha256, write_json
 from nanonexus.flags import agree
+from nanonexus.harness import check_tasks, run_tasks
 from nanonexus.hf import commit_of, fetch
-from nanonexus.lm_eval_adapter import check_tasks, run_tasks
 from nanonexus.processes import Stop
 from nanonexus.retrofit import INNERS, load, nexus
 from nanonexus.stats import mcnemar, stderr

@@ -11,7 +11,7 @@ import torch
 
 from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.checkpoint import probe, save_checkpoint
-from nanonexus.lm_eval_adapter import run_tasks
+from nanonexus.harness import run_tasks
 from nanonexus.tasks import TASKS
 from nanonexus.tokenizer import EOT
 

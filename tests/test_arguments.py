@@ -51,7 +51,7 @@ def flags_of(main):
         found.extend(subparsers.choices["sft"]._actions)
     return {a.option_strings[0]: a.nargs == 0 or isinstance(a, argparse.BooleanOptionalAction)
             for a in found if a.option_strings
-            and a.dest not in ("help", "wandb", "tensorboard", "lm_eval", "compile")}
+            and a.dest not in ("help", "wandb", "tensorboard", "compile")}
 
 
 def call(main, name, argv):

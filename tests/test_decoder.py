@@ -11,7 +11,6 @@ pytest.importorskip("transformers", reason="extra retrofit: transformers")
 from test_retrofit import make, tokens  # noqa: E402
 
 import eval_sciq  # noqa: E402
-from nanonexus.cli import UserError  # noqa: E402
 from nanonexus.decoder import Decoder, DecoderCache, load_any  # noqa: E402
 from nanonexus.retrofit import FAMILIES, load, nexus  # noqa: E402
 from nanonexus.scoring import Scorer, evaluate  # noqa: E402
@@ -107,6 +106,3 @@ def test_the_command_scores_it_and_compares(llama, neox, tmp_path, monkeypatch, 
     out = capsys.readouterr().out
     assert "llama, order 1, " in out and "llama, order 2, streams qk, inner self, " in out
     assert "paired by document" in out and (tmp_path / "scores.json").exists()
-    monkeypatch.setattr(sys, "argv", ["eval_sciq.py", "--checkpoint", paths[0], "--lm_eval"])
-    with pytest.raises(UserError, match="finetune.py eval --model"):
-        eval_sciq.main()

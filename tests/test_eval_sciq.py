@@ -202,8 +202,6 @@ def test_scores_are_written_even_if_the_chart_cannot_be(checkpoints, tmp_path, m
     (["--checkpoint", "{0}/file.pt"], "damaged"), (["--batch_size", "big"], "--batch_size"),
     (["--batch_size", "0"], "must be auto or a number from 1, got 0"),
     (["--nexus_order", "0"], "--nexus_order"), (["--save_docs"], "--save_docs adds"),
-    (["--lm_eval", "--versus", "a", "--data", "b", "--save_docs", "--plot", "c"],
-     "no effect with --lm_eval: --versus, --data, --save_docs, --plot"),
     (["--plot", "a.png"], "no effect without --versus: --plot"),
     (["--checkpoint", "{0}/file.pt", "--json", "{0}/file.pt"], "file.pt is read as .*file.pt:"),
     (["--versus", "{0}/file.pt", "--plot", "{0}/../{1}/file.pt"], "file.pt is read as .*file.pt:"),

@@ -13,7 +13,6 @@ NEEDS = {"finetune": "transformers", "retrofit": "transformers"}
 
 @pytest.mark.parametrize("command", [  # otherwise what is missing would be said first, or work done
     "eval_sciq --checkpoint none.pt --tasks demo --json",
-    "eval_sciq --checkpoint none.pt --lm_eval --json",
     "eval_sciq --checkpoint none.pt --versus none.pt --tasks demo --plot",
     "finetune eval --model none --json", "finetune sft --model none --data none.jsonl --out",
     "prepare_data --tokenizer none --out", "train --dataset none --out",

@@ -1,8 +1,11 @@
 """Scores are lm-evaluation-harness's, choice by choice, traps included."""
 
+import json
 import re
+import shutil
 
 import pytest
+import tokenizers
 import torch
 from questions import LONG, ROWS, plain_ll, score_documents, write_tasks
 
@@ -33,6 +36,36 @@ def test_scores_are_the_harnesss(neox, tmp_path, batch_size):
             for metric in ("acc", "acc_norm"):
                 assert ours[f"{metric}_stderr"] == pytest.approx(
                     results[task][f"{metric}_stderr,none"])
+
+
+@pytest.mark.parametrize("bos", [None, "<|endoftext|>", "<s>"])
+def test_a_folders_tokenizer_encodes_as_in_the_harness(neox, tmp_path, bos):
+    """With a token that begins a text; a length to cut and to pad to has no effect."""
+    hf = pytest.importorskip("lm_eval.models.huggingface", reason="extra hf: lm-eval")
+    from lm_eval.api.instance import Instance
+
+    shutil.copytree(neox, tmp_path, dirs_exist_ok=True)
+    tokenizer = tokenizers.Tokenizer.from_file(str(neox / "tokenizer.json"))
+    if bos:
+        tokenizer.add_special_tokens([bos])
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        config = json.loads((neox / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | dict(bos_token=bos)))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    scorer = Scorer(str(tmp_path))
+    theirs = hf.HFLM(pretrained=str(tmp_path), device="cpu", dtype="float32", max_length=96)
+    pairs = [("Ice melts", " at 0"), ("a \n", "b"), ("", "at 0"), ("", f"{bos} x"),
+             (f"{bos}, is it", " so")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    for pair in pairs:
+        if pair[0]:
+            assert scorer.encode_pair(*pair) == theirs._encode_pair(*pair)
+    found = scorer.loglikelihoods([scorer.encode_pair(*pair) for pair in pairs])
+    for ours, (ll, greedy) in zip(found, theirs.loglikelihood(requests), strict=True):
+        assert ours == (pytest.approx(ll, abs=1e-3), greedy)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
