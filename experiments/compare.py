@@ -1,7 +1,7 @@
 """
 Does Nexus learn more than its baseline, and than cheaper changes, from the same tokens?
 
-    python experiments/compare.py                    # baseline, cross and the key shift, 3 seeds
+    python experiments/compare.py                    # baseline, self, cross and the key shift
     python experiments/compare.py --quick            # a small model, half a minute
     python experiments/compare.py --variants baseline,self,longer,deeper --seeds 6
     python experiments/compare.py --scale text --dataset tokens/books --jobs 2 --out out/text \\
@@ -63,7 +63,7 @@ EQUAL = {  # see equals: to the FLOPs of order 2, of order 2 on k, to the parame
     "shift-longer": "--control key-shift --nexus_order 1",
 }
 SCALES = {  # defaults of flags not given
-    "tiny": dict(dataset="pydocs", max_steps=250, eval_interval=50, seeds=3,
+    "tiny": dict(dataset="pydocs", max_steps=150, eval_interval=50, seeds=3,
                  flags="--eval_windows 1024 --save_interval 100"),
     # 4.1M tokens per run; needs --dataset, made by prepare_data.py --tokenizer bpe:2048
     "text": dict(max_steps=2000, eval_interval=500, seeds=5, lrs=[2e-3, 4e-3, 8e-3],
@@ -179,8 +179,8 @@ def parse_args(argv):
     add = parser.add_argument
     add("--scale", choices=SCALES, default="tiny", help="tiny (default), minutes per run at most, "
         "or text: 4.1M tokens of a --dataset and a learning rate for each variant, hours in all")
-    add("--variants", type=listed(str), default="baseline,cross,key-shift",
-        help=f"a list of {', '.join(VARIANTS | EQUAL)}, or all (default: baseline,cross,key-shift)")
+    add("--variants", type=listed(str), default="baseline,self,cross,key-shift", help="a list of "
+        f"{', '.join(VARIANTS | EQUAL)}, or all (default: baseline,self,cross,key-shift)")
     add("--against", type=listed(str), default="baseline,key-shift,self",
         help="those of --variants that the others are compared with (default: baseline,key-shift,"
         "self)")
@@ -190,11 +190,11 @@ def parse_args(argv):
         "(default: train.py's, no choice; at scale text 2e-3,4e-3,8e-3)")
     add("--preset", choices=PRESETS, default="tiny")
     add("--dataset", help="a token set's folder (default: pydocs)")
-    add("--max_steps", type=positive_int, help="steps per run (default: 250; at scale text 2000)")
+    add("--max_steps", type=positive_int, help="steps per run (default: 150; at scale text 2000)")
     add("--eval_interval", type=positive_int, help="steps between validations (default: 50; at "
         "scale text 500)")
-    add("--jobs", type=positive_int, default=1, help="runs in parallel, each with one thread if "
-        "more than 1 (default: 1)")
+    add("--jobs", type=positive_int, default=min(2, os.cpu_count()), help="runs in parallel, each "
+        "with one thread if more than 1 (default: 2, if there are two cores)")
     add("--quick", action="store_true", help="a small model, 40 steps, to see that it works")
     add("--out", default="out/compare", help="folder (default: out/compare)")
     add("--results", help="file to which each finished run appends a line (default: "
@@ -301,9 +301,11 @@ def main():
         for name, r in results.items():
             if base in results and name != base and (gap := minus(r, results[base])):
                 r[f"minus_{base}"] = gap
-    print(f"\n{table(rows(results, args.against))}\n\n± is the standard deviation over seeds; "
-          "differences are paired by seed, below 0 is better, * is p < 0.01; Holm: p corrected for "
-          "as many comparisons as the table has")
+    print(f"\n{table(rows(results, args.against))}\n\n"
+          "Losses are in nats per token (pydocs: per byte) on held-out text, lower is better; ± is "
+          "the standard deviation\nover seeds. Differences are paired: a seed fixes the order of "
+          "the data for all variants; below 0 is better.\n* is p < 0.01 in a paired t test; Holm: "
+          "p corrected for as many comparisons as the table has.")
     title = f"{args.preset}, {max(len(r['seeds']) for r in results.values())} seeds"
     save(args, "compare", results, plot(plt, results, title))
     if not args.show:

@@ -113,14 +113,17 @@ class Study:
         """Finish the unfinished runs, in their order, on the token set in the folder
         dataset. UserError if one stops."""
         output_file(self.results)
-        left = [run for run in runs if not self.line(run)]
+        left, start = [run for run in runs if not self.line(run)], time.monotonic()
+        if left:
+            print(f"{len(left)} of {len(runs)} runs, {self.jobs} at a time; each one's log is "
+                  f"{os.path.join(self.out, 'RUN', 'output.txt')}", flush=True)
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(self.train, run, dataset,
-                                   f"[{len(runs) - len(left) + i}/{len(runs)}]")
-                       for i, run in enumerate(left, 1)]
+            futures = {pool.submit(self.train, run, dataset): run for run in left}
             try:
-                for future in as_completed(futures):
+                for done, future in enumerate(as_completed(futures), 1):
                     future.result()
+                    each = (time.monotonic() - start) / done
+                    self.tell(futures[future], runs, f"{each * (len(left) - done) / 60:.1f}")
             except KeyboardInterrupt as error:  # train.py gets it too: it finishes its step, saves
                 pool.shutdown(cancel_futures=True)
                 raise UserError("interrupted; the same command continues") from error
@@ -128,34 +131,38 @@ class Study:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def train(self, run, dataset, number):
+    def tell(self, run, runs, minutes):
+        """A row of the table that grows: a finished run, minus the baseline of the same seed."""
+        line, base = self.line(run), [other for other in runs if self.line(other) and (
+            other.variant, other.seed) == ("baseline", run.seed)]
+        gap = "" if len(base) != 1 or base[0] is run else \
+            f"{line['val_loss'] - self.line(base[0])['val_loss']:+.4f} minus baseline"
+        print(f"  {run.name:28}{line['val_loss']:.4f} nats  {gap:24}{minutes:>6} minutes left",
+              flush=True)
+
+    def train(self, run, dataset):
         """Finish one run, in its own process, and append its line. UserError if it stops."""
-        folder, start = os.path.join(self.out, run.name), time.monotonic()
-        if self.jobs == 1:
-            print(f"\n{number} {run.name}", flush=True)
+        folder = os.path.join(self.out, run.name)
         checkpoint = os.path.join(folder, "ckpt.pt")
         if not os.path.exists(checkpoint) or newest_checkpoint(checkpoint)["step"] < run.steps:
             command = [sys.executable, os.path.join(ROOT, "train.py"), "--dataset", dataset,
                        "--out", folder, "--no-sample", *run.flags,
                        *["--resume"] * os.path.exists(checkpoint)]
             os.makedirs(folder, exist_ok=True)
-            if self.jobs == 1:
-                code = subprocess.Popen(command).wait()
-            else:
-                with open(os.path.join(folder, "output.txt"), "a", encoding="utf-8") as output:
-                    code = subprocess.Popen(command, stdout=output, stderr=output,
-                                            env={**os.environ, "OMP_NUM_THREADS": "1"}).wait()
+            env = {**os.environ, **({"OMP_NUM_THREADS": "1"} if self.jobs > 1 else {})}
+            path = os.path.join(folder, "output.txt")
+            with open(path, "a", encoding="utf-8") as output:
+                code = subprocess.Popen(command, stdout=output, stderr=output, env=env).wait()
             if code:
-                raise UserError(f"{run.name}: train.py stopped with status {code}; the same "
-                                "command continues")
+                with open(path, encoding="utf-8") as output:
+                    last = output.read().strip().split("\n")[-1]
+                raise UserError(f"{run.name}: train.py stopped with status {code} ({last:.300}); "
+                                "the same command continues")
         line = self.summary(run, read_lines(os.path.join(folder, "log.jsonl")),
                             newest_checkpoint(checkpoint))
         with self.lock:
             self.lines[self.key(run)] = line
             append_line(self.results, line)
-        if self.jobs > 1:
-            print(f"{time.strftime('%H:%M')} {number} {run.name}: {line['val_loss']:.4f} nats, "
-                  f"{time.monotonic() - start:.0f} s", flush=True)
 
     def summary(self, run, log, saved):
         """The line of a finished run: what it was, what it cost, what came out."""

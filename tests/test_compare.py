@@ -10,6 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from types import SimpleNamespace
@@ -68,8 +69,10 @@ def test_compare_and_continue(tmp_path, dataset):
     again = run(tmp_path, *pair, "--seeds", "2", "--max_steps", "4", "--eval_interval", "2",
                 "--against", "cross", *SMALL)
     assert again.returncode == 0, again.stderr
-    assert "-seed0" not in again.stdout.split("variant")[0]  # seed 0 was there
-    assert again.stdout.count("] baseline-seed1") == again.stdout.count("] cross-seed1") == 1
+    told = again.stdout.split("variant")[0]  # a row for each run, as it ends
+    assert "2 of 4 runs" in told and "-seed0" not in told  # seed 0 was there
+    assert told.count("baseline-seed1 ") == told.count("cross-seed1 ") == 1
+    assert told.count(" nats ") == told.count(" minutes left") == 2
 
     with open(tmp_path / "compare.json") as f:
         results = json.load(f)["results"]
@@ -87,7 +90,9 @@ def test_compare_and_continue(tmp_path, dataset):
     assert "minus cross" in again.stdout and "minus baseline" in first.stdout
     assert f"{-gap:+.4f} [" in again.stdout
     assert "<svg" in (tmp_path / "compare.svg").read_text()
-    kept = lines(tmp_path / "results.jsonl")
+    kept = sorted(lines(tmp_path / "results.jsonl"), key=lambda r: (r["seed"], r["variant"]))
+    assert f"{kept[3]['val_loss'] - kept[2]['val_loss']:+.4f} minus baseline" in told or (
+        "minus baseline" not in told)  # if cross was faster
     assert [(line["variant"], line["seed"]) for line in kept] == [
         ("baseline", 0), ("cross", 0), ("baseline", 1), ("cross", 1)]
     assert kept[1]["steps"] == 4 and kept[1]["tokens"] == 1024 and kept[1]["lr"] == 3e-3
@@ -145,20 +150,21 @@ def test_the_order_is_all_grids_then_seed_by_seed(tmp_path, monkeypatch, dataset
     """Whenever it stops, what exists are paired comparisons: with the training replaced."""
     order = []
 
-    def finished(study, made, dataset, number):
+    def finished(study, made, dataset):
         order.append(made)
         loss = 5 - 100 * float(made.flags[-1]) - 0.1 * (made.variant == "past")
         study.lines[study.key(made)] = line(made.variant, made.seed, loss)
 
     monkeypatch.setattr(runs.Study, "train", finished)
-    argv = ["--dataset", dataset, "--lrs", "1e-3,3e-3", "--variants", "baseline,past,canon", *SMALL]
+    argv = ["--dataset", dataset, "--lrs", "1e-3,3e-3", "--variants", "baseline,past,canon",
+            "--jobs", "1", *SMALL]
     assert run(tmp_path, "--seeds", "2", *argv).returncode == 0
     names = ("baseline", "past", "canon")
     assert [made.name for made in order] == [
         *(f"{name}-seed1000-lr{lr}" for name in names for lr in ("0.001", "0.003")),
         *(f"{name}-seed{seed}" for seed in (0, 1) for name in names)]
     assert [made.flags[-1] for made in order[6:]] == ["0.003"] * 6  # the better one
-    assert [made.steps for made in order] == [62] * 6 + [250] * 6
+    assert [made.steps for made in order] == [37] * 6 + [150] * 6
     gap = json.loads((tmp_path / "compare.json").read_text())["results"]["past"]["minus_baseline"]
     assert gap["seeds"] == [0, 1] and gap["mean"] == pytest.approx(-0.1)
 
@@ -251,10 +257,10 @@ def test_an_interrupt_saves_and_the_same_command_continues(tmp_path, dataset):
     process = subprocess.Popen([sys.executable, SCRIPT, "--out", str(tmp_path), *argv], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
-    for line in process.stdout:
-        if line.startswith("step 5/"):
-            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to both
-            break
+    output, until = tmp_path / "baseline-seed0" / "output.txt", time.monotonic() + 60
+    while not (output.exists() and "step 5/" in output.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to both
     try:
         _, errors = process.communicate(timeout=60)
     finally:
