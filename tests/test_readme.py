@@ -1,5 +1,5 @@
 """The documents' commands run as printed, or are listed here with a reason; they name scripts and
-flags that exist, the documents' links lead somewhere, and their code is model.py's."""
+flags that exist, the documents' links lead somewhere, and README's function is our attention."""
 
 import glob
 import os
@@ -9,8 +9,10 @@ import shlex
 import sys
 
 import pytest
+import torch
 
 import train
+from model import GPT, AttnContext, GPTConfig, apply_rotary_emb, attend, rotary_table
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCUMENTS = [os.path.join(ROOT, name) for name in ("README.md", "RESULTS.md")] + glob.glob(
@@ -133,12 +135,20 @@ def test_flags_exist(script, monkeypatch, capsys):
     assert not missing
 
 
-def test_the_ten_lines_are_the_models():
-    code = [block for block in re.findall(r"```python\n(.*?)```", read(DOCUMENTS[0]), re.S)
-            if "def " in block]
-    assert [re.findall(r"def (\w+)", block) for block in code] == [
-        ["forward"], ["refine", "inner_step"]]
-    assert all(block in read(os.path.join(ROOT, "model.py")) for block in code)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_function_for_nanogpt_is_our_attention(order):
+    (code,) = re.findall(r"```python\n(def nexus.*?)```", read(DOCUMENTS[0]), re.S)
+    exec(code, scope := dict(F=torch.nn.functional))
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=16, block_size=24, n_layer=1, n_head=2, n_embd=16,
+                       nexus_order=order, attention="manual")
+    attention = GPT(config).double().blocks[0].attn
+    x, rope = torch.randn(3, 24, 16, dtype=torch.float64), rotary_table(config).double()
+    ctx = AttnContext(0, "manual", rope, torch.ones(24, 24, dtype=bool).tril(), None, None, None)
+    q, k, v = attention.project(x)
+    found = scope["nexus"](q, k, v, order, lambda h: apply_rotary_emb(h, *rope))
+    refined = attention.refine(x, q, k, v, ctx)
+    torch.testing.assert_close(found, attend(*refined, v, ctx), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: os.path.relpath(path, ROOT))
