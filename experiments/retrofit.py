@@ -74,6 +74,7 @@ VARIANTS = {  # name -> flags of finetune.py sft
     "key-shift-gated": "--inner shift --streams k --gate 0",
 }
 LR_SEED = 1000  # for the runs that choose the learning rate
+PIECE = 2000  # characters of a piece of text, about 450 tokens
 LENGTH = 4096  # tokens of an example, at most
 IDENTITY = {  # part -> the flags that make its lines other lines
     "loss": ["model", "text", "pieces"], "scores": ["model", "tasks", "limit"],
@@ -82,7 +83,7 @@ IDENTITY = {  # part -> the flags that make its lines other lines
 
 
 def pieces(args):
-    """(to train on, held out): pieces of about 2,000 characters, whole paragraphs, of the
+    """(to train on, held out): pieces of PIECE characters and the rest of their paragraph, of the
     documents of --text; every tenth document is held out. UserError if they are too few."""
     found = [], []
     source = Namespace(dataset="text", input=args.text, text_field=None)
@@ -90,8 +91,8 @@ def pieces(args):
         piece, own = "", found[i % 10 == 0]
         for paragraph in text.split("\n"):
             piece += paragraph + "\n"
-            if len(piece) > 2000:
-                own.append(piece[:4000])
+            if len(piece) > PIECE:
+                own.append(piece[:2 * PIECE])
                 piece = ""
     train, held = found
     needed = args.steps * args.batch

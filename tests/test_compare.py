@@ -279,6 +279,20 @@ def test_an_interrupt_saves_and_the_same_command_continues(tmp_path, dataset):
     assert lines(tmp_path / "results.jsonl")[0]["steps"] == steps[-1]
 
 
+def test_what_other_studies_let_it_train(tmp_path, monkeypatch):
+    """runs.compare, by which they make their models, calls this script with flags that it has."""
+    calls = []
+    monkeypatch.setattr(runs.subprocess, "run", lambda argv: calls.append(argv) or SimpleNamespace(
+        returncode=len(calls) - 1))
+    runs.compare(str(tmp_path), ["baseline", "past"], 2, quick=True)
+    (_, script, *argv), = calls
+    args, _ = compare.parse_args(argv)
+    assert os.path.samefile(script, SCRIPT) and args.out == str(tmp_path)
+    assert (args.variants, args.seeds, args.quick) == (["baseline", "past"], 2, True)
+    with pytest.raises(UserError, match="compare.py stopped with status 1"):
+        runs.compare(str(tmp_path), ["baseline"], 1, quick=False)
+
+
 def test_a_damaged_file_of_results_is_named(tmp_path):
     path = tmp_path / "results.jsonl"
     for text in ('{"flags": \n{"flags": "", "data": ""}\n', '{"task": "one-hop"}\n'):  # recall.py's

@@ -86,7 +86,7 @@ def test_the_model_is_built_with_its_control_and_its_losses_are_its_own(control,
 
 
 def one_step(out, variants, seeds, quick):
-    """Instead of runs.compare, which test_spectrum.py tests: the same folders, of one step."""
+    """Instead of runs.compare, which test_compare.py tests: the same folders, of one step."""
     data = pydocs(os.path.join(out, "pydocs"))
     for variant in variants:
         train.main([*read_variant(variant), *QUICK, "--max_steps", "1", "--dataset", data,

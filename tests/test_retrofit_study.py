@@ -1,8 +1,12 @@
 """experiments/retrofit.py: what it trains on and measures, and that nothing is measured twice."""
 
+import contextlib
+import io
 import json
 import statistics
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ pytest.importorskip("transformers", reason="extra retrofit: transformers")
 import retrofit  # noqa: E402
 from test_retrofit import make  # noqa: E402
 
+import finetune  # noqa: E402
 from nanonexus.cli import UserError  # noqa: E402
 from nanonexus.decoder import Decoder  # noqa: E402
 from nanonexus.retrofit import INNERS, nexus  # noqa: E402
@@ -83,12 +88,24 @@ def test_packed_examples_have_the_loss_of_each_alone():
         assert packed == pytest.approx(statistics.mean(alone), abs=1e-4)
 
 
+def in_this_process(argv, run=subprocess.run, **kwargs):
+    """finetune.py without a process of its own, which takes longer to start than to train."""
+    if argv[0] != sys.executable:
+        return run(argv, **kwargs)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(sys, "argv", argv[1:])
+        finetune.main()
+    return SimpleNamespace(returncode=0)
+
+
 @pytest.mark.usefixtures("plots")
 def test_every_part_ends_in_lines_and_none_is_made_twice(place, tmp_path, monkeypatch, capsys):
     for package in ("accelerate", "jinja2"):
         pytest.importorskip(package, reason=f"extra retrofit: {package}")
     few = dict(list(retrofit.CHANGES.items())[:2])
     monkeypatch.setattr(retrofit, "CHANGES", few)
+    monkeypatch.setattr(retrofit, "PIECE", 100)
+    monkeypatch.setattr(retrofit.subprocess, "run", in_this_process)
 
     def run(*flags):
         args = study(place, tmp_path, "--variants", "control,cross-k-gated", *flags)

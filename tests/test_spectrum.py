@@ -6,8 +6,10 @@ import os
 import sys
 
 import pytest
+import runs
 import spectrum
 import torch
+from test_induction import one_step
 
 from model import GPT, GPTConfig, attend
 from nanonexus.cli import run_script
@@ -117,6 +119,7 @@ def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeyp
 
 @pytest.mark.usefixtures("plots")
 def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "compare", one_step)
     monkeypatch.setattr(sys, "argv", [
         spectrum.__file__, "--quick", "--seeds", "1", "--widths", "8,16", "--variants",
         "baseline,past", "--out", str(tmp_path)])
