@@ -14,6 +14,8 @@ import torch
 from questions import add_inner_step, save
 from test_tokenizer import WORDS, varied
 
+from common import INNERS
+
 import model as model_file
 from model import GPTConfig, ModelError
 from nanonexus import export
@@ -27,11 +29,9 @@ from nanonexus.tokenizer import EOT, get_tokenizer, train_bpe
 transformers = pytest.importorskip("transformers", reason="extra hf: transformers")
 
 # order, inner, streams, parallel residual, rotary_pct, gelu
-CASES = [(1, "self", "qk", True, 0.25, "tanh"), (1, "self", "qk", False, 1.0, "erf"),
-         (2, "self", "qk", True, 0.25, "tanh"), (3, "self", "k", False, 1.0, "erf"),
-         (2, "past", "qk", True, 0.5, "tanh"), (3, "past", "q", False, 0.25, "erf"),
-         (2, "cross", "k", True, 1.0, "tanh"), (3, "cross", "qk", False, 0.5, "erf"),
-         (2, "shared", "q", True, 0.25, "tanh"), (3, "shared", "qk", False, 1.0, "erf")]
+CASES = [(1, "self", "qk", True, 0.25, "tanh"), (1, "self", "qk", False, 1.0, "erf")] + [
+    (2 + i % 2, inner, ("qk", "k", "q")[i % 3], i % 2 == 0, (0.25, 0.5, 1.0, 0.25)[i % 4],
+     ("tanh", "erf")[i % 2]) for i, inner in enumerate(INNERS * 2)][:len(INNERS) + 3]
 NAMES = ["-".join(map(str, case)).replace(".", "") for case in CASES]
 IDX = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(1))
 NEW = 8
