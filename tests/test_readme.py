@@ -151,9 +151,11 @@ def test_the_function_for_nanogpt_is_our_attention(order):
     torch.testing.assert_close(found, attend(*refined, v, ctx), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: os.path.relpath(path, ROOT))
+@pytest.mark.parametrize("path", [*DOCUMENTS, os.path.join(ROOT, "docs", "slides.html")],
+                         ids=lambda path: os.path.relpath(path, ROOT))
 def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)\)", read(path)):
+    for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", read(path)):
+        target = "".join(target)
         if not target.startswith("http"):
             assert os.path.exists(os.path.join(os.path.dirname(path), target)), target
 
