@@ -21,6 +21,7 @@ SLOW = {  # how a command begins that does not run here, and why: minutes are th
     "python -m venv": "makes an environment of its own",
     "OUT=out/70m experiments/reproduce_70m.sh": "needs the hub and a GPU; test_reproduce.py",
     "python eval_sciq.py --checkpoint EleutherAI": "needs the hub",
+    "python eval_sciq.py --checkpoint HuggingFaceTB": "needs the hub",
     "python eval_sciq.py --checkpoint MODEL": "needs the tasks' files; 15 and 6 minutes",
     "python eval_sciq.py --checkpoint out/base/ckpt.pt": "needs the hub, or 20 minutes with --data",
     "python eval_sciq.py --tasks sciq,arc_easy,piqa": "needs a GPU and the tasks' files",
