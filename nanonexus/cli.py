@@ -17,12 +17,23 @@ class UserError(ValueError):
     """A mistake the user can correct: scripts print it as one line and exit with status 2."""
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Lines of 100 columns, N for a number."""
+
+    def __init__(self, prog):
+        super().__init__(prog, width=100, max_help_position=30)
+
+    def _get_default_metavar_for_optional(self, action):
+        is_number = getattr(action.type, "__name__", "") in ("int", "float")
+        return "N" if is_number else super()._get_default_metavar_for_optional(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose help begins with the script's docstring and whose errors are one line."""
 
-    def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, allow_abbrev=False, **kwargs,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, doc, usage="%(prog)s [flags]", **kwargs):
+        super().__init__(description=doc, allow_abbrev=False, usage=usage, formatter_class=Help,
+                         **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         # a shell leaves the ~ of --out=~/run as it is: it would name a folder of that name

@@ -60,10 +60,12 @@ def build_parser(doc):
     comments |= dict(vocab_size="default: the token set's", nexus_order="1 is the baseline, 2 "
                      "refines once, 3 twice, ... (default: 2; with a control that has no inner "
                      "loop 1)", nexus_inner="how they are refined, see inner_step (default: self, "
-                     "the paper's as a formula)")
+                     "the paper's as a formula)", control="instead of, or besides, Nexus: "
+                     + ", ".join(CONTROLS))
     for f in fields(GPTConfig):
         choices = CONTROLS if f.name == "control" else get_args(f.type)
-        kind = dict(choices=choices) if choices else dict(action=flag) if f.type is bool else \
+        kind = dict(choices=choices, metavar="NAME") if f.name == "control" else dict(
+            choices=choices) if choices else dict(action=flag) if f.type is bool else \
             dict(type=positive_int if f.type is int else f.type)
         add(f"--{f.name}", help=(comments.get(f.name) or "").replace("%", "%%"), **kind)
     add = parser.add_argument_group("optimisation (defaults depend on the preset)").add_argument
