@@ -296,7 +296,8 @@ def pair(first, second):
 
 def main():
     parser = Parser(__doc__, "%(prog)s sft|eval [flags]")
-    commands = parser.add_subparsers(prog=parser.prog, dest="command", required=True, metavar="sft|eval")
+    commands = parser.add_subparsers(prog=parser.prog, dest="command", required=True,
+                                     metavar="sft|eval")
     train = commands.add_parser("sft", help="supervised fine-tuning", doc=sft.__doc__)
     test = commands.add_parser("eval", help="lm-evaluation-harness", doc=evaluate.__doc__)
     for add in (train.add_argument, test.add_argument):
