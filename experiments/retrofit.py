@@ -22,6 +22,7 @@ never made again while that line is there; the same command continues. --show pr
 import collections
 import glob
 import json
+import operator
 import os
 import random
 import shutil
@@ -124,27 +125,29 @@ def write_data(args):
 
 @torch.no_grad()
 def losses(model, examples, packed=1):
-    """The mean loss of each row of `packed` examples, nats per predicted token."""
+    """(the mean loss of each row of `packed` examples, that of all tokens), nats per token."""
     from transformers import DataCollatorWithFlattening
 
-    collate, found = DataCollatorWithFlattening(), []
+    collate, found, sizes = DataCollatorWithFlattening(), [], []
     for part in split(examples, packed):
         row = {name: x.to(model.device) for name, x in collate(part).items()
                if isinstance(x, torch.Tensor)}
         labels = row.pop("labels")[0, 1:]
         logits = model(**row, use_cache=False).logits[0, :-1].float()
         found.append(F.cross_entropy(logits, labels).item())
-    return found
+        sizes.append((labels >= 0).sum().item())
+    return found, sum(map(operator.mul, found, sizes)) / sum(sizes)
 
 
 def held_out(scorer, args, name):
-    """losses of one of the held-out files, for a Scorer's model, alone and packed."""
+    """Of one of the held-out files, for a Scorer's model: the loss of each example, of all their
+    tokens, and of these if packed by eight."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(fetch(args.model))
     examples = read_examples(os.path.join(args.out, name + "-held.jsonl"), tokenizer, LENGTH)
-    model = scorer.model.model
-    return dict(losses=losses(model, examples), packed=statistics.mean(losses(model, examples, 8)))
+    alone, loss = losses(scorer.model.model, examples)
+    return dict(losses=alone, loss=loss, packed=losses(scorer.model.model, examples, 8)[1])
 
 
 def score(scorer, tasks, args):
@@ -240,8 +243,7 @@ def tune(args, results, part):
 
     grid = [("control", LR_SEED, lr) for lr in args.lrs] if len(args.lrs) > 1 else []
     execute(grid, max(1, steps // 4), final=False)
-    lr = min(grid, key=lambda job: statistics.mean(results.found[(part, *job)]["losses"])
-             )[2] if grid else args.lrs[0]
+    lr = min(grid, key=lambda job: results.found[(part, *job)]["loss"])[2] if grid else args.lrs[0]
     execute([(name, seed, lr) for seed in range(args.seeds) for name in args.variants], steps,
             final=True)
 
@@ -266,7 +268,7 @@ def change_rows(results):
     for name in CHANGES:
         cells, line, base = ["", "", ""], loss.get(name), loss.get(ORIGINAL)
         if line:
-            cells = [f"{statistics.mean(line['losses']):.3f}",
+            cells = [f"{line['loss']:.3f}",
                      paired_text(paired(line["losses"], base["losses"]), 3)
                      if base and line is not base else "", f"{line['packed']:.3f}"]
         if line or name in scores:
@@ -280,9 +282,9 @@ def run_rows(results, part):
     for variant in VARIANTS:
         means = []
         for seed, line in sorted(results.final(part, variant).items()):
-            means.append(statistics.mean(line["losses"]))
+            means.append(line["loss"])
             base = control.get(seed)
-            gap = means[-1] - statistics.mean(base["losses"]) if base else None
+            gap = line["loss"] - base["loss"] if base else None
             gates = [abs(g) for layer in line["gates"] for g in layer]
             yield (variant, seed, f"{line['lr']:g}", f"{means[-1]:.4f}",
                    f"{gap:+.4f}" if base and base is not line else "",
@@ -303,16 +305,14 @@ def plot(plt, results):
     shown = {name: line for name in CHANGES if "gate" not in name and "order 3" not in name
              and (line := results.found.get(("loss", name, None, None)))}
     for y, (name, line) in enumerate(shown.items()):
-        at_once.barh(y, statistics.mean(line["losses"]), 0.6, alpha=0.6,
+        at_once.barh(y, line["loss"], 0.6, alpha=0.6,
                      color=figures.style(name.split()[0])["color"])
     rows(at_once, shown, title="at once", xlabel="loss (nats per token), lower is better")
-    control = {seed: statistics.mean(line["losses"])
-               for seed, line in results.final("text", "control").items()}
+    control = {seed: line["loss"] for seed, line in results.final("text", "control").items()}
     names = [name for name in VARIANTS if name != "control" and results.final("text", name)]
     for y, name in enumerate(names):
         lines, look = results.final("text", name), figures.style(name.removesuffix("-gated"))
-        gaps = [statistics.mean(line["losses"]) - control[seed] for seed, line in lines.items()
-                if seed in control]
+        gaps = [line["loss"] - control[seed] for seed, line in lines.items() if seed in control]
         after.plot(gaps, [y] * len(gaps), "o", ms=4, color=look["color"])
         by_layer = [[statistics.mean(layer) for layer in line["gates"]] for line in lines.values()]
         if by_layer[0]:

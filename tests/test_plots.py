@@ -73,12 +73,12 @@ def of_stability(plt):
 
 
 def of_retrofit(plt):
-    found = {("loss", name, None, None): dict(losses=[2.0 + i]) for i, name in enumerate(
+    found = {("loss", name, None, None): dict(loss=2.0 + i) for i, name in enumerate(
         list(retrofit.CHANGES)[:3])}
     for i, name in enumerate(retrofit.VARIANTS):
         for seed in (0, 1):
             found["text", name, seed, 1e-4] = dict(
-                losses=[2.0 + i], gates=[[0.1 * i, 0.2]] * 3 if "gated" in name else [])
+                loss=2.0 + i, gates=[[0.1 * i, 0.2]] * 3 if "gated" in name else [])
     results = types.SimpleNamespace(found=found, final=lambda part, variant: {
         key[2]: line for key, line in found.items() if key[:2] == (part, variant)})
     return retrofit.plot(plt, results), [name for name in retrofit.VARIANTS if name != "control"]
