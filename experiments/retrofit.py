@@ -3,7 +3,7 @@ What does Nexus do to a pretrained decoder, at once and after fine-tuning?
 
     python experiments/retrofit.py --text 'books/*.txt.xz' --data DATA    # SmolLM2-135M-Instruct
     python experiments/retrofit.py --model FOLDER --text books.txt --data DATA --parts loss,scores
-    python experiments/retrofit.py --show --results docs/results/retrofit.jsonl
+    python experiments/retrofit.py --show
 
 Four parts, in the order of --parts; --model is a transformers folder or a name on the hub.
 
