@@ -26,7 +26,7 @@ def test_prompts_are_to_the_letter():
     assert read["piqa"][1] == ("Question: Dry hair\nAnswer:", ["use a fork", "use a towel "], 1)
 
 
-def test_rows_from_the_hub(monkeypatch, neox):
+def test_rows_from_the_hub(monkeypatch, tmp_path):
     asked = []
 
     def load_hub(*where):
@@ -34,9 +34,10 @@ def test_rows_from_the_hub(monkeypatch, neox):
         return ROWS["arc_easy"]
 
     monkeypatch.setattr(tasks, "load_hub", load_hub)
+    write_rows(tmp_path, dict(arc_easy=ROWS["arc_easy"]))
     docs, digest = read_task("arc_easy", None, limit=1)
     assert asked == [("allenai/ai2_arc", "ARC-Easy", "test")] and len(digest) == 64
-    assert docs == read_task("arc_easy", neox, limit=1)[0] and len(docs) == 1
+    assert docs == read_task("arc_easy", tmp_path, limit=1)[0] and len(docs) == 1
 
     def offline(*where):
         raise UserError("cannot read allenai/ai2_arc from the hub (ConnectionError)")
