@@ -6,15 +6,7 @@ import sys
 
 import pytest
 
-from nanonexus.cli import (
-    Output,
-    Parser,
-    UserError,
-    listed,
-    positive_int,
-    run_script,
-    safe_streams,
-)
+from nanonexus.cli import Output, Parser, UserError, listed, positive_int, run_script, safe_streams
 
 
 @pytest.fixture
@@ -37,15 +29,6 @@ def test_what_a_terminal_cannot_show_is_a_question_mark(tmp_path, stdout, encodi
     run_script(lambda: print("0.5 ± 0.1 \ufffd"))
     assert path.read_bytes().replace(b"\r", b"") == want
     assert isinstance(sys.stdout.buffer.raw, Output) and sys.stdout.encoding == encoding
-
-
-def test_a_tilde_that_the_shell_leaves_is_the_home(monkeypatch):
-    parser = Parser("")
-    parser.add_argument("--out")
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("USERPROFILE", "/home/me")
-    for given, want in (("~/run", "/home/me/run"), ("~a/b", "~a/b"), ("a~", "a~")):
-        assert parser.parse_args([f"--out={given}"]).out == want
 
 
 def test_a_reader_that_goes_does_not_end_the_work(stdout):
@@ -74,17 +57,14 @@ def test_a_full_disk_is_an_error_once(stdout, capfd):
     sys.stdout.flush()
 
 
-def test_closed_streams_go_nowhere(monkeypatch):
-    for name in ("stdin", "stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)
-    safe_streams()
-    print("nobody hears this", file=sys.stderr)
-    assert sys.stdin.read() == "" and not sys.stdout.isatty() and not sys.stderr.isatty()
-
-
-def test_a_notebooks_streams_are_left_alone(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", stream)
+def test_closed_streams_go_nowhere_and_a_notebooks_are_left_alone(monkeypatch):
+    with monkeypatch.context() as patch:
+        for name in ("stdin", "stdout", "stderr"):
+            patch.setattr(sys, name, None)
+        safe_streams()
+        print("nobody hears this", file=sys.stderr)
+        assert sys.stdin.read() == "" and not sys.stdout.isatty() and not sys.stderr.isatty()
+    monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
     run_script(lambda: print("±"))
     assert sys.stdout is stream and stream.getvalue() == "±\n"
 
@@ -103,13 +83,17 @@ def test_a_mistake_is_one_line_and_a_bug_is_not(error, said, capsys):
     assert not said or (end.value.code == 2 and said in out and out.count("\n") == 1)
 
 
-@pytest.mark.parametrize("argv", ["--out=", "--out=--", "--layers=", "--n=1,,2", "--out=\udcff"])
-def test_a_flag_without_a_value_is_a_mistake(argv):
+def test_flags_and_their_mistakes(monkeypatch):
     parser = Parser("")
     parser.add_argument("--out")
     parser.add_argument("--layers", nargs="+", type=positive_int)
     parser.add_argument("--n", type=listed(positive_int))
     assert parser.parse_args(["--n", "2,1,2"]).n == [2, 1]
-    name = argv.split("=")[0]
-    with pytest.raises(UserError, match=f"argument {name}: (expected|invalid.* int|.*not UTF-8)"):
-        parser.parse_args([argv])
+    for home in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(home, "/home/me")
+    for given, want in (("~/run", "/home/me/run"), ("~a/b", "~a/b"), ("a~", "a~")):
+        assert parser.parse_args([f"--out={given}"]).out == want  # a ~ that the shell leaves
+    for argv in ("--out=", "--out=--", "--layers=", "--n=1,,2", "--out=\udcff"):
+        with pytest.raises(UserError, match=(
+                f"argument {argv.split('=')[0]}: (expected|invalid.* int|.*not UTF-8)")):
+            parser.parse_args([argv])

@@ -53,9 +53,8 @@ def test_a_folder_gives_transformers_logits(tmp_path, act, rotary, parallel):
 
 
 @pytest.mark.parametrize("change", [
-    dict(rotary_pct=0.5, rope_parameters=None), dict(rotary_pct=0.5), dict(head_dim=None),
-    dict(rope_scaling=dict(partial_rotary_factor=0.5)),
-    dict(rope_parameters=dict(rope_type="default"), rotary_pct=0.5)])
+    dict(rotary_pct=0.5, rope_parameters=None), dict(rotary_pct=0.5, head_dim=None),
+    dict(rope_scaling=dict(partial_rotary_factor=0.5))])
 def test_rotary_is_read_as_transformers_reads_it(folder, change):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder(change)).eval()
     with torch.no_grad():
@@ -107,15 +106,12 @@ def test_only_the_files_that_belong_to_the_model_are_read(neox, folder):
     (dict(hidden_act="relu"), "hidden_act 'relu'"), (dict(is_causal=False), "is_causal False"),
     (dict(vocab_size=449), r"embed.weight is \(448, 64\), not \(449, 64\)"),
     (dict(rope_parameters=dict(rope_type="yarn")), "rope_type 'yarn'"),
-    (dict(rope_scaling=dict(type="linear", factor=4.0)), "rope_scaling type 'linear'"),
     (dict(rope_scaling=dict(rope_type="default", factor=4.0)), "rope_scaling factor 4.0"),
-    (dict(rope_scaling=dict(rope_theta=500000)), "rope_scaling rope_theta 500000"),
     (dict(head_dim=8), "head_dim 8"), (dict(quantization_config=dict(bits=4)), "quantization"),
     # and whatever else a file may hold
     (dict(num_attention_heads=5), None), (dict(num_attention_heads=0), None),
     (dict(hidden_size="64"), None), (dict(vocab_size=10**11), None), (dict(nexus="no"), None),
-    (dict(rope_parameters=3), None), (dict(hidden_size=1 << 20, intermediate_size=1 << 22), None),
-    (dict(num_hidden_layers=None), None), (dict(hidden_dropout=10**400), None)])
+    (dict(rope_parameters=3), None), (dict(hidden_dropout=10**400), None)])
 def test_models_that_ours_cannot_represent_are_refused_in_one_line(folder, change, message):
     with pytest.raises(ModelError, match=message) as caught:
         load_neox(folder(change))
@@ -178,14 +174,9 @@ def test_a_tokenizer_of_words_scores_but_has_no_bytes(tmp_path):
     assert tokenizer.eot_token is None and tokenizer.decode_bytes([3]) == b""  # an unused id
     with pytest.raises(UserError, match="not a byte-level tokenizer: '▁b'"):
         tokenizer.decode_bytes([7])
-
-
-@pytest.mark.parametrize("eos", [7, [7, 3]])
-def test_an_end_of_text_of_another_name_is_the_configs(neox, folder, eos):
-    path = folder(dict(eos_token_id=eos))
-    (path / "tokenizer.json").write_text(
-        (neox / "tokenizer.json").read_text().replace("<|endoftext|>", "</s>"))
-    assert FolderTokenizer(neox).eot_token == 0 and FolderTokenizer(path).eot_token == 7
+    for eos in (7, [7, 3]):  # an end of text of another name is the config's
+        (tmp_path / "config.json").write_text(json.dumps(dict(eos_token_id=eos)))
+        assert FolderTokenizer(tmp_path).eot_token == 7
 
 
 def test_a_checkpoint_opens_with_its_tokenizer(checkpoints, tmp_path):
@@ -193,7 +184,6 @@ def test_a_checkpoint_opens_with_its_tokenizer(checkpoints, tmp_path):
     want, want_meta = load_checkpoint(checkpoints[1], nexus_order=3)
     assert meta == want_meta and meta["config"]["nexus_order"] == 2
     assert torch.equal(model(IDX % 320), want(IDX % 320))
-    assert tokenizer.encode_ordinary("é") == [195, 169]
 
     source = train_bpe(["the river and the sea and the river"] * 9, 300)
     config = GPTConfig(vocab_size=320, block_size=8, n_layer=1, n_head=1, n_embd=8, rotary_pct=1.0)

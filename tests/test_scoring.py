@@ -35,7 +35,7 @@ def test_scores_are_the_harnesss(neox, tmp_path):
                 results[task][f"{metric}_stderr,none"])
 
 
-@pytest.mark.parametrize("bos", [None, "<|endoftext|>", "<s>"])
+@pytest.mark.parametrize("bos", [None, "<s>"])
 def test_a_folders_tokenizer_encodes_as_in_the_harness(neox, tmp_path, bos):
     """With a token that begins a text; a length to cut and to pad to has no effect."""
     hf = pytest.importorskip("lm_eval.models.huggingface", reason="extra hf: lm-eval")
@@ -92,15 +92,6 @@ def test_acc_norm_divides_by_characters_and_of_equal_choices_the_first_wins(neox
     assert len(set(entry["lls"])) == 1 and entry["acc"] == 0.0
 
 
-def test_white_space_that_ends_a_context_is_scored_with_the_choice(neox):
-    scorer = Scorer(str(neox))
-    tokenizer = scorer.tokenizer
-    context, continuation = scorer.encode_pair("in white \n", " one")
-    assert tokenizer.decode(context) == "in white" and tokenizer.decode(continuation) == " \n one"
-    assert scorer.encode_pair("", "one") == ([tokenizer.eot_token],
-                                             tokenizer.encode_ordinary("one"))
-
-
 def test_what_cannot_be_scored_is_refused_before_the_work(neox):
     scorer = Scorer(str(neox))
     (ll, _), = scorer.loglikelihoods([([1, 2], [3] * 96)])  # just fits
@@ -123,9 +114,9 @@ def test_rows_that_do_not_fit_are_counted_from_one(neox):
     assert scorer.misfits(read_task("sciq", neox)[0]) == {}  # a long context loses its beginning
 
 
-@pytest.mark.parametrize("continuation", [[1], [1, 2]])
-def test_a_model_that_has_diverged_has_no_scores(neox, continuation):
+def test_a_model_that_has_diverged_has_no_scores(neox):
     scorer = Scorer(str(neox))
     scorer.model.blocks[0].mlp.up.weight.data[3] = torch.nan
-    with pytest.raises(ModelError, match="has diverged"):
-        scorer.loglikelihoods([([1, 2], continuation)])
+    for continuation in ([1], [1, 2]):
+        with pytest.raises(ModelError, match="has diverged"):
+            scorer.loglikelihoods([([1, 2], continuation)])
