@@ -1,7 +1,6 @@
 """Pretrained decoders are scored as the harness scores them, retrofitted or not."""
 
 import shutil
-import sys
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from questions import plain_ll, score_documents, write_tasks
 pytest.importorskip("transformers", reason="extra retrofit: transformers")
 from test_retrofit import make, tokens  # noqa: E402
 
-import eval_sciq  # noqa: E402
 from nanonexus.decoder import Decoder, DecoderCache, load_any  # noqa: E402
 from nanonexus.retrofit import FAMILIES, load, nexus  # noqa: E402
 from nanonexus.scoring import Scorer, evaluate  # noqa: E402
@@ -91,15 +89,3 @@ def test_a_plain_gpt_neox_is_a_gpt_and_a_retrofitted_one_a_decoder(neox, tmp_pat
     idx = tokens(1, 20)
     with torch.no_grad():  # a closed gate: the original
         torch.testing.assert_close(decoder(idx), gpt(idx), rtol=1e-4, atol=1e-4)
-
-
-def test_the_command_scores_it_and_compares(llama, neox, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="extra plots: matplotlib")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [
-        "eval_sciq.py", "--checkpoint", str(llama(dict(order=1))), "--versus",
-        str(llama(dict(inner="self"))), "--data", str(neox)])
-    eval_sciq.main()
-    out = capsys.readouterr().out
-    assert "llama, order 1, " in out and "llama, order 2, streams qk, inner self, " in out
-    assert "paired by document" in out

@@ -104,9 +104,12 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, m
     refused(tmp_path / "loop", "exists and is not empty")
 
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+@linux
 def test_a_file_system_without_locks_and_flushes_of_folders(tmp_path, monkeypatch, capsys):
     """Lustre without flock, CIFS, FUSE; any other failure is one."""
-    fcntl = pytest.importorskip("fcntl", reason="locks need POSIX")
     fsync = os.fsync
 
     def fails(number, folders_only=False):
@@ -116,19 +119,19 @@ def test_a_file_system_without_locks_and_flushes_of_folders(tmp_path, monkeypatc
             raise OSError(number, os.strerror(number))
         return call
 
-    for module, name, failure in ((fcntl, "flock", fails(errno.EIO)), (os, "fsync", fails(
-            errno.EIO, folders_only=True)), (os, "fsync", fails(errno.EINVAL))):
+    for name, failure in (("fcntl.flock", fails(errno.EIO)), ("os.fsync", fails(errno.EINVAL)),
+                          ("os.fsync", fails(errno.EIO, folders_only=True))):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/|Invalid argum"):
-            patch.setattr(module, name, failure)  # the last: a file must be on disk
+            patch.setattr(name, failure)  # the second: a file must be on disk
             make(tmp_path / "out")
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(fcntl, "flock", fails(errno.ENOLCK))
+    monkeypatch.setattr("fcntl.flock", fails(errno.ENOLCK))
     monkeypatch.setattr(os, "fsync", fails(errno.ENOLCK, folders_only=True))
     make(tmp_path / "out")
     assert capsys.readouterr().err.count("note: no locks in") == 1
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="emulates Windows on Linux")
+@linux
 def test_windows_rules_of_renaming(tmp_path, monkeypatch):
     """No lock, no rename of a folder in which a file is open, or onto a folder; a file that someone
     is reading cannot be replaced until they have closed it."""

@@ -13,7 +13,6 @@ from questions import save
 import sample
 from model import GPT, GPTConfig
 from nanonexus.cli import run_script
-from nanonexus.controls import build
 from nanonexus.generate import generate
 from nanonexus.hf import open_model
 
@@ -67,11 +66,6 @@ def test_the_text_is_what_generate_gives(checkpoint, call):
     assert done.stdout.replace(os.linesep.encode(), b"\n").decode() == want, done.stderr
 
 
-def test_text_from_a_hugging_face_folder(neox, call):
-    want = wanted(neox, open_model(neox)[1].encode_ordinary("The river 🙂"), 3, temperature=1.5)
-    assert call(neox, "--prompt", "The river 🙂", "--temperature", "1.5", "--seed", "3")[1] == want
-
-
 def test_the_end_of_a_text_begins_a_new_one(checkpoint, call):
     """<|endoftext|> in a prompt is one token, as it is to the checkpoint's export."""
     assert call(checkpoint, "--prompt", "<|endoftext|>", "--temperature", "0")[1] == wanted(
@@ -82,12 +76,6 @@ def test_a_tiny_temperature_takes_the_most_likely(checkpoint, call):
     first, *others = [call(checkpoint, "--prompt", "abc", "--temperature", value)
                       for value in ("0", "1e-40", "1e-300")]
     assert others == [first] * 2 and len(first[1]) > 4
-
-
-def test_a_control_says_what_it_is(tmp_path, call):
-    save(build(replace(CONFIG, control="key-shift")), tmp_path / "c.pt")
-    status, out, said = call(tmp_path / "c.pt", "--prompt", "a")
-    assert said == f"{tmp_path / 'c.pt'}: order 1, key-shift\n" and out.startswith("a")
 
 
 @pytest.mark.parametrize("argv, message", [
