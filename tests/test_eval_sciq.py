@@ -132,7 +132,7 @@ def test_saved_scores_serve_as_a_model(checkpoints, call, capsys):
                            ("the documents of sciq", ["--tasks", "sciq", "--data", "."])]:
         with pytest.raises(UserError, match=message):
             call("a.json", *nine, *flags)
-    whole["checkpoint"]["path"] = "$a$b_{"  # no formula in the chart
+    whole["checkpoint"]["path"] = "$b_{$"  # not parsed as a formula
     write_json("b.json", whole)
     call("a.json", "--versus", "b.json", *nine)
     whole["tasks"]["demo"]["data_sha256"] = "0"

@@ -64,9 +64,10 @@ def test_a_document_with_most_of_the_text_is_split(place):
     assert sum(text in small for text in found["train"] + found["val"]) == 30
 
 
-@pytest.mark.parametrize("texts", [[lines(200_000)], [lines(20_000)] * 40, ["🙂" * 300] * 400])
+@pytest.mark.parametrize("texts", [
+    [lines(200_000)], [lines(20_000)] * 40, ["🙂" * 40_000] * 12, ["🙂" * 300] * 400])
 def test_both_parts_have_text_within_the_limit(texts):
-    for limit in (300, 100_000):
+    for limit in (300, 10_000, 100_000):
         total, seen = 0, set()
         for text, split, ends in pieces(iter(texts), 0.1, limit):
             total += len(text.encode()) + ends
