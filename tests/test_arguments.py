@@ -26,27 +26,22 @@ from questions import byte_tokenizer  # noqa: E402
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-JUNK = ["", " ", "-1", "0", "1", "2", "3", "-0", "nan", "-inf", "1e400", "1.5", "1e-9", "None",
-        "true", "999999999999", "9" * 400, "ü", "\u202e", "a b", "../nowhere", "/", ".", "--", "-",
-        "[]", "bytes", "gpt2", "sdpa", "flex", "manual", "qk", "self", "past", "tiny", "demo",
-        "k", "pythia-1b", "sciq,demo", "cpu", "cuda", "mps", "{}", "%s", "\n", "*"]
+JUNK = ["", " ", "-1", "0", "1", "3", "nan", "-inf", "1e400", "1.5", "1e-9", "9" * 12, "9" * 400,
+        "\u202e", "a b", "../nowhere", "/", ".", "--", "-", "[]", "bytes", "gpt2", "flex", "past",
+        "k", "pythia-1b", "sciq,demo", "cuda", "{}", "%s", "\n", "*"]
 
 
 def flags_of(main):
     """The flags of a script, from the parser that its main builds."""
-    class Stop(Exception):
-        pass
-
     found = []
 
     def stop(self, *args, **kwargs):
         found.extend(self._actions)
-        raise Stop
+        raise KeyError
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyError):
         patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
-        with contextlib.suppress(Stop):
-            main()
+        main()
     for subparsers in [a for a in found if isinstance(a, argparse._SubParsersAction)]:
         found.extend(subparsers.choices["sft"]._actions)
     return {a.option_strings[0]: a.nargs == 0 or isinstance(a, argparse.BooleanOptionalAction)
@@ -56,15 +51,15 @@ def flags_of(main):
 
 def call(main, name, argv):
     """(exit status, stderr) of a script, in this process."""
-    errors = io.StringIO()
+    errors, status = io.StringIO(), 0
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), \
             pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *argv])
         try:
             run_script(main)
         except SystemExit as end:
-            return end.code, errors.getvalue()
-    return 0, errors.getvalue()
+            status = end.code
+    return status, errors.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +104,7 @@ def test_any_arguments(name, place, tokens, monkeypatch):  # noqa: F811
     pair = strategies.tuples(flag, strategies.sampled_from(JUNK) | strategies.text(max_size=5))
     statuses = []
 
-    @settings(max_examples=130, deadline=None, database=None, derandomize=True,
+    @settings(max_examples=40, deadline=None, database=None, derandomize=True,
               phases=[hypothesis.Phase.generate],
               suppress_health_check=list(hypothesis.HealthCheck))
     @given(strategies.lists(pair, min_size=1, max_size=3))
@@ -124,8 +119,7 @@ def test_any_arguments(name, place, tokens, monkeypatch):  # noqa: F811
         assert not left, argv
         statuses.append(status)
         for folder in ("out", "set"):
-            if (place / folder).exists():
-                shutil.rmtree(place / folder)
+            shutil.rmtree(place / folder, ignore_errors=True)
 
     attempt()
-    assert len(statuses) >= 125 and 2 in statuses
+    assert len(statuses) >= 40 and 2 in statuses

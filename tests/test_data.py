@@ -47,57 +47,36 @@ def test_order_is_a_pure_function_of_seed_and_step():
     data.epoch_order.cache_clear()
     assert [train_indices(50, 3, step, 8) for step in reversed(range(20))] == first[::-1]
     assert [train_indices(50, 4, step, 8) for step in range(20)] != first
-    stream = [i for step in first for i in step]
-    epochs = [stream[e * 50:(e + 1) * 50] for e in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(50))  # every window once
-    assert epochs[0] != epochs[1] != epochs[2]
+    epochs = np.array(first).flatten()[:150].reshape(3, 50)
+    assert (np.sort(epochs) == range(50)).all()  # every window once
+    assert (epochs[0] != epochs[1]).any() and (epochs[1] != epochs[2]).any()
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_batch_of_one_process(world):
+def test_ranks_share_the_batch_of_one_process():
+    world = 4
     for step in range(20):
         whole = train_indices(50, 0, step, 8)
         parts = [train_indices(50, 0, step, 8, rank, world) for rank in range(world)]
         assert [i for part in parts for i in part] == whole
     parts = [val_indices(50, 20, rank, world) for rank in range(world)]
     assert sorted(i for part in parts for i in part) == val_indices(50, 20)
-
-
-def test_validation_windows_are_fixed_and_spread():
-    assert val_indices(50, 5) == [0, 10, 20, 30, 40]
-    assert val_indices(3, 100) == [0, 1, 2]
-
-
-def test_a_whole_set_opens(folder):
-    tokens = TokenSet(folder, tokenizer="bytes", verify=True)
-    assert tokens.train.tolist() == list(range(100)) and tokens.val.tolist() == list(range(10))
-    assert tokens.vocab_size == 320 and len(tokens.fingerprint) == 32
-
-
-def own_tokenizer(folder, text):
-    """Give the set its own tokenizer.json."""
-    (folder / "tokenizer.json").write_text(text)
-    sums = json.loads((folder / "meta.json").read_text())["sha256"]
-    change(folder, tokenizer="bpe:300",
-           sha256=sums | dict(tokenizer=sha256(folder / "tokenizer.json")))
+    assert val_indices(50, 5) == [0, 10, 20, 30, 40] and val_indices(3, 100) == [0, 1, 2]
 
 
 def test_a_set_with_its_own_tokenizer_needs_no_package_to_train(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for package in ("tiktoken", "tokenizers"):
+        monkeypatch.setitem(sys.modules, package, None)
     assert (TokenSet(folder).eot, TokenSet(folder).tokenizer_json) == (256, None)
+    own, sums = folder / "tokenizer.json", TokenSet(folder).meta["sha256"]
     added = [dict(id=7, content="<|pad|>"), dict(id=299, content="<|endoftext|>")]
-    own_tokenizer(folder, json.dumps(dict(added_tokens=added)))
-    tokens = TokenSet(folder, tokenizer="bpe:300")
-    assert tokens.eot == 299 and json.loads(tokens.tokenizer_json)["added_tokens"] == added
-    (folder / "tokenizer.json").write_text(json.dumps(dict(added_tokens=added[:1])))
-    with pytest.raises(UserError, match="tokenizer.json is missing or was changed"):
-        TokenSet(folder)
-    own_tokenizer(folder, json.dumps(dict(added_tokens=added[:1])))
-    with pytest.raises(UserError, match="tokenizer.json is damaged, or of another kind.*it has no"):
+    for tokens in added, added[:1]:
+        own.write_text(json.dumps(dict(added_tokens=tokens)))
+        change(folder, tokenizer="bpe:300", sha256=sums | dict(tokenizer=sha256(own)))
+        assert TokenSet(folder).tokenizer_json == own.read_text()
+        assert tokens != added or TokenSet(folder, tokenizer="bpe:300").eot == 299
+    with pytest.raises(UserError, match="is damaged, or of another kind.*it has no"):
         TokenSet(folder).eot  # noqa: B018
-    (folder / "tokenizer.json").unlink()
+    own.write_text("{}")
     with pytest.raises(UserError, match="tokenizer.json is missing or was changed"):
         TokenSet(folder)
 
@@ -105,15 +84,10 @@ def test_a_set_with_its_own_tokenizer_needs_no_package_to_train(folder, monkeypa
 @pytest.mark.parametrize("damage, message", [
     (lambda f: (f / "meta.json").unlink(), "no token set in"),
     (lambda f: (f / "meta.json").write_text('{"version": 1, '), "meta.json is damaged"),
-    (lambda f: (f / "meta.json").write_text("[1]"), "meta.json is damaged"),
     (lambda f: change(f, version=2), "version 2, this code reads 1"),
     (lambda f: (f / "meta.json").write_text("[" * 100_000), "meta.json is damaged"),
-    (lambda f: change(f, dtype="int8"), "meta.json is damaged"),
     (lambda f: change(f, tokenizer=["bytes"]), "another kind .TypeError: the tokenizer"),
-    (lambda f: change(f, vocab_size=float("inf")), "meta.json is damaged"),
-    (lambda f: change(f, sha256=dict(train="0" * 64)), "meta.json is damaged"),
     (lambda f: change(f, sha256=dict(train=1, val=2)), "meta.json is damaged"),
-    (lambda f: change(f, tokens={"train": 100}), "meta.json is damaged"),
     (lambda f: change(f, tokenizer="gpt2"), "tokenised with gpt2, not bytes"),
     (lambda f: change(f, vocab_size=50), "holds the id 99, beyond its vocabulary of 50"),
     (lambda f: (f / "val.bin").unlink(), "val.bin is missing"),
@@ -129,9 +103,8 @@ def test_damaged_sets_are_refused(folder, damage, message):
 
 
 def test_verify_finds_a_flipped_byte(folder):
-    ids = np.fromfile(folder / "train.bin", np.uint16)
-    ids[50] ^= 1
-    ids.tofile(folder / "train.bin")
+    assert len(TokenSet(folder, verify=True).fingerprint) == 32
+    np.arange(100, dtype=np.uint16)[::-1].tofile(folder / "train.bin")
     TokenSet(folder)  # the size is right: not noticed without reading it all
     with pytest.raises(UserError, match="does not have the sha256"):
         TokenSet(folder, verify=True)
@@ -141,14 +114,15 @@ def test_the_embedded_text_is_prepared_once(folder, tmp_path, monkeypatch):
     assert data.pydocs(str(folder)) == str(folder)  # it is there
     half = tmp_path / "half"
     half.mkdir()
-    (half / "x").touch()
-    with pytest.raises(UserError, match="could not prepare .*half: .* is not empty: remove") as one:
+
+    def run(argv, **kwargs):
+        if faster:  # another process has just made it
+            shutil.copy(folder / "meta.json", half)
+        return subprocess.CompletedProcess(argv, 2, stderr="notes\nx.py: error: it is not empty\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    faster = False
+    with pytest.raises(UserError, match="could not prepare .*half: it is not empty$"):
         data.pydocs(str(half))
-    assert "\n" not in str(one.value) and "error" not in str(one.value)
-
-    def faster(argv, **kwargs):  # another process has just made it
-        shutil.copy(folder / "meta.json", half)
-        return subprocess.CompletedProcess(argv, 2, stderr="it exists")
-
-    monkeypatch.setattr(subprocess, "run", faster)
+    faster = True
     assert data.pydocs(str(half)) == str(half)

@@ -1,23 +1,20 @@
 """Pretrained decoders are scored as the harness scores them, retrofitted or not."""
 
 import shutil
-import sys
 
 import pytest
 import torch
-from questions import ROWS, plain_ll, score_documents, write_tasks
+from questions import plain_ll, score_documents, write_tasks
 
 pytest.importorskip("transformers", reason="extra retrofit: transformers")
 from test_retrofit import make, tokens  # noqa: E402
 
-import eval_sciq  # noqa: E402
 from nanonexus.decoder import Decoder, DecoderCache, load_any  # noqa: E402
 from nanonexus.retrofit import FAMILIES, load, nexus  # noqa: E402
 from nanonexus.scoring import Scorer, evaluate  # noqa: E402
 from nanonexus.tasks import read_task  # noqa: E402
 
-RETROFITS = [dict(order=1), dict(inner="self"), dict(inner="tokens", order=3),
-             dict(inner="cross", streams="k", gate=0.5), dict(inner="shift", streams="k", gate=0.3)]
+RETROFITS = [dict(inner="tokens", order=3), dict(inner="shift", streams="k", gate=0.3)]
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +53,13 @@ def test_scores_are_the_harnesss(settings, llama, neox, tmp_path):
     from transformers import AutoTokenizer
 
     folder = llama(settings)
-    write_tasks(ROWS, neox, tmp_path)
+    write_tasks(["sciq"], neox, tmp_path)
     _, samples = score_documents(HFLM(pretrained=load(folder), batch_size=3, tokenizer=(
-        AutoTokenizer.from_pretrained(folder))), ROWS, tmp_path)
-    scorer = Scorer(str(folder))
-    for task in ROWS:
-        for doc, (lls, acc, acc_norm) in zip(evaluate(scorer, task, read_task(task, neox)[0])[
-                "docs"], samples[task], strict=True):
-            assert doc["lls"] == pytest.approx(lls, abs=1e-4), task
-            assert (doc["acc"], doc["acc_norm"]) == (acc, acc_norm), task
+        AutoTokenizer.from_pretrained(folder))), ["sciq"], tmp_path)
+    ours = evaluate(Scorer(str(folder)), "sciq", read_task("sciq", neox)[0])["docs"]
+    for doc, (lls, acc, acc_norm) in zip(ours, samples["sciq"], strict=True):
+        assert doc["lls"] == pytest.approx(lls, abs=1e-4)
+        assert (doc["acc"], doc["acc_norm"]) == (acc, acc_norm)
 
 
 def test_the_order_can_be_another_and_is_told(llama, capsys):
@@ -94,15 +89,3 @@ def test_a_plain_gpt_neox_is_a_gpt_and_a_retrofitted_one_a_decoder(neox, tmp_pat
     idx = tokens(1, 20)
     with torch.no_grad():  # a closed gate: the original
         torch.testing.assert_close(decoder(idx), gpt(idx), rtol=1e-4, atol=1e-4)
-
-
-def test_the_command_scores_it_and_compares(llama, neox, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="extra plots: matplotlib")
-    paths = [str(llama(dict(order=1))), str(llama(dict(inner="self")))]
-    monkeypatch.setattr(sys, "argv", [
-        "eval_sciq.py", "--checkpoint", paths[0], "--versus", paths[1], "--data", str(neox),
-        "--plot", str(tmp_path / "versus.png"), "--json", str(tmp_path / "scores.json")])
-    eval_sciq.main()
-    out = capsys.readouterr().out
-    assert "llama, order 1, " in out and "llama, order 2, streams qk, inner self, " in out
-    assert "paired by document" in out and (tmp_path / "scores.json").exists()

@@ -17,7 +17,7 @@ NEEDS = {"finetune": "transformers", "retrofit": "transformers"}
     "finetune eval --model none --json", "finetune sft --model none --data none.jsonl --out",
     "prepare_data --tokenizer none --out", "train --dataset none --out",
     "nanonexus.view --checkpoint none.pt --prompt a --out", "compare --dataset none --out",
-    "compare --out x --results", "cost --out", "gpu --tokens none --out",
+    "cost --out", "gpu --tokens none --out",
     "induction --out", "parity --out", "rank --out", "recall --out", "recall --out x --results",
     "retrofit --out", "retrofit --out x --text file --results", "spectrum --out",
     "stability --out"])

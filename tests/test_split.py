@@ -15,24 +15,23 @@ def lines(n, word="word"):
     return f"{word} " * 9 + "\n" + f"{word} {word}\n" * (n // (2 * len(word) + 2))
 
 
-def parts(texts, share=0.1, limit=ENDLESS):
+def parts(texts, share=0.1):
     """{"train": [documents], "val": [documents]}"""
     found = {"train": [], "val": []}
-    for text, split in assign(iter(texts), share, limit):
+    for text, split in assign(iter(texts), share, ENDLESS):
         found[split].append(text)
     return found
 
 
-@pytest.mark.parametrize("share", [0.5, 0.3, 0.1, 0.05])
+@pytest.mark.parametrize("share", [0.5, 0.05])
 def test_documents_stay_whole_and_validation_gets_its_share(share):
     rng = random.Random(1)
     texts = [f"{i} " + "x" * int(rng.lognormvariate(7, 1)) for i in range(600)]
     found = parts(texts, share)
     assert sorted(found["train"] + found["val"]) == sorted(texts)
-    size, mean = sum(map(len, texts)), sum(map(len, texts)) / 600
-    assert abs(sum(map(len, found["val"])) - share * size) < 10 * mean
-    means = [sum(map(len, found[split])) / len(found[split]) for split in found]
-    assert 0.6 < means[1] / means[0] < 1.6  # neither the short ones nor the long ones
+    mean, train, val = (sum(map(len, some)) / len(some) for some in (texts, *found.values()))
+    assert abs(val * len(found["val"]) - share * mean * 600) < 10 * mean
+    assert 0.6 < val / train < 1.6  # neither the short ones nor the long ones
 
 
 def test_equal_documents_one_in_ten_from_the_tenth():
@@ -43,7 +42,7 @@ def test_equal_documents_one_in_ten_from_the_tenth():
 
 
 @pytest.mark.parametrize("texts", [
-    ["word " * 1680], ["x" * 8400], [lines(400_000)], ["é🙂" * 60_000], [lines(5000)] * 9,
+    ["word " * 1680], [lines(400_000)], ["é🙂" * 60_000], [lines(5000)] * 9,
     ["\n\n \n" * 9000 + "a few words\n" + " \n" * 40_000], ["ab"]])
 def test_few_documents_give_each_part_some(texts):
     found = parts(texts)
@@ -56,41 +55,35 @@ def test_few_documents_give_each_part_some(texts):
     assert max(map(len, order)) <= 2 * BLOCK
 
 
-def test_a_document_with_most_of_the_text_is_split():
+@pytest.mark.parametrize("place", [0, 9, 30])
+def test_a_document_with_most_of_the_text_is_split(place):
     small, long = [lines(1000, f"w{i}") for i in range(30)], lines(500_000)
-    for place in (0, 9, 20, 30):
-        found = parts([*small[:place], long, *small[place:]])
-        size = sum(map(len, small)) + len(long)
-        assert 0.07 * size < sum(map(len, found["val"])) < 0.2 * size, place
-        assert sum(text in small for text in found["train"] + found["val"]) == 30
+    found = parts([*small[:place], long, *small[place:]])
+    size = sum(map(len, small)) + len(long)
+    assert 0.07 * size < sum(map(len, found["val"])) < 0.2 * size
+    assert sum(text in small for text in found["train"] + found["val"]) == 30
 
 
-@pytest.mark.parametrize("limit", [300, 10_000, 100_000])
 @pytest.mark.parametrize("texts", [
     [lines(200_000)], [lines(20_000)] * 40, ["🙂" * 40_000] * 12, ["🙂" * 300] * 400])
-def test_both_parts_have_text_within_the_limit(texts, limit):
-    total, seen = 0, set()
-    for text, split, ends in pieces(iter(texts), 0.1, limit):
-        total += len(text.encode()) + ends
-        seen |= {split} if ends and total <= limit else set()
-    assert seen == {"train", "val"}
+def test_both_parts_have_text_within_the_limit(texts):
+    for limit in (300, 10_000, 100_000):
+        total, seen = 0, set()
+        for text, split, ends in pieces(iter(texts), 0.1, limit):
+            total += len(text.encode()) + ends
+            seen |= {split} if ends and total <= limit else set()
+        assert seen == {"train", "val"}
 
 
 def test_a_stream_is_read_once_and_not_to_its_end():
-    read = []
-
-    def stream():
-        for i in range(10**6):
-            read.append(i)
-            yield lines(10_000)
-
-    for i, _ in enumerate(assign(stream(), 0.1, ENDLESS)):
-        if i == 1000:
-            break
-    assert len(read) < 2000 and read == list(range(len(read)))
+    stream = iter(range(10**6))
+    found = assign(("x" * 10_000 for _ in stream), 0.1, ENDLESS)
+    for _ in range(1000):
+        next(found)
+    assert next(stream) < 2700
 
 
-def test_pieces_are_cut_at_paragraphs_lines_and_spaces():
+def test_pieces_are_cut_at_paragraphs_lines_and_spaces_in_linear_time():
     text = "x" * 100 + "\n" + "word " * 9000 + "y" * 50_000 + "\n" + lines(50_000)
     paragraphs = list(cuts(text + "a\n\nb\n" * 9000, PIECE))
     assert all(piece.endswith("a\n\n") for piece in paragraphs[-3:-1])
@@ -102,12 +95,10 @@ def test_pieces_are_cut_at_paragraphs_lines_and_spaces():
     ends = [ends for _, _, ends in pieces(iter([text] * 12), 0.1, ENDLESS)]
     assert sum(ends) == 12 and ends[-1]
 
-
-def test_time_is_linear_in_the_length_of_a_document():
     def seconds(texts):
-        start = time.perf_counter()
+        start = time.process_time()
         assert sum(len(piece) for text in texts for piece in cuts(text, PIECE)) == 12_000_000
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     text = "nine char" * 111 + "\n"
     one, many = text * 11_999 + text[:-1] + "🙂", [text * 10] * 1200

@@ -26,7 +26,7 @@ def test_prompts_are_to_the_letter():
     assert read["piqa"][1] == ("Question: Dry hair\nAnswer:", ["use a fork", "use a towel "], 1)
 
 
-def test_rows_from_the_hub(monkeypatch, neox):
+def test_rows_from_the_hub(monkeypatch, tmp_path):
     asked = []
 
     def load_hub(*where):
@@ -34,9 +34,10 @@ def test_rows_from_the_hub(monkeypatch, neox):
         return ROWS["arc_easy"]
 
     monkeypatch.setattr(tasks, "load_hub", load_hub)
+    write_rows(tmp_path, dict(arc_easy=ROWS["arc_easy"]))
     docs, digest = read_task("arc_easy", None, limit=1)
     assert asked == [("allenai/ai2_arc", "ARC-Easy", "test")] and len(digest) == 64
-    assert docs == read_task("arc_easy", neox, limit=1)[0] and len(docs) == 1
+    assert docs == read_task("arc_easy", tmp_path, limit=1)[0] and len(docs) == 1
 
     def offline(*where):
         raise UserError("cannot read allenai/ai2_arc from the hub (ConnectionError)")
@@ -47,10 +48,10 @@ def test_rows_from_the_hub(monkeypatch, neox):
 
 
 @pytest.mark.parametrize("task, column, value", [
-    ("arc_easy", "question", None), ("logiqa", "context", None), ("logiqa", "question", None),
-    ("piqa", "goal", None), ("sciq", "support", None), ("hellaswag", "ctx_b", None),
+    ("arc_easy", "question", None), ("logiqa", "context", None), ("piqa", "goal", None),
+    ("sciq", "support", None), ("hellaswag", "ctx_b", None),
     ("piqa", "label", 0.5), ("piqa", "label", True), ("piqa", "label", float("inf")),
-    ("hellaswag", "label", ""), ("logiqa", "label", ""), ("logiqa", "label", "ab"),
+    ("hellaswag", "label", ""), ("logiqa", "label", "ab"),
     ("logiqa", "options", "abcd"), ("arc_easy", "choices", dict(text="abc", label=list("123")))])
 def test_a_question_without_its_text_or_answer_is_refused(task, column, value, tmp_path):
     rows = [ROWS[task][0], ROWS[task][0] | {column: value}]

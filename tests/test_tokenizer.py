@@ -7,16 +7,8 @@ import random
 import pytest
 
 from nanonexus.cli import UserError
-from nanonexus.tokenizer import (
-    EOT,
-    bpe_size,
-    byte_chars,
-    eot_id,
-    get_tokenizer,
-    padded_vocab,
-    read_prompt,
-    train_bpe,
-)
+from nanonexus.hf import FolderTokenizer
+from nanonexus.tokenizer import EOT, eot_id, get_tokenizer, padded_vocab, read_prompt, train_bpe
 
 WORDS = ["the queen's bee", "it'll be seen, they've been", "naïve café 🙂", "1234 56 ½ ²",
          "queue\n\n\tquiet  \r\n", "don't  can't 'S", "深い海\u3000海", "a_b::c(d)",
@@ -36,23 +28,12 @@ def test_bytes_tokenizer_round_trips_any_bytes():
     tokenizer = get_tokenizer("bytes")
     anything = bytes(range(256)) + os.urandom(1000)
     assert tokenizer.decode_bytes(list(anything)) == anything
-    assert [tokenizer.encode_single_token(bytes([i])) for i in range(256)] == list(range(256))
     for text in ("", "a", "naïve 🙂\r\n\t  \n" * 50, "x" * 5000, "\0\ufeff", EOT):
         ids = tokenizer.encode_ordinary(text)
         assert ids == list(text.encode()) and tokenizer.decode(ids) == text
     assert (tokenizer.eot_token, tokenizer.n_vocab) == (256, 257)
     assert tokenizer.encode(EOT, allowed_special="all") == [256]
     assert padded_vocab(tokenizer) == 320
-
-
-@pytest.mark.skipif(not os.environ.get("TIKTOKEN_CACHE_DIR"),
-                    reason="GPT-2's vocabulary is a download; set TIKTOKEN_CACHE_DIR to test it")
-def test_gpt2_tokenizer():
-    tokenizer = get_tokenizer("gpt2")
-    text = "Hello world, naïve 🙂\n\n  fine"
-    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    assert tokenizer.encode_ordinary("Hello world") == [15496, 995]
-    assert padded_vocab(tokenizer) == 50304
 
 
 def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch):
@@ -64,8 +45,6 @@ def test_gpt2_without_network_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR.*--tokenizer bytes"):
         get_tokenizer("gpt2")
-    with pytest.raises(UserError, match="choose bytes or gpt2"):
-        get_tokenizer("gpt5")
 
 
 def varied(rng):
@@ -82,7 +61,7 @@ def test_a_bpe_gives_the_ids_of_the_library_that_trained_it(source):
 
     theirs, ours, rng = Tokenizer.from_str(source), get_tokenizer("bpe:500", source), \
         random.Random(1)
-    for text in [*WORDS, " ".join(WORDS), "", *(varied(rng) for _ in range(3000))]:
+    for text in [*WORDS, " ".join(WORDS), "", *(varied(rng) for _ in range(1000))]:
         ids = ours.encode_ordinary(text)
         assert ids == theirs.encode(text).ids, ascii(text)
         assert ours.decode(ids) == text
@@ -91,36 +70,21 @@ def test_a_bpe_gives_the_ids_of_the_library_that_trained_it(source):
     assert ours.eot_token == ours.n_vocab - 1 == 499 and padded_vocab(ours) == 512
     assert ours.encode(EOT, allowed_special="all") == theirs.encode(EOT).ids == [ours.eot_token]
     assert ours.eot_token not in ours.encode_ordinary(EOT)  # in a text it is a text
-
-
-def test_a_bpe_has_no_more_merges_than_its_text():
-    pytest.importorskip("tokenizers")
-    small = get_tokenizer("bpe:300", train_bpe(["abab"], 300))
+    small = get_tokenizer("bpe:300", train_bpe(["abab"], 300))  # no more merges than its text
     assert small.n_vocab == 256 + 2 + 1  # ab, abab, <|endoftext|>
-    anything = bytes(range(256))
-    assert sorted(small.encode_single_token(bytes([i])) for i in anything) == list(range(256))
+    assert sorted(small.encode_single_token(bytes([i])) for i in range(256)) == list(range(256))
 
 
-def test_byte_chars_are_the_librarys_alphabet():
-    alphabet = pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet()
-    pairs = byte_chars()
-    assert {char for _, char in pairs} == set(alphabet)
-    assert sorted(value for value, _ in pairs) == list(range(256))
-    assert dict(pairs)[ord(" ")] == "Ġ" and dict(pairs)[ord("A")] == "A"
-
-
-@pytest.mark.parametrize("name", ["bpe:", "bpe:many", "bpe:257", "bpe:-5", "bpe:1e3", "bpe:٣٠٠",
-                                  "bpe:9999999"])
-def test_an_invalid_size_is_named(name):
-    with pytest.raises(UserError, match="whole number from 258") as caught:
+@pytest.mark.parametrize("name, message", [
+    *((name, f"{name}: N must be a whole number from 258") for name in (
+        "bpe:", "bpe:many", "bpe:257", "bpe:٣٠٠", "bpe:9999999")),
+    ("gpt5", "choose bytes or gpt2"), ("bpe:500", "bpe:500 belongs to a token set")])
+def test_a_name_of_none_is_told(name, message):
+    with pytest.raises(UserError, match=message):
         get_tokenizer(name)
-    assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_bpe_without_its_file_or_with_a_damaged_one(source):
-    assert (bpe_size("bpe:258"), bpe_size("bytes")) == (258, None)
-    with pytest.raises(UserError, match="bpe:500 belongs to a token set"):
-        get_tokenizer("bpe:500")
+def test_a_damaged_file_is_told(source):
     whole = json.loads(source)
     wrong = [dict(model={}), dict(model=dict(vocab={})), dict(model=dict(vocab={"木": 1})),
              dict(added_tokens=[])]
@@ -131,8 +95,6 @@ def test_a_bpe_without_its_file_or_with_a_damaged_one(source):
 
 def test_the_end_of_a_text_in_a_prompt_is_one_token(source, tmp_path):
     """To a checkpoint's tokenizer as to the tokenizer.json that its export has."""
-    from nanonexus.hf import FolderTokenizer
-
     (tmp_path / "tokenizer.json").write_text(source, encoding="utf-8")
     text = "the<|endoftext|><|endoftext|> river <|endoftext|>"
     for tokenizer in (get_tokenizer("bpe:500", source), FolderTokenizer(tmp_path)):
@@ -142,10 +104,6 @@ def test_the_end_of_a_text_in_a_prompt_is_one_token(source, tmp_path):
     assert read_prompt(text, get_tokenizer("bpe:500", source), 99) == ids
     assert read_prompt(text, get_tokenizer("bytes"), 99) == [
         *b"the", 256, 256, *b" river ", 256]
-
-
-@pytest.mark.parametrize("text, message", [
-    ("", "the prompt is empty"), ("12345678", "has 8 tokens, the model's context is 7: shorten")])
-def test_a_prompt_that_cannot_be_continued(text, message):
-    with pytest.raises(UserError, match=message):
-        read_prompt(text, get_tokenizer("bytes"), 7)
+    for bad, message in (("", "the prompt is empty"), ("12345678", "has 8 tokens.*context is 7")):
+        with pytest.raises(UserError, match=message):
+            read_prompt(bad, get_tokenizer("bytes"), 7)

@@ -1,10 +1,11 @@
-"""view.py: the page holds manual attention's weights; mistakes are one line."""
+"""view.py: the page holds manual attention's weights, and a real browser shows them, accessibly;
+mistakes are one line."""
 
-import base64
 import json
 import os
+import re
+import shutil
 import sys
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,18 +14,24 @@ import torch
 from questions import add_inner_step
 from questions import save as save_model
 
+from common import INNERS
+
 from model import CausalSelfAttention, GPTConfig, ModelError, attend
 from nanonexus import view
 from nanonexus.cli import run_script
 from nanonexus.controls import CONTROLS, build, describe, replaces_loops
 from nanonexus.files import write_text
 from nanonexus.hf import open_model
+from nanonexus.tokenizer import train_bpe
 
 PROMPT = "The naïve </script><!-- &amp; “river”\n"
 T = len(PROMPT.encode())
+# a tokenizer may have them as one token
+EVIL = ["</script><script>throw 1</script>", "<!--<script>", "{{data}}", "\u2028\\", "<img src=x>"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-def save(path, seed=0, tokenizer="bytes", **config):
+def save(path, seed=0, tokenizer="bytes", source=None, **config):
     """A checkpoint whose attention is far from even: the weights of a fresh model, times 8."""
     torch.manual_seed(seed)
     model = build(GPTConfig(**dict(vocab_size=320, block_size=64, n_layer=2, n_head=2, n_embd=32,
@@ -32,204 +39,161 @@ def save(path, seed=0, tokenizer="bytes", **config):
     for p in model.parameters():
         if p.dim() == 2:
             p.data.mul_(8)
-    save_model(model, path, step=7, tokenizer=tokenizer)
+    save_model(model, path, step=7, tokenizer=tokenizer, tokenizer_json=source)
     return str(path)
 
 
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["view.py", *argv])
+def run(monkeypatch, checkpoint, out, *argv):
+    """The data of the page that the command writes."""
+    monkeypatch.setattr(sys, "argv", ["view.py", "--checkpoint", checkpoint, "--prompt", PROMPT,
+                                      "--out", str(out), *argv])
     run_script(view.main)
-
-
-class Data(HTMLParser):
-    """The content of the page's data script, as a browser would extract it."""
-
-    within, text, scripts = False, "", 0
-
-    def handle_starttag(self, tag, attrs):
-        self.within = dict(attrs).get("id") == "data"
-        self.scripts += tag == "script"
-
-    def handle_endtag(self, tag):
-        self.within = False
-
-    def handle_data(self, text):
-        self.text += text if self.within else ""
+    return read(out)
 
 
 def read(path):
+    """The page's data: what is in its script up to the first end of one."""
     with open(path, encoding="utf-8") as f:
-        parser = Data()
-        parser.feed(f.read())
-    assert parser.scripts == 2
-    return json.loads(parser.text)
+        html = f.read()
+    assert html.count("</script") == 2
+    return json.loads(re.search(r'<script[^>]* id="?data"?[^>]*>(.*?)</script', html, re.S)[1])
 
 
 def unpack(code, shape):
-    """view.pack's inverse, by base64's own rules: (..., T, T), 0 above the diagonal."""
-    raw = np.frombuffer(base64.b64decode(code + "A" * (-len(code) % 4)), np.uint8)
-    raw = raw.astype(int).reshape(-1, 3)  # two numbers of 12 bits
-    codes = np.stack([raw[:, 0] * 16 + raw[:, 1] // 16, raw[:, 1] % 16 * 256 + raw[:, 2]], 1)
+    """view.pack's inverse: (..., T, T), 0 above the diagonal."""
+    digits = np.array([view.DIGITS.tobytes().index(c) for c in code.encode()]).reshape(-1, 2)
     row, column = np.tril_indices(shape[-1])
     weights = np.zeros(shape)
-    count = int(np.prod(shape[:-2])) * len(row)
-    weights[..., row, column] = (codes.ravel()[:count] / 4095).reshape(*shape[:-2], -1) ** 2
+    weights[..., row, column] = ((digits @ [64, 1] / 4095) ** 2).reshape(*shape[:-2], -1)
     return torch.from_numpy(weights)
 
 
-def manual(path, text=PROMPT):
-    """All the maps of each layer, (layers, maps, heads, T, T), from a forward pass."""
+def manual(path):
+    """The maps of each layer, (layers, maps, heads, T, T), from a forward pass; those of q and k
+    once, if they are equal."""
     model, tokenizer, _ = open_model(path, attention="manual")
-    maps = {}
-    model(torch.tensor([tokenizer.encode_ordinary(text)]), maps=maps)
-    return torch.cat(list(maps.values())).unflatten(0, (model.config.n_layer, -1)).double()
-
-
-@pytest.mark.parametrize("T", [1, 2, 9])
-def test_pack(T):
-    torch.manual_seed(0)
-    weights = (8 * torch.randn(2, 3, T, T)).softmax(-1).tril()
-    weights[0, 0, -1, 0], weights[1, 2, 0, 0] = 1, 0
-    off = (unpack(view.pack(weights), weights.shape) - weights).abs()
-    assert off.max() < 2.5e-4
-    assert (off[weights < 1e-4] < 2e-6).all()  # small weights keep their digits
-    assert len(view.pack(weights)) == 2 * 6 * T * (T + 1) // 2
-
-
-# kinds, and the places of the maps among those of the forward pass
-VARIANTS = [(dict(), ["outer"], [0]),
-            (dict(nexus_order=2, nexus_inner="self"), ["q", "k", "outer"], [0, 1, 2]),
-            (dict(nexus_order=3, nexus_inner="past"), ["q", "k", "q", "k", "outer"], range(5)),
-            (dict(nexus_order=2, nexus_inner="past", nexus_streams="k"), ["k", "outer"], [0, 1]),
-            (dict(nexus_order=2, nexus_inner="shared", nexus_streams="q"), ["q", "outer"], [0, 1]),
-            (dict(nexus_order=3, nexus_inner="cross"), ["inner", "inner", "outer"], [0, 2, 4]),
-            (dict(nexus_order=2, nexus_inner="cross", nexus_streams="k"), ["k", "outer"], [0, 1]),
-            (dict(nexus_order=2, nexus_inner="cross", control="twice"),
-             ["inner", "outer", "inner", "outer"], [0, 2, 3, 5]),
-            (dict(nexus_order=2, nexus_inner="tokens"), ["inner", "outer"], [0, 1])]
+    found, kept = {}, []
+    model(torch.tensor([tokenizer.encode_ordinary(PROMPT)]), maps=found)
+    maps = torch.cat(list(found.values())).unflatten(0, (model.config.n_layer, -1)).double()
+    for (_, name), one in zip(found, maps.unbind(1), strict=False):
+        if name[0] != "k" or not any(torch.equal(one, other) for other in kept):
+            kept.append(one)
+    return torch.stack(kept, 1)
 
 
 def check(data, want):
     """The page's maps have these weights, (layers, maps, heads, T, T)."""
-    assert len(data["maps"]) == want.size(1)
+    assert len({m["title"] for m in data["maps"]}) == len(data["maps"]) == want.size(1)
     for found, weights in zip(data["maps"], want.transpose(0, 1), strict=True):
         assert (unpack(found["code"], weights.shape) - weights).abs().max() < 1e-3
-    assert len({m["title"] for m in data["maps"]}) == want.size(1)
 
 
-@pytest.mark.parametrize("config, kinds, places", VARIANTS)
-def test_the_page_holds_manual_attentions_weights(config, kinds, places, tmp_path, monkeypatch):
-    path, out = save(tmp_path / "ckpt.pt", **config), str(tmp_path / "view.html")
-    run(monkeypatch, "--checkpoint", path, "--prompt", PROMPT, "--out", out)
-    data, want = read(out), manual(path)
-    assert [m["kind"] for m in data["maps"]] == kinds
-    check(data, want[:, list(places)])
-    assert ("query (" in data["legend"]) == ("q" in kinds or "inner q and k" in str(data["maps"]))
-    assert ("inner attention shows" in data["legend"]) == (len(kinds) > 1)
-    assert ("never from itself" in data["legend"]) == (
-        config.get("nexus_inner") in ("past", "cross") or config.get("control") == "twice")
-    assert ("the same map" in data["legend"]) == (places in ([0, 2, 4], [0, 2, 3, 5]))
+def test_pack():
+    weights = (8 * torch.randn(2, 3, 9, 9)).softmax(-1).tril()
+    weights[0, 0, -1, 0], weights[1, 2, 0, 0] = 1, 0
+    off = (unpack(view.pack(weights), weights.shape) - weights).abs()
+    assert off.max() < 2.5e-4
+    assert (off[weights < 1e-4] < 3e-6).all()  # small weights keep their digits
+
+
+@pytest.mark.parametrize("config", [
+    dict(), *(dict(nexus_order=2 + i % 2, nexus_inner=inner, nexus_streams=("qk", "k", "q")[i // 2])
+              for i, inner in enumerate(INNERS)),
+    dict(nexus_order=3, nexus_inner="cross"), dict(nexus_order=2, control="twice"),
+    *(dict(control=c, nexus_order=3 if replaces_loops(c) else 1) for c in CONTROLS)], ids=str)
+def test_the_page_holds_manual_attentions_weights(config, tmp_path, monkeypatch):
+    path = save(tmp_path / "ckpt.pt", **config)
+    data = run(monkeypatch, path, tmp_path / "view.html")
+    check(data, manual(path))
+    assert data["maps"][-1]["kind"] == data["maps"][-1]["title"] == "outer"
     assert data["about"] == (describe(GPTConfig(**config)) + "; 2 layers of 2 heads, training step "
                              "7.")
     assert "".join(data["tokens"]) == ("The␣na⟨C3⟩⟨AF⟩ve␣</script><!--␣&amp;␣"
                                        "⟨E2⟩⟨80⟩⟨9C⟩river⟨E2⟩⟨80⟩⟨9D⟩↵")
 
 
-@pytest.mark.parametrize("control", CONTROLS)
-def test_every_control_is_shown(control, tmp_path, monkeypatch):
-    order = 3 if replaces_loops(control) else 1
-    path, out = save(tmp_path / "ckpt.pt", control=control, nexus_order=order), \
-        str(tmp_path / "view.html")
-    run(monkeypatch, "--checkpoint", path, "--prompt", PROMPT, "--out", out)
-    data, want = read(out), manual(path)
-    check(data, want[:, [0, 2, 4]] if control.startswith("cross") else want)  # equal ones once
-    assert data["maps"][-1]["title"] == "outer" and control in data["about"]
-    assert ("a layer applies before its own" in data["legend"]) == (control == "twice")
-    if control.startswith("tokens"):
-        assert [m["title"] for m in data["maps"]] == ["inner h, loop 1", "inner h, loop 2", "outer"]
-        assert data["legend"].startswith("Here a token gathers from other tokens first")
+@pytest.mark.parametrize("names, words", [
+    ("", "records no others"), ("q1", "query .*before it, and from itself"),
+    ("q1 K1", "query .* and its key .*In inner k, loop 1, "), ("K1", "key .*never from itself"),
+    ("qk1", "have the same map"), ("h1", "Here a token gathers"), ("q1,_before", "before its own")])
+def test_the_legend_is_read_from_the_maps(names, words):
+    maps = {name.lower().replace("_", " "): torch.ones(1, 1, 3, 3).tril(-name.count("K"))
+            for name in [*names.split(), "outer"]}
+    assert re.search(words, view.explain(maps))
 
 
-def some(n, h, s, ctx, name):
-    return s + attend(h[n], h[n], s, ctx, name, strict=n == "k")
-
-
-def own_name(n, h, s, ctx, name):  # in the second layer alone
-    return s + attend(h[n], h[n], s, ctx, f"{n} to all") if ctx.layer else s
-
-
-@pytest.mark.parametrize("step, titles, legend", [
-    (some, ["inner q, loop 1", "inner k, loop 1", "outer"], "In inner k, loop 1, it gathers from "
-     "those before it, in the others from itself as well."),
-    (own_name, ["q to all", "k to all", "outer"], "It gathers from those before it, and from")])
-def test_an_added_inner_step_is_shown(step, titles, legend, tmp_path, monkeypatch):
-    """As one adds it to model.py: a word of nexus_inner and a case of inner_step."""
+def test_an_added_inner_step_is_shown(tmp_path, monkeypatch):
+    """As one adds it to model.py, with a name of its own; in the second layer alone: in the first
+    its map is 0."""
     add_inner_step(monkeypatch, "new")
-    monkeypatch.setattr(CausalSelfAttention, "inner_step", lambda self, *args: step(*args))
-    path, out = save(tmp_path / "ckpt.pt", nexus_order=2, nexus_inner="new"), \
-        str(tmp_path / "view.html")
-    run(monkeypatch, "--checkpoint", path, "--prompt", PROMPT, "--out", out)
-    data = read(out)
-    if step is own_name:  # a layer without such a map shows zeros
-        model, _, _ = open_model(path, attention="manual")
-        model(torch.tensor([list(PROMPT.encode())]), maps=(maps := {}))
-        zero = torch.zeros(1, 2, T, T)
-        want = torch.stack([torch.cat([maps.get((layer, name), zero) for name in titles])
-                            for layer in (0, 1)]).double()
-        assert not want[0, :2].any() and want[1, :2].any()
-    else:
-        want = manual(path)
-    check(data, want)
+    monkeypatch.setattr(CausalSelfAttention, "inner_step", lambda self, n, h, s, ctx, name: (
+        s + attend(h[n], h[n], s, ctx, f"{n} to all") if ctx.layer else s))
+    path = save(tmp_path / "ckpt.pt", nexus_order=2, nexus_inner="new")
+    data = run(monkeypatch, path, tmp_path / "view.html")
+    model, _, _ = open_model(path, attention="manual")
+    model(torch.tensor([list(PROMPT.encode())]), maps=(maps := {}))
+    titles, zero = ["q to all", "k to all", "outer"], torch.zeros(1, 2, T, T)
+    check(data, torch.stack([torch.cat([maps.get((layer, name), zero) for name in titles])
+                             for layer in (0, 1)]).double())
     assert [m["title"] for m in data["maps"]] == titles and data["about"].startswith("order 2, new")
-    assert legend in data["legend"] and "query (" in data["legend"] and "key (" in data["legend"]
 
 
-@pytest.mark.parametrize("weights, message", [
-    (torch.full((1, 2, 3, 3), 1.5), "a weight from 0 to 1"),
-    (torch.full((1, 2, 3, 3), -0.1), "a weight from 0 to 1"),
-    (torch.zeros(1, 2, 3, 4), "each pair of 3 tokens"),
-    (torch.zeros(1, 1, 3, 3), "each of 2 heads"),
-    (None, "nothing to show")])
-def test_weights_that_cannot_be_shown_are_refused(weights, message):
-    def hidden_states(idx, maps):
-        maps.update({} if weights is None else {(0, "outer"): weights})
-
-    config = GPTConfig(n_layer=1, n_head=2)
-    with pytest.raises(ModelError, match=message):
-        view.attention_maps(SimpleNamespace(config=config, hidden_states=hidden_states), [1, 2, 3])
+def test_weights_that_cannot_be_shown_are_refused():
+    for found, message in (({(0, "outer"): torch.full((1, 2, 3, 3), -0.1)}, "a weight from 0 to 1"),
+                           ({(0, "outer"): torch.zeros(1, 2, 3, 4)}, "each pair of 3 tokens"),
+                           ({}, "nothing to show")):
+        model = SimpleNamespace(config=GPTConfig(n_layer=1, n_head=2), hidden_states=(
+            lambda idx, maps, found=found: maps.update(found)))
+        with pytest.raises(ModelError, match=message):
+            view.attention_maps(model, [1, 2, 3])
 
 
-def test_maps_of_two_tokens_are_not_taken_for_one(tmp_path):
-    """Strict maps of two tokens are all equal, whatever the inner step."""
-    model, _, _ = open_model(save(tmp_path / "a.pt", nexus_order=2, nexus_inner="past"),
-                             attention="manual")
+def test_chosen_layers_and_the_baseline(tmp_path, monkeypatch):
+    path, base = (save(tmp_path / f"{seed}.pt", seed, n_layer=3) for seed in (0, 1))
+    data = run(monkeypatch, path, tmp_path / "a.html", "--baseline", base, "--layers", "3,1")
+    assert data["layers"] == [3, 1] and [m["kind"] for m in data["maps"]] == ["outer", "baseline"]
+    check(data, torch.cat([manual(path), manual(base)], 1)[[2, 0]])
+    # strict maps of two tokens are all equal, and not taken for one
+    model, *_ = open_model(save(tmp_path / "c.pt", nexus_order=2, nexus_inner="past"),
+                           attention="manual")
     assert list(view.attention_maps(model, [1, 2])) == ["q1", "k1", "outer"]
 
 
-def test_chosen_layers_and_the_baseline(tmp_path, monkeypatch, capsys):
-    path, out = save(tmp_path / "a.pt", n_layer=3, nexus_order=2, nexus_inner="self"), \
-        str(tmp_path / "view.html")
-    base = save(tmp_path / "b.pt", n_layer=3, seed=1)
-    run(monkeypatch, "--checkpoint", path, "--baseline", base, "--prompt", PROMPT, "--out", out,
-        "--layers", "3,1")
-    data = read(out)
-    assert data["layers"] == [3, 1] and data["maps"][-1]["kind"] == "baseline"
-    for found, want in ((data["maps"][-2], manual(path)), (data["maps"][-1], manual(base))):
-        assert (unpack(found["code"], (2, 2, T, T)) - want[[2, 0], -1]).abs().max() < 1e-3
-    assert f"{T} tokens, 4 maps in each of 2 layers" in capsys.readouterr().out
+def test_invisible_characters_are_spelt():
+    tokens = [b" the", b" \n", b"a\tb", b"\xc3", "é".encode(), "\0\u202ea\u2028".encode()]
+    assert [*map(view.spell, tokens)] == [" the", "␣↵", "a⇥b", "⟨C3⟩", "é",
+                                          "⟨U+0000⟩⟨U+202E⟩a⟨U+2028⟩"]
 
 
-def test_size(tmp_path, monkeypatch):
-    """64 tokens of a model with Pythia-70M's 6 layers of 8 heads, order 3, with a baseline."""
-    shape = dict(n_layer=6, n_head=8, n_embd=64)
-    path = save(tmp_path / "a.pt", nexus_order=3, nexus_inner="self", **shape)
-    base, out = save(tmp_path / "b.pt", **shape), str(tmp_path / "view.html")
-    run(monkeypatch, "--checkpoint", path, "--baseline", base, "--prompt", "x" * 64, "--out", out)
-    assert 1e6 < os.path.getsize(out) < 2e6
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder of checkpoints that cannot be compared with ckpt.pt."""
+    folder = tmp_path_factory.mktemp("models")
+    words = dict(tokenizer="bpe:300", source=train_bpe(["a b c " * 9], 300))  # "a" is 97, too
+    for name, change in dict(ckpt={}, long=dict(block_size=512), short=dict(block_size=8),
+                             heads=dict(n_head=4), words=words).items():
+        save(folder / f"{name}.pt", **change)
+    return folder
 
 
-# a tokenizer may have them as one token
-EVIL = ["</script><script>throw 1</script>", "<!--<script>", "{{data}}", "\u2028\\", "<img src=x>"]
+@pytest.mark.parametrize("argv, message", [
+    ("--prompt=", "--prompt: expected a value"), (f"--prompt {'x' * 65}", "context is 64"),
+    (f"--prompt {'x' * 257} --checkpoint long.pt", "257 tokens, a page shows at most 256"),
+    ("--layers 0", "--layers"), ("--layers 3", "has 2 layers, there is no 3"),
+    ("--out ckpt.pt/view.html", "ckpt.pt"),
+    ("--baseline heads.pt --out heads.pt", "is read as heads.pt"),
+    ("--baseline heads.pt", "heads.pt has n_head 4, the checkpoint 2"),
+    ("--baseline words.pt", "words.pt has a different tokenizer"),
+    ("--prompt xxxxxxxxx --baseline short.pt", "9 tokens, the context of short.pt is 8")])
+def test_mistakes_are_one_line(models, argv, message, monkeypatch, capsys):
+    monkeypatch.chdir(models)
+    monkeypatch.setattr(sys, "argv", ["view.py", "--checkpoint", "ckpt.pt", "--prompt", "a",
+                                      *argv.split()])
+    with pytest.raises(SystemExit) as end:
+        run_script(view.main)
+    out = capsys.readouterr()
+    assert end.value.code == 2 and message in out.err and out.err.count("\n") == 1
+    assert out.out == "" and not os.path.exists("view.html")
 
 
 def test_a_token_cannot_end_the_data(tmp_path):
@@ -237,41 +201,159 @@ def test_a_token_cannot_end_the_data(tmp_path):
     assert read(tmp_path / "view.html") == dict(tokens=EVIL)
 
 
-@pytest.mark.parametrize("token, text", [
-    (b"the", "the"), (b" the", " the"), (b"  ", "␣␣"), (b" \n", "␣↵"), (b"a\tb", "a⇥b"),
-    (b"\xc3", "⟨C3⟩"), ("é".encode(), "é"), (b"\x00", "⟨U+0000⟩"),
-    ("\u202ea\u2028".encode(), "⟨U+202E⟩a⟨U+2028⟩"), (b"<", "<")])
-def test_spell(token, text):
-    assert view.spell(token) == text
+# --- in a browser ---------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright's package")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with playwright.sync_playwright() as p, p.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
+        yield browser
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--prompt", ""], "--prompt: expected a value"), ([], "--prompt"),
-    (["--prompt", "x" * 65], "the prompt has 65 tokens, the model's context is 64"),
-    (["--prompt", "x" * 257, "--checkpoint", "long.pt"], "257 tokens, a page shows at most 256"),
-    (["--prompt", "a", "--checkpoint", "none.pt"], "no checkpoint at none.pt"),
-    (["--prompt", "a", "--layers", "3"], "the model has 2 layers, there is no 3"),
-    (["--prompt", "a", "--layers", "0"], "--layers"),
-    (["--prompt", "a", "--out", "ckpt.pt/view.html"], "ckpt.pt"),
-    (["--prompt", "a", "--out", "ckpt.pt"], "ckpt.pt is read as ckpt.pt"),
-    (["--prompt", "a", "--baseline", "heads.pt", "--out", "heads.pt"], "is read as heads.pt"),
-    (["--prompt", "a", "--baseline", "none.pt"], "no checkpoint at none.pt"),
-    (["--prompt", "a", "--baseline", "layers.pt"], "layers.pt has n_layer 3, the checkpoint 2"),
-    (["--prompt", "a", "--baseline", "heads.pt"], "heads.pt has n_head 4, the checkpoint 2"),
-    (["--prompt", "a", "--baseline", "words.pt"], "words.pt has a different tokenizer"),
-    (["--prompt", "x" * 9, "--baseline", "short.pt"], "9 tokens, the context of short.pt is 8")])
-def test_mistakes(argv, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    save("ckpt.pt"), save("long.pt", block_size=512), save("short.pt", block_size=8)
-    save("layers.pt", n_layer=3), save("heads.pt", n_head=4)
-    if "words.pt" in argv:  # "a" is id 97 of bytes, and of this one
-        from nanonexus.tokenizer import train_bpe
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """(a page of order 2 with a baseline, its weights (maps, layers, heads, T, T), the difference
+    from the baseline included)"""
+    folder = tmp_path_factory.mktemp("page")
+    path, base = save(folder / "a.pt", nexus_order=2), save(folder / "b.pt", seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, path, folder / "view.html", "--baseline", base)
+    ours, theirs = manual(path), manual(base)
+    return folder / "view.html", torch.cat([ours, theirs, ours[:, -1:] - theirs], 1).transpose(0, 1)
 
-        save("words.pt", tokenizer="bpe:300")
-        saved = torch.load("words.pt")
-        torch.save(saved | dict(tokenizer_json=train_bpe(["a b c " * 9], 300)), "words.pt")
-    with pytest.raises(SystemExit) as end:
-        run(monkeypatch, *([] if "--checkpoint" in argv else ["--checkpoint", "ckpt.pt"]), *argv)
-    out = capsys.readouterr()
-    assert end.value.code == 2 and message in out.err and out.err.count("\n") == 1
-    assert out.out == "" and not os.path.exists("view.html")
+
+@pytest.fixture
+def open_page(browser):
+    """A page, which must have no errors and ask for nothing."""
+    errors = []
+
+    def open_page(path, width=1200, **options):
+        page = browser.new_page(viewport=dict(width=width, height=800), **options)
+        page.on("console", lambda message: errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda r: None if r.url.startswith(("file:", "data:"))
+                else errors.append(r.url))
+        page.goto(f"file://{path}")
+        return page
+
+    yield open_page
+    assert not errors
+
+
+ALL_WEIGHTS = """() => JSON.stringify(maps.map(map => data.layers.map((_, layer) =>
+    [MEAN, 0, 1].map(head => data.tokens.map((_, row) => data.tokens.map((_, column) =>
+        weight(map, layer, head, row, column)))))))"""
+PAINTED = """row => {  // the maps have the colours of their weights
+    const copy = new OffscreenCanvas(T, T).getContext("2d", { willReadFrequently: true });
+    return maps.every(map => {
+        copy.drawImage(map.picture, 0, 0);
+        return copy.getImageData(row, row, 1, 1).data.join()
+            === `${colour(map, now(map, row, row))},255`;
+    });
+}"""
+
+
+def announced(page):
+    """The weights that the tokens announce, of those already read."""
+    labels = page.evaluate("tokens.map(token => token.getAttribute('aria-label'))")
+    return [float(found[1].replace("−", "-")) for label in labels
+            if (found := re.search(r"of \d+, ([-+−]?\d\.\d{3})$", label))]
+
+
+def test_hover_keys_and_buttons_change_what_is_shown(open_page, shown):
+    path, want = shown
+    page = open_page(path)
+    tokens, tip = page.locator("#tokens span"), page.locator("#tip")
+    found = torch.tensor(json.loads(page.evaluate(ALL_WEIGHTS)), dtype=torch.double)
+    means = torch.cat([want.mean(2, keepdim=True), want], 2)
+    assert found.shape == means.shape and (found - means).abs().max() < 1e-3
+
+    for what, layer, place, head, row in [
+            ("", 0, 2, None, T - 1), ("hover:5", 0, 2, None, 5),
+            ("click:20 hover:4", 0, 2, None, 20),  # a click holds it
+            ("Escape hover:7", 0, 2, None, 7), ("focus:7 ArrowRight", 0, 2, None, 8),
+            ("ArrowDown Shift+ArrowDown Shift+ArrowDown", 1, 2, 1, 8),
+            # the last head, the first layer, the first token: no further
+            ("Shift+ArrowDown ArrowUp ArrowUp Home ArrowLeft End", 0, 2, 1, T - 1),
+            ("map:0", 0, 0, 1, T - 1), ("ArrowRight", 0, 1, 1, T - 1), ("map:4", 0, 4, 1, T - 1),
+            ("canvas", 0, 1, 1, 10)]:
+        for step in what.split():
+            verb, _, n = step.partition(":")
+            if n and verb == "map":
+                page.locator("[name=map]").nth(int(n)).check()
+            elif n:
+                getattr(tokens.nth(int(n)), verb)()
+            elif step == "canvas":  # inner k's map, in the middle of a row
+                size = page.locator("canvas").nth(1).bounding_box()["width"] - 37
+                page.locator("canvas").nth(1).click(position=dict(
+                    x=34 + size * 3.5 / T, y=3 + size * 10.5 / T))
+            else:
+                page.keyboard.press(step)
+        w = want[place, layer].mean(0) if head is None else want[place, layer, head]
+        assert np.abs(np.array(announced(page)) - w[row, :row + 1].numpy()).max() < 1e-3, what
+        assert tokens.nth(row).get_attribute("aria-selected") == "true"
+        assert page.locator("[aria-selected=true]").count() == 1
+        assert f"at {row + 1}, in layer" in page.locator("#summary").inner_text()
+        assert page.evaluate(PAINTED, row)
+        if pointed := {"click:20 hover:4": 4, "canvas": 3}.get(what):
+            assert float(tip.inner_text().split(": ")[1]) == announced(page)[pointed]
+
+
+def test_a_token_is_text_and_nothing_else(open_page, shown, tmp_path):
+    data = read(shown[0])
+    data["tokens"][:len(EVIL)] = EVIL
+    write_text(tmp_path / "view.html", view.page(data))
+    page = open_page(tmp_path / "view.html")
+    assert page.evaluate("tokens.map(token => token.textContent)") == data["tokens"]
+    assert page.locator("script").count() == 2 and page.locator("img").count() == 0
+
+
+CONTRASTS = """() => {  // (contrast, text, luminance behind it) of all there is to read
+    const parse = text => text.match(/[\\d.]+/g).map(Number);
+    const light = rgb => rgb.slice(0, 3).map(c => c / 255).map(c => c <= .04045 ? c / 12.92
+        : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+    const behind = e => { const c = parse(getComputedStyle(e).backgroundColor);
+        return c[3] === 0 ? behind(e.parentElement) : light(c); };
+    return [...document.querySelectorAll("h1, h2, p, em, kbd, label span, legend, #tokens span, "
+        + "#scale span, figcaption, figure p")].map(e => {
+        const [a, b] = [light(parse(getComputedStyle(e).color)), behind(e)];
+        return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), e.textContent, b]; });
+}"""
+
+
+def test_contrast_in_light_and_dark(open_page, shown):
+    """4.5 at least (WCAG AA) for all text, under all weights of every map."""
+    for scheme in ("light", "dark"):
+        page = open_page(shown[0], color_scheme=scheme, reduced_motion="reduce")
+        for name in range(page.evaluate("maps.length")):
+            page.evaluate(f"choose({{map: {name}, token: T - 2}})")
+            # weights up to 1 (-1) in the first tokens, whatever this model has
+            page.evaluate("""[1, .5, .1].forEach((w, i) => { for (const s of [1, -1])
+                tokens[2 * i + (s > 0)].style.backgroundColor =
+                    css(colour(maps[state.map], s * w, theme.depth)); })""")
+            found = page.evaluate(CONTRASTS)
+            assert len(found) > 60 and min(found)[0] >= 4.5, min(found)
+        assert (found[0][2] < .1) == (scheme == "dark")  # behind the title
+
+
+def test_narrow_touched_and_named(open_page, shown):
+    page = open_page(shown[0], width=400, has_touch=True)
+    tokens, wide = page.locator("#tokens span"), "document.documentElement.scrollWidth"
+    ends = page.evaluate("tokens.map(token => token.getBoundingClientRect().right)")
+    for token in (3, 30, 11):
+        tokens.nth(token).tap()
+        assert len(announced(page)) == token + 1 and page.evaluate(wide) <= 400
+    tokens.nth(ends.index(max(ends))).hover()  # the tip stays inside, too
+    box = page.locator("#tip").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 400 and page.evaluate(wide) <= 400
+    for canvas in page.locator("canvas").all():
+        assert canvas.bounding_box()["width"] >= 150
+        assert canvas.get_attribute("aria-label") and canvas.get_attribute("role") == "img"
+    for radio in page.locator("input").all():
+        assert radio.evaluate("e => e.labels.length === 1 && e.labels[0].innerText > ''")
+    page.keyboard.press("Tab")  # focus can be seen
+    assert page.evaluate("""getComputedStyle(document.activeElement.nextSibling
+        ?? document.activeElement).outlineWidth""") == "3px"
