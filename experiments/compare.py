@@ -36,7 +36,7 @@ from model import GPTConfig
 from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
 from nanonexus.controls import CONTROLS, build, replaces_loops
 from nanonexus.data import TokenSet, pydocs
-from nanonexus.files import read_json, read_lines, write_json
+from nanonexus.files import output_file, read_json, read_lines, write_json
 from nanonexus.flags import PRESETS, build_parser, preset_config
 from nanonexus.stats import holm, mean_spread, paired, paired_text
 
@@ -277,6 +277,7 @@ def main():
     if args.show:
         data, vocab_size = data_of(args.results)
     else:
+        output_file(args.results)
         check_settings(args.out, dict(preset=args.preset, dataset=args.dataset,
                                       max_steps=args.max_steps, extra=extra))
         dataset = args.dataset

@@ -19,4 +19,5 @@ def plots():
 def as_before():
     """--deterministic is a mode of the whole process."""
     yield
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
