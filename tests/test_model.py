@@ -27,8 +27,8 @@ SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, 
                   parallel_residual=False)
 STREAMS, INNER = (get_args(GPTConfig.__annotations__[f"nexus_{name}"])
                   for name in ("streams", "inner"))
-VARIANTS = [dict(nexus_order=2 + (s == "qk"), nexus_streams=s, nexus_inner=i)
-            for s, i in itertools.product(STREAMS, INNER)]
+VARIANTS = [dict(nexus_order=m, nexus_streams=s, nexus_inner=i)  # gpu.py names some of them
+            for (m, s), i in itertools.product([(2, "qk"), *((3, s) for s in STREAMS)], INNER)]
 ALL = [dict(nexus_order=1), *VARIANTS]
 
 
