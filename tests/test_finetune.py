@@ -73,8 +73,12 @@ def sft(monkeypatch, base, out, *argv, data="plain.jsonl"):
     return json.loads((out / "trainer_state.json").read_text())["log_history"]
 
 
-def test_the_loss_is_on_the_answers_alone(base):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+@pytest.fixture
+def tokenizer(base):
+    return transformers.AutoTokenizer.from_pretrained(base / "model")
+
+
+def test_the_loss_is_on_the_answers_alone(base, tokenizer):
     first = read_examples(base / "chat.jsonl", tokenizer, 100)[0]
     assert tokenizer.decode(first["input_ids"]) == (
         "<|user|>1+1=<|end|><|assistant|>2<|end|><|user|>so?<|end|><|assistant|>yes<|end|>")
@@ -85,27 +89,38 @@ def test_the_loss_is_on_the_answers_alone(base):
     assert tokenizer.decode(first["input_ids"]) == "1+1=2</s>" and first["labels"][:4] == [-100] * 4
 
 
-@pytest.mark.parametrize("prompt, text", [("1+1=", "<pad>1+1=2</s>"), ("", "<pad>2</s>"),
-                                          ("<pad>1+1=", "<pad>1+1=2</s>")])
-def test_a_prompt_begins_as_the_tokenizer_begins_a_text(prompt, text, base, tmp_path):
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tokenizer, tmp_path):
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<pad> $A <|end|>", special_tokens=[("<pad>", 0), ("<|end|>", 4)])
-    (tmp_path / "data.jsonl").write_text(json.dumps(dict(prompt=prompt, answer="2")))
-    (example,) = read_examples(tmp_path / "data.jsonl", tokenizer, 100)
-    ids = example["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert example["labels"] == [-100] * (len(ids) - 2) + ids[-2:]
+    for prompt, text in (("1+1=", "<pad>1+1=2</s>"), ("", "<pad>2</s>"),
+                         ("<pad>1+1=", "<pad>1+1=2</s>")):
+        (tmp_path / "data.jsonl").write_text(json.dumps(dict(prompt=prompt, answer="2")))
+        (example,) = read_examples(tmp_path / "data.jsonl", tokenizer, 100)
+        ids = example["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert example["labels"] == [-100] * (len(ids) - 2) + ids[-2:]
 
 
-@pytest.mark.parametrize("kept", ["loop.last", "loop.last or m.role == 'user'"])
-def test_a_template_that_rewrites_earlier_turns_is_refused(base, kept):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
-    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}",
-                                               f"{{% if {kept} %}}{{{{ m.content }}}}{{% endif %}}")
-    with pytest.raises(UserError, match="line 1: .*turn by turn"):
+def test_a_chat_template_that_cannot_be_right_is_one_line(base, tokenizer):
+    for kept in ("loop.last", "loop.last or m.role == 'user'"):  # it rewrites earlier turns
+        tokenizer.chat_template = TEMPLATE.replace(
+            "{{ m.content }}", f"{{% if {kept} %}}{{{{ m.content }}}}{{% endif %}}")
+        with pytest.raises(UserError, match="line 1: .*turn by turn"):
+            read_examples(base / "chat.jsonl", tokenizer, 100)
+    for tokenizer.chat_template in ("{{ 1 / 0 }}", "{{ x.y.z }}", "{% for m in messages %}"):
+        with pytest.raises(UserError, match="chat.jsonl, line 1: needs messages"):
+            read_examples(base / "chat.jsonl", tokenizer, 100)
+
+
+def test_a_tokenizer_that_lacks_what_the_rows_need(base, tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="line 1: the model's tokenizer has no eos_token.* instead"):
+        read_examples(base / "plain.jsonl", tokenizer, 100)
+    assert len(read_examples(base / "chat.jsonl", tokenizer, 100)) == 8
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="line 1: the model's tokenizer has no chat_template"):
         read_examples(base / "chat.jsonl", tokenizer, 100)
 
 
@@ -170,7 +185,7 @@ def test_an_interrupt_saves_and_resume_continues(base, tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("epochs, accumulate, warmup, steps, rise", [
-    (2.5, 1, 3, 8, 3), (3, 2, 0.4, 6, 3), (1, 4, 0, 1, 0)])
+    (2.5, 1, 3, 8, 3), (3, 2, 0.4, 6, 3)])
 def test_the_learning_rate_is_that_of_training(epochs, accumulate, warmup, steps, rise, base,
                                                tmp_path, monkeypatch):
     """8 examples, 3 per batch: a rise over the warmup (steps or a fraction), a cosine down to 0."""
@@ -245,12 +260,9 @@ def test_eval_refuses_before_it_scores(base, monkeypatch):
 @pytest.mark.parametrize("line, message", [
     ("nonsense", "line 2: not JSON"), ("[1]", "row 1: not a JSON object"),
     ('{"prompt": 1, "answer": "b"}', "line 2: needs messages"),
-    ('{"prompt": ["a"], "answer": "b"}', "line 2: needs messages"),
     ('{"messages": [{"content": "a"}]}', "line 2: needs .*role"), ('{"messages": "a"}', "line 2"),
-    ('{"messages": [{"role": "user", "content": 5}]}', "line 2"),
-    ('{"messages": ["a"]}', "line 2: needs messages")])
-def test_data_with_a_wrong_line(line, message, base, tmp_path):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+    ('{"messages": [{"role": "user", "content": 5}]}', "line 2")])
+def test_data_with_a_wrong_line(line, message, tokenizer, tmp_path):
     (tmp_path / "data.jsonl").write_text(f'{{"prompt": "a", "answer": "b"}}\n{line}\n')
     with pytest.raises(UserError, match=message):
         read_examples(tmp_path / "data.jsonl", tokenizer, 100)
@@ -265,16 +277,8 @@ def test_data_is_looked_at_before_a_model_is_fetched(base, tmp_path, monkeypatch
             sft(monkeypatch, base, tmp_path / "out", data=tmp_path / name)
 
 
-def test_a_chat_template_that_fails_is_one_line(base, tmp_path):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
-    for tokenizer.chat_template in ("{{ 1 / 0 }}", "{{ x.y.z }}", "{% for m in messages %}"):
-        with pytest.raises(UserError, match="chat.jsonl, line 1: needs messages"):
-            read_examples(base / "chat.jsonl", tokenizer, 100)
-
-
 @pytest.mark.parametrize("name, content", [
     ("model.safetensors", "no weights"), ("tokenizer.json", "{}"), ("config.json", "[" * 100_000),
-    ("config.json", '{"model_type": "qwen2", "hidden_size": null}'),
     ("config.json", '{"model_type": "qwen2", "num_attention_heads": 0}')])
 def test_a_damaged_model_is_one_line(base, tmp_path, monkeypatch, name, content):
     shutil.copytree(base, tmp_path / "base")
@@ -284,8 +288,7 @@ def test_a_damaged_model_is_one_line(base, tmp_path, monkeypatch, name, content)
     assert "\n" not in str(caught.value)
 
 
-def test_rows_without_a_text_are_skipped_and_counted(base, tmp_path, capsys):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
+def test_rows_without_a_text_are_skipped_and_counted(tokenizer, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text("""{}
         {"prompt": "a", "answer": null}
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}
@@ -298,21 +301,9 @@ def test_rows_without_a_text_are_skipped_and_counted(base, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("4 rows without messages")
 
 
-@pytest.mark.parametrize("data, lacks", [("plain.jsonl", "eos_token"),
-                                         ("chat.jsonl", "chat_template")])
-def test_a_tokenizer_that_lacks_what_the_rows_need(data, lacks, base):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "model")
-    setattr(tokenizer, lacks, None)
-    with pytest.raises(UserError, match=f"line 1: the model's tokenizer has no {lacks}.* instead"):
-        read_examples(base / data, tokenizer, 100)
-    other = "plain.jsonl" if data == "chat.jsonl" else "chat.jsonl"
-    assert len(read_examples(base / other, tokenizer, 100)) == 8
-
-
 @pytest.mark.parametrize("argv", [
-    ["sft", "--order", "0"], ["sft", "--model", "nowhere/at-all"], ["sft", "--data", "none.jsonl"],
-    ["sft", "--max_length", "1"], ["sft", "--streams", "v"],
-    ["eval", "--model", "nowhere/at-all"], ["sfd"], []])
+    ["sft", "--order", "0"], ["sft", "--model", "nowhere/at-all"], ["sft", "--max_length", "1"],
+    ["sft", "--streams", "v"], ["eval", "--model", "nowhere/at-all"], ["sfd"], []])
 def test_mistakes_are_one_line(argv, base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     given = dict(zip(argv[1::2], argv[2::2], strict=False))

@@ -74,12 +74,7 @@ def test_a_row_stops_at_the_stop_token():
 
 @pytest.mark.parametrize("kwargs, message", [
     (dict(temperature=-1.0), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
-    (dict(top_p=1.5), "top_p"), (dict(temperature=math.nan), "temperature")])
+    (dict(idx=tokens(1, 0)), "no tokens"), (dict(temperature=math.nan), "temperature")])
 def test_bad_sampling_parameters(kwargs, message):
     with pytest.raises(ModelError, match=message):
-        generate(make(), tokens(1, 3), 5, **kwargs)
-
-
-def test_nothing_to_continue():
-    with pytest.raises(ModelError, match="no tokens"):
-        generate(make(), tokens(1, 0), 5)
+        generate(**dict(model=make(), idx=tokens(1, 3), max_new_tokens=5) | kwargs)

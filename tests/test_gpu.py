@@ -25,7 +25,8 @@ def call(tokens, folder, *flags, until=None):
         [sys.executable, os.path.join(ROOT, "experiments", "gpu.py"), "--tokens", str(tokens),
          "--out", str(folder / "out"), "--work", str(folder / "work"), "--device", "cpu",
          "--preset", "tiny", "--variants", "baseline,key-shift", "--tasks", "demo", *flags,
-         "--windows", "1", "--steps", "20", "--", "--eval_windows", "2", "--save_interval", "10"],
+         "--windows", "1", "--steps", "60", "--", "--n_layer", "1", "--n_head", "2", "--n_embd",
+         "32", "--eval_windows", "2", "--save_interval", "30"],
         stdout=subprocess.PIPE, text=True)
     while until and not read_lines(until) and script.poll() is None:
         time.sleep(0.02)
@@ -69,7 +70,7 @@ def test_every_part_yields_its_numbers_and_none_is_repeated(tokens_on_disk, tmp_
     for kind in ("curve", "scores"):
         assert [line["run"] for line in kinds[kind]] == RUNS
     steps = {run: [line["step"] for line in kinds["copying"] if line["run"] == run] for run in RUNS}
-    assert steps[RUNS[1]] == [10, 20] and {10, 20} <= set(steps[RUNS[0]]), steps
+    assert steps[RUNS[1]] == [30, 60] and {30, 60} <= set(steps[RUNS[0]]), steps
     base, shift = (line["tasks"]["demo"] for line in kinds["scores"])
     gap = shift["minus_baseline"]["acc"]
     assert gap["difference"] == pytest.approx(shift["acc"] - base["acc"]) and 0 <= gap["p"] <= 1

@@ -11,12 +11,12 @@ import runs
 import torch
 from compare import QUICK, read_variant
 from questions import save
+from test_train import prepare
 
 import train
 from model import GPTConfig
 from nanonexus.cli import run_script
 from nanonexus.controls import build
-from nanonexus.data import pydocs
 
 
 def test_kinds():
@@ -86,8 +86,9 @@ def test_the_model_is_built_with_its_control_and_its_losses_are_its_own(control,
 
 
 def one_step(out, variants, seeds, quick):
-    """Instead of runs.compare, which test_compare.py tests: the same folders, of one step."""
-    data = pydocs(os.path.join(out, "pydocs"))
+    """Instead of runs.compare, which test_compare.py tests: the same folders, of one step, on a
+    part of the text."""
+    data = str(prepare(os.path.join(out, "pydocs"), "--max_tokens", 60000))
     for variant in variants:
         train.main([*read_variant(variant), *QUICK, "--max_steps", "1", "--dataset", data,
                     "--no-sample", "--out", os.path.join(out, f"{variant}-seed0")])

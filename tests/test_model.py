@@ -27,8 +27,8 @@ SMALL = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32, 
                   parallel_residual=False)
 STREAMS, INNER = (get_args(GPTConfig.__annotations__[f"nexus_{name}"])
                   for name in ("streams", "inner"))
-VARIANTS = [dict(nexus_order=m, nexus_streams=s, nexus_inner=i)
-            for m, s, i in itertools.product((2, 3), STREAMS, INNER)]
+VARIANTS = [dict(nexus_order=m, nexus_streams=s, nexus_inner=i)  # gpu.py names some of them
+            for (m, s), i in itertools.product([(2, "qk"), *((3, s) for s in STREAMS)], INNER)]
 ALL = [dict(nexus_order=1), *VARIANTS]
 
 
@@ -130,7 +130,7 @@ def reference_attention(attn, x):
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
 @pytest.mark.parametrize("variant", ALL, ids=name)
 def test_attention_equals_the_reference_in_output_and_gradients(variant, backend):
-    T = 7
+    T = 5
     gpt = make(attention=backend, **variant)
     attn, x = gpt.blocks[0].attn, torch.randn(2, T, SMALL.n_embd, requires_grad=True)
     params, weight = list(attn.parameters()), torch.randn(2, T, SMALL.n_embd)
@@ -145,15 +145,6 @@ def test_attention_equals_the_reference_in_output_and_gradients(variant, backend
         assert b.abs().max() > 0  # no weight is dead
 
 
-def test_variants_differ():
-    idx = tokens(1, 20)
-    seen = set()
-    for variant in ALL:
-        torch.manual_seed(1)  # the same baseline weights
-        seen.add(round(make(**variant)(idx).square().sum().item(), 9))
-    assert len(seen) == len(ALL)
-
-
 def test_order_1_is_the_baseline_bit_for_bit():
     """Whatever the other Nexus fields say, and equal to attention written without any of Nexus."""
     torch.set_default_dtype(torch.float32)
@@ -161,7 +152,6 @@ def test_order_1_is_the_baseline_bit_for_bit():
     for streams, inner in itertools.product(STREAMS, INNER):
         other = GPT(replace(SMALL, nexus_streams=streams, nexus_inner=inner))
         other.load_state_dict(base.state_dict())
-        assert torch.equal(base(idx), other(idx))
         grads = [torch.autograd.grad(m(idx, idx), list(m.parameters())) for m in (base, other)]
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -176,38 +166,36 @@ def test_order_1_is_the_baseline_bit_for_bit():
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual"])
 @pytest.mark.parametrize("variant", ALL, ids=name)
-def test_no_token_sees_the_future(variant, backend):
-    gpt, idx = make(attention=backend, **variant), tokens(1, 24)
-    before = gpt(idx)
-    for t in (1, 12, 23):
+@torch.no_grad()
+def test_causal_and_cached_as_uncached(variant, backend):
+    gpt, idx, split = make(attention=backend, **variant), tokens(2, 12), (5, 1, 1, 3, 2)
+    full, cache = gpt(idx), KVCache(12)
+    parts = [gpt(part, cache=cache) for part in idx.split(split, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=1e-10)
+    for t in (1, 7):
         changed = idx.clone()
         changed[:, t:] = (changed[:, t:] + 1) % SMALL.vocab_size
         after = gpt(changed)
-        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-12)
-        assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-6  # and each sees the past
+        torch.testing.assert_close(after[:, :t], full[:, :t], rtol=0, atol=1e-12)
+        assert (after[:, t:] - full[:, t:]).abs().amax(-1).min() > 1e-6  # and each sees the past
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "manual"])
-@pytest.mark.parametrize("variant", ALL, ids=name)
-def test_cached_equals_uncached_for_any_split(variant, backend):
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
-        gpt, idx = make(attention=backend, **variant).to(dtype), tokens(3, 24)
-        full = gpt(idx)
-        for split in ([24], [1] * 24, [5, 1, 1, 9, 8], [23, 1], [1, 23]):
-            cache = KVCache(24)
-            parts = [gpt(part, cache=cache) for part in idx.split(split, dim=1)]
-            torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=tolerance)
+def maps_of(variant):
+    """Of a loop: "tokens" has one map for both streams."""
+    return "h" if variant.get("nexus_inner") == "tokens" else variant.get("nexus_streams", "")
 
 
 @pytest.mark.parametrize("variant", ALL, ids=name)
-def test_cache_keeps_what_its_docstring_says(variant):
-    gpt, cache = make(**variant), KVCache(24)
-    gpt(tokens(1, 24), cache=cache)
-    m, n = variant["nexus_order"], len(variant.get("nexus_streams", ""))
+def test_the_cache_and_the_flops_are_those_of_the_attentions(variant):
+    T, gpt, cache = 12, make(attention="manual", **variant), KVCache(12)
+    with FlopCounterMode(display=False) as counter:
+        gpt(tokens(1, T), cache=cache).sum().backward()
+    c, attentions = gpt.config, 1 + len(maps_of(variant)) * (variant["nexus_order"] - 1)
     heads = sum(buffer.size(1) for buffer in cache.entries.values())
-    if variant.get("nexus_inner") == "tokens":  # one attention for both streams
-        n = 1
-    assert heads == SMALL.n_layer * SMALL.n_head * (2 + 2 * n * (m - 1))
+    assert heads == c.n_layer * c.n_head * 2 * attentions
+    # torch counts the attention that the causal mask hides, flops_per_token does not
+    hidden = 3 * c.n_layer * attentions * 2 * c.n_embd * T
+    assert counter.get_total_flops() == T * (gpt.flops_per_token(T) + hidden)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "manual", "flex"])
@@ -215,7 +203,7 @@ def test_an_added_step_has_all_that_past_has(monkeypatch, backend):
     """Its strict mask, in documents and in a cache, its maps and its FLOPs, with nothing else to
     write than the step itself."""
     add_inner_step(monkeypatch, "again")
-    models = [make(attention=backend, nexus_order=3, nexus_inner=inner)
+    models = [make(attention=backend, n_layer=1, nexus_order=3, nexus_inner=inner)
               for inner in ("past", "again")]
     models[1].load_state_dict(models[0].state_dict())
     idx, docs = tokens(2, 20), (torch.arange(20) > 6).long().expand(2, -1)
@@ -241,13 +229,7 @@ def test_attentions_of_one_name_are_told_apart(monkeypatch):
         make(nexus_order=2)(tokens(1, 5), cache=KVCache(8))
 
 
-def test_tied_embeddings_are_counted_once():
-    gpt = make()
-    gpt.head.weight = gpt.embed.weight
-    assert gpt.num_params() - gpt.num_params(embeddings=False) == gpt.embed.weight.numel()
-
-
-def test_a_cache_refuses_more_than_it_holds():
+def test_more_tokens_than_fit_are_refused():
     gpt, cache = make(), KVCache(10)
     gpt(tokens(1, 8), cache=cache)
     with pytest.raises(ModelError, match="11 tokens are more than the context of 10"):
@@ -260,24 +242,18 @@ def test_a_cache_refuses_more_than_it_holds():
 def test_maps_are_the_attention_of_every_loop(variant):
     gpt, idx, maps = make(attention="manual", n_layer=1, **variant), tokens(1, 9), {}
     gpt(idx, maps=maps)
-    loops, streams = range(1, variant["nexus_order"]), variant.get("nexus_streams", "")
-    if variant.get("nexus_inner") == "tokens":  # one map for both
-        streams = "h"
-    assert list(maps) == [(0, f"{n}{i}") for i in loops for n in streams] + [(0, "outer")]
+    loops = range(1, variant["nexus_order"])
+    assert list(maps) == [(0, f"{n}{i}") for i in loops for n in maps_of(variant)] + [(0, "outer")]
     for weights in maps.values():
-        assert weights.shape == (1, 2, 9, 9)
         own = int(weights[..., 0, 0].max() > 0)  # may a token look at itself?
-        assert weights.triu(own).abs().max() == 0
+        assert weights.shape == (1, 2, 9, 9) and weights.triu(own).abs().max() == 0
         rows = weights.sum(-1)
         torch.testing.assert_close(rows[..., 1:], torch.ones_like(rows[..., 1:]))
         assert (rows[..., 0] == own).all()
-    assert maps[0, "outer"][..., 0, 0].min() == 1
     attn, x = gpt.blocks[0].attn, gpt.blocks[0].norm1(gpt.embed(idx))
     v, = attn.project(x, "v")  # the outer map makes the output
     y = attn.proj((maps[0, "outer"] @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(y, attn(x, context(gpt, 9)))
-    with pytest.raises(AssertionError, match="need attention='manual'"):
-        make(**variant)(idx, maps={})
 
 
 def test_rotary_gradient_and_relative_positions():
@@ -293,10 +269,11 @@ def test_rotary_gradient_and_relative_positions():
     assert (scores[:, 0] - scores[0, 0]).abs().max() > 1e-3
 
 
+@torch.no_grad()
 def test_bfloat16_autocast_stays_near_float32():
     torch.set_default_dtype(torch.float32)
     for variant in ALL:
-        gpt, idx = GPT(replace(SMALL, **variant)), tokens(2, 24)
+        gpt, idx = GPT(replace(SMALL, n_layer=1, **variant)), tokens(2, 24)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = gpt(idx, idx)
         assert loss.dtype == torch.float32
@@ -309,15 +286,16 @@ COUNTS = {"pythia-70m": (70_426_624, 18_915_328), "pythia-160m": (162_322_944, 8
           "pythia-410m": (405_334_016, 302_311_424), "pythia-1b": (1_011_781_632, 805_736_448)}
 
 
-@pytest.mark.parametrize("preset", COUNTS)
-def test_parameter_counts_are_pythias(preset):
-    with torch.device("meta"):
-        for m, inner in itertools.product((1, 2, 4), INNER):
+def test_parameter_counts_are_pythias():
+    for preset, counts in COUNTS.items():
+        for m, inner in [(1, INNER[0]), *((2, inner) for inner in INNER if preset == "pythia-70m")]:
             config = preset_config(preset, nexus_order=m, nexus_inner=inner)
-            gpt, own = GPT(config), 6 * config.n_layer * config.n_embd**2
-            own *= inner == "separate" and m > 1  # the only one with weights
-            assert (gpt.num_params() - own, gpt.num_params(embeddings=False) - own
-                    ) == COUNTS[preset]
+            with torch.device("meta"):
+                gpt, own = GPT(config), 6 * config.n_layer * config.n_embd**2
+            own *= inner == "separate"  # the only one with weights
+            assert (gpt.num_params() - own, gpt.num_params(embeddings=False) - own) == counts
+    gpt.head.weight = gpt.embed.weight  # tied ones count once
+    assert gpt.num_params() - gpt.num_params(embeddings=False) == gpt.embed.weight.numel()
 
 
 def test_initialisation_is_gpt_neox():
@@ -331,37 +309,20 @@ def test_initialisation_is_gpt_neox():
             assert torch.equal(p, torch.full_like(p, float("norm" in key and "weight" in key))), key
 
 
-@pytest.mark.parametrize("variant", ALL, ids=name)
-def test_flops_are_torchs(variant):
-    T, gpt = 24, make(attention="manual", **variant)
-    with FlopCounterMode(display=False) as counter:
-        gpt(tokens(1, T)).sum().backward()
-    # torch counts the attention that the causal mask hides, flops_per_token does not
-    c, m = gpt.config, variant["nexus_order"]
-    maps = 1 if c.nexus_inner == "tokens" else len(c.nexus_streams)  # of a loop
-    hidden = 3 * c.n_layer * (1 + maps * (m - 1)) * 2 * c.n_embd * T
-    assert counter.get_total_flops() == T * (gpt.flops_per_token(T) + hidden)
-
-
 # --- configurations -------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(n_layer=0), "n_layer must be int, at least 1"), (dict(nexus_order=0), "at least 1"),
-    (dict(n_head=3), "multiple of n_head"), (dict(rotary_pct=0.0), "rotary_pct"),
-    (dict(rotary_pct=1.5), "rotary_pct"), (dict(rotary_pct=0.2), "even"),
-    (dict(dropout=1.0), "dropout"), (dict(attention="flash"), "sdpa, flex, manual"),
-    (dict(nexus_streams="v"), "qk, q, k"), (dict(nexus_inner="own"), "self, shared, separate"),
-    (dict(n_embd="32"), "n_embd must be int"),
-    (dict(n_layer=2.0), "n_layer must be int"), (dict(gelu="relu"), "tanh, erf"),
-    (dict(parallel_residual=1), "parallel_residual must be bool"),
-    (dict(dropout=math.nan), "dropout")])
+    (dict(n_layer=0), "n_layer must be int, at least 1"), (dict(n_embd="32"), "n_embd must be int"),
+    (dict(n_head=3), "multiple of n_head"), (dict(rotary_pct=1.5), "rotary_pct"),
+    (dict(rotary_pct=0.2), "even"), (dict(dropout=math.nan), "dropout"),
+    (dict(nexus_streams="v"), "qk, q, k"), (dict(parallel_residual=1), "must be bool")])
 def test_bad_configurations_are_named(change, message):
     with pytest.raises(ModelError, match=message):
         replace(SMALL, **change)
 
 
-@pytest.mark.parametrize("change", [dict(n_layer=10**9), dict(block_size=10**12)])
-def test_absurd_sizes_are_refused_before_they_are_built(change):
-    with pytest.raises(ModelError, match="more than a trillion"):
-        check_size(replace(SMALL, **change))
+def test_absurd_sizes_are_refused_before_they_are_built():
+    for change in (dict(n_layer=10**9), dict(block_size=10**12)):
+        with pytest.raises(ModelError, match="more than a trillion"):
+            check_size(replace(SMALL, **change))
     check_size(preset_config("pythia-1b"))

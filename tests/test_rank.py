@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 
 import pytest
@@ -92,15 +91,14 @@ def test_order_1_fits_its_own_and_no_other(head):
 
 
 @pytest.mark.usefixtures("plots")
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     argv = "--T 12 --d 3 --ranks 1,3 --seeds 2 --restarts 2 --steps 5".split()
-    out = subprocess.run([sys.executable, rank.__file__, *argv, "--out", str(tmp_path)],
-                         capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
+    monkeypatch.setattr(sys, "argv", ["rank.py", *argv, "--out", str(tmp_path)])
+    run_script(rank.main)
     kl = json.loads((tmp_path / "rank.json").read_text())["results"]
     assert list(kl) == ["causal", "not causal"] and list(kl["causal"]["3"]) == list(rank.VARIANTS)
     mean = sum(kl["causal"]["3"]["past"]["3"]) / 2
-    assert f"{mean:.3f} ±" in out.stdout
+    assert f"{mean:.3f} ±" in capsys.readouterr().out
     assert os.path.getsize(tmp_path / "rank.svg") > 1000
 
 

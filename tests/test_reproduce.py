@@ -21,13 +21,11 @@ def test_from_text_to_scores_and_on(tmp_path):
                             PATH=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
     flags = [*TINY[:4], "--n_embd", "32", "--block_size", "512", "--batch_tokens", "1024",
              "--micro_batch", "2", "--eval_windows", "2", "--device", "cpu", "--decay_steps", "4"]
-    for steps in ("2", "4"):
-        out = subprocess.run([SCRIPT, *flags], env=env | dict(STEPS=steps), capture_output=True,
-                             text=True)
+    for changes in (dict(STEPS="2", VARIANTS="baseline"), dict(STEPS="4")):  # as if stopped
+        out = subprocess.run([SCRIPT, *flags], env=env | changes, capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
-    for name in ("baseline", "self"):
-        log = read_log(tmp_path / "out" / name)
-        assert log[-1]["step"] == 4 and "resumed at step 2" in out.stdout
+    assert out.stdout.count("resumed at step 2") == 1
+    assert all(read_log(tmp_path / "out" / name)[-1]["step"] == 4 for name in ("baseline", "self"))
     with open(tmp_path / "out" / "paired-self.json") as f:
         scores = json.load(f)
     assert scores["config"]["nexus_order"] == 1 and scores["versus"]["config"]["nexus_order"] == 2

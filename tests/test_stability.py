@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -45,7 +44,7 @@ def test_without_the_anchor_streams_draw_together():
     idx = batches(0, 0)[0]
     spreads = {}
     for form in ("self", "free"):
-        gpt, seen = stability.build(40, form, 1, ARGS, 0), []
+        gpt, seen = stability.build(20, form, 1, ARGS, 0), []
         attention = gpt.blocks[0].attn
         refine = attention.refine
         attention.refine = lambda *args, refine=refine, seen=seen: seen.extend(
@@ -89,15 +88,15 @@ def test_divergence_is_seen():
 
 
 @pytest.mark.usefixtures("plots")
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     argv = "--orders 1,3 --depths 1 --lrs 1e-2 --steps 3 --seeds 2 --width 16".split()
-    out = subprocess.run([sys.executable, stability.__file__, *argv, "--out", str(tmp_path)],
-                         capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
+    monkeypatch.setattr(sys, "argv", ["stability.py", *argv, "--out", str(tmp_path)])
+    run_script(stability.main)
+    out = capsys.readouterr().out
     runs = json.loads((tmp_path / "stability.json").read_text())["results"]["training"]
     assert runs["free 1 depth 1 lr 0.01"] == runs["self 1 depth 1 lr 0.01"]
     loss = sum(run["loss"] for run in runs["free 3 depth 1 lr 0.01"]) / 2
-    assert f"{loss:.3f} ±" in out.stdout and (tmp_path / "stability.svg").exists()
+    assert f"{loss:.3f} ±" in out and (tmp_path / "stability.svg").exists()
 
 
 @pytest.mark.parametrize("wrong", ["--orders 2", "--steps 0", "--lrs nan"])
