@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -6,6 +7,8 @@ from questions import checkpoints, neox  # noqa: F401
 
 torch.set_num_threads(1)  # the models here are tiny: more threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # in the scripts that tests run, too
+if hasattr(signal, "SIGHUP"):  # nohup has them ignored, and tests send it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
