@@ -20,7 +20,6 @@ interrupted one continues. Prints a table, writes compare.json and compare.svg; 
 from the existing lines alone. Arguments after -- are passed to train.py.
 """
 
-import itertools
 import math
 import os
 import statistics
@@ -81,7 +80,7 @@ def read_variant(name, equal=None):
     such variant."""
     if name not in VARIANTS | EQUAL:
         raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS | EQUAL)}")
-    return (VARIANTS | EQUAL)[name].format(**equal or dict(deeper=0, larger=0)).split()
+    return (VARIANTS | EQUAL)[name].format(**equal or dict.fromkeys(EQUAL, 0)).split()
 
 
 def model_fields(flags):
@@ -142,15 +141,15 @@ def rows(results, references):
     yield ("variant", "lr", "parameters", "FLOPs/token", "FLOPs", "tokens/s", "seeds",
            "val loss, nats", *(f"minus {name} [99% interval]" for name in against),
            *(f"Holm, {name}" for name in against[:1]))
-    first = [r.get(f"minus_{name}", {}).get("p", math.nan) for name in against[:1]
-             for r in results.values()]
-    for (name, r), p in itertools.zip_longest(results.items(), holm(first)):
+    first = against[0] if against else None
+    ps = holm([r.get(f"minus_{first}", {}).get("p", math.nan) for r in results.values()])
+    for (name, r), p in zip(results.items(), ps, strict=True):
         gaps = [r.get(f"minus_{base}") for base in against]
         flops = r["flops_per_token"]
         yield (name, f"{r['lr']:g}", f"{r['parameters']:,}", f"{flops / 1e6:,.2f} M",
                f"{flops * r['tokens'][-1]:.2e}", f"{r['tokens_per_sec']:,.0f}", len(r["seeds"]),
                mean_spread(r["val_loss"]), *(paired_text(gap) if gap else "" for gap in gaps),
-               *["" if math.isnan(p) else f"{p:.2g}" for _ in against[:1]])
+               *(["" if math.isnan(p) else f"{p:.2g}"] if first else []))
 
 
 def plot(plt, results, title):

@@ -45,7 +45,7 @@ from typing import NamedTuple
 import compare
 import torch
 import torch.nn.functional as F
-from compare import model_fields, read_variant
+from compare import LR_SEED, model_fields, read_variant
 from figures import WIDTH, seed_strips, write
 from puzzles import SYMBOLS, TASKS, chains
 from runs import commit
@@ -64,7 +64,6 @@ VARIANTS = {  # fields of GPTConfig: compare.py's variants, of one layer
     **dict.fromkeys(("two-layers", "two-layers-small", "two-layers-fan-in"), dict(n_layer=2)),
     **{f"key-shift-{a}": dict(control="key-shift") for a in (0.02, 0.12, 0.95)},
 }
-LR_SEED = 1000  # for the runs that choose the learning rate
 
 
 class RecallRun(NamedTuple):

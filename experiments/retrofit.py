@@ -20,6 +20,7 @@ never made again while that line is there; the same command continues. --show pr
 """
 
 import collections
+import functools
 import glob
 import json
 import operator
@@ -35,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 import figures
 import torch
 import torch.nn.functional as F
+from compare import LR_SEED
 from runs import commit
 from tqdm import tqdm
 
@@ -43,6 +45,7 @@ from common import ROOT, one_of, parse, pyplot, save, table
 from finetune import read_examples
 from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
 from nanonexus.data import split
+from nanonexus.decoder import is_gpt
 from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import append_line, output_file, read_json, read_lines
 from nanonexus.hf import fetch
@@ -74,7 +77,6 @@ VARIANTS = {  # name -> flags of finetune.py sft
     "cross-k-gated": "--inner cross --streams k --gate 0",
     "key-shift-gated": "--inner shift --streams k --gate 0",
 }
-LR_SEED = 1000  # for the runs that choose the learning rate
 PIECE = 2000  # characters of a piece of text, about 450 tokens
 LENGTH = 4096  # tokens of an example, at most
 IDENTITY = {  # part -> the flags that make its lines other lines
@@ -139,13 +141,17 @@ def losses(model, examples, packed=1):
     return found, sum(map(operator.mul, found, sizes)) / sum(sizes)
 
 
+@functools.cache  # for all models of a call
+def read_held_out(model, path):
+    from transformers import AutoTokenizer
+
+    return read_examples(path, AutoTokenizer.from_pretrained(fetch(model)), LENGTH)
+
+
 def held_out(scorer, args, name):
     """Of one of the held-out files, for a Scorer's model: the loss of each example, of all their
     tokens, and of these if packed by eight."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(fetch(args.model))
-    examples = read_examples(os.path.join(args.out, name + "-held.jsonl"), tokenizer, LENGTH)
+    examples = read_held_out(args.model, os.path.join(args.out, name + "-held.jsonl"))
     alone, loss = losses(scorer.model.model, examples)
     return dict(losses=alone, loss=loss, packed=losses(scorer.model.model, examples, 8)[1])
 
@@ -215,7 +221,7 @@ def finetune(args, part, variant, seed, lr, steps):
 
 
 def measure_run(args, part, folder, final):
-    """What goes into a run's line; the folder, of 2 GB and more, is removed."""
+    """What goes into a run's line, from the folder of finetune."""
     scorer = Scorer(folder, args.device)
     log = read_json(os.path.join(folder, "trainer_state.json"))["log_history"]
     gates = [p.flatten().tolist() for name, p in scorer.model.named_parameters()
@@ -238,7 +244,7 @@ def tune(args, results, part):
             folders = pool.map(lambda job: finetune(args, part, *job, steps), jobs)
             for job, folder in zip(jobs, folders, strict=True):
                 results.add(part, *job, **measure_run(args, part, folder, final))
-                shutil.rmtree(folder)
+                shutil.rmtree(folder)  # 2 GB and more
                 bar.update()
 
     grid = [("control", LR_SEED, lr) for lr in args.lrs] if len(args.lrs) > 1 else []
@@ -375,6 +381,9 @@ def main():
         check_device(args.device)
         keep_freed_memory()
         output_file(args.results)
+        if is_gpt(fetch(args.model)):
+            raise UserError(f"{args.model} is a GPT-NeoX, or no model: this study is of other "
+                            "decoders, such as a Llama or a Qwen2")
         write_data(args)
         for part in args.parts:
             (measure_changes if part in ("loss", "scores") else tune)(args, results, part)

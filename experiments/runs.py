@@ -21,7 +21,7 @@ from nanonexus.checkpoint import newest_checkpoint, read_checkpoint
 from nanonexus.cli import UserError, listed, positive_int
 from nanonexus.controls import build
 from nanonexus.data import TokenSet, read_windows, val_indices, windows
-from nanonexus.files import append_line, output_file, read_lines
+from nanonexus.files import append_line, read_lines
 
 
 class TrainingRun(NamedTuple):
@@ -112,7 +112,6 @@ class Study:
     def execute(self, runs, dataset):
         """Finish the unfinished runs, in their order, on the token set in the folder
         dataset. UserError if one stops."""
-        output_file(self.results)
         left, start = [run for run in runs if not self.line(run)], time.monotonic()
         if left:
             print(f"{len(left)} of {len(runs)} runs, {self.jobs} at a time; each one's log is "

@@ -53,18 +53,23 @@ class DecoderCache:
         return chosen
 
 
+def is_gpt(folder):
+    """Whether load_any reads a folder as a GPT; one that it cannot read is left to load_gpt, which
+    says what is wrong."""
+    try:
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            hf = json.load(f)
+        return hf["model_type"] == "nanonexus" or (hf["model_type"] == "gpt_neox"
+                                                   and "nexus" not in hf)
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
+
+
 def load_any(folder, **overrides):
     """load_gpt of a plain GPT-NeoX folder or one of nanonexus.export; of any other (a Decoder, the
     fields of its config as the folder has them). overrides: nexus_order, and for a Decoder the
     other settings of nexus(). Raises ModelError or UserError."""
-    try:
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            hf = json.load(f)
-        ours = hf["model_type"] == "nanonexus" or (hf["model_type"] == "gpt_neox"
-                                                   and "nexus" not in hf)
-    except (OSError, ValueError, LookupError, TypeError):
-        ours = True  # which says what is wrong
-    if ours:
+    if is_gpt(folder):
         return load_gpt(folder, **overrides)
     model = pretrained(load, folder, dtype="float32")
     trained = vars(Decoder(model).config)

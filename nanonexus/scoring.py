@@ -45,7 +45,7 @@ class Scorer:
         c, size = self.model.config, f", {self.model.num_params():,} parameters"
         self.description = (f"{c.model_type}, {describe_settings(self.model)}" if isinstance(
             self.model, Decoder) else describe(c)) + size
-        order, trained = self.model.config.nexus_order, meta["config"]["nexus_order"]
+        order, trained = c.nexus_order, meta["config"]["nexus_order"]
         if order != trained:
             print(f"note: {path} was trained at order {trained} and is run at order {order}: the "
                   "start of a retrofit, not a trained Nexus", file=sys.stderr)

@@ -97,6 +97,14 @@ def in_this_process(argv, run=subprocess.run, **kwargs):
 
 
 @pytest.mark.usefixtures("plots")
+def test_a_gpt_neox_is_refused_before_the_work(neox, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["retrofit.py", "--model", str(neox), "--text", "no.txt",
+                                      "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="is a GPT-NeoX"):
+        retrofit.main()
+
+
+@pytest.mark.usefixtures("plots")
 def test_every_part_ends_in_lines_and_none_is_made_twice(place, tmp_path, monkeypatch, capsys):
     for package in ("accelerate", "jinja2"):
         pytest.importorskip(package, reason=f"extra retrofit: {package}")
