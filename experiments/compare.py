@@ -62,7 +62,7 @@ EQUAL = {  # see equals: to the FLOPs of order 2, of order 2 on k, to the parame
     "shift-longer": "--control key-shift --nexus_order 1",
 }
 SCALES = {  # defaults of flags not given
-    "tiny": dict(dataset="pydocs", max_steps=150, eval_interval=50, seeds=3,
+    "tiny": dict(dataset="pydocs", max_steps=100, eval_interval=50, seeds=3,
                  flags="--eval_windows 1024 --save_interval 100"),
     # 4.1M tokens per run; needs --dataset, made by prepare_data.py --tokenizer bpe:2048
     "text": dict(max_steps=2000, eval_interval=500, seeds=5, lrs=[2e-3, 4e-3, 8e-3],
@@ -189,7 +189,7 @@ def parse_args(argv):
         "(default: train.py's, no choice; at scale text 2e-3,4e-3,8e-3)")
     add("--preset", choices=PRESETS, default="tiny")
     add("--dataset", help="a token set's folder (default: pydocs)")
-    add("--max_steps", type=positive_int, help="steps per run (default: 150; at scale text 2000)")
+    add("--max_steps", type=positive_int, help="steps per run (default: 100; at scale text 2000)")
     add("--eval_interval", type=positive_int, help="steps between validations (default: 50; at "
         "scale text 500)")
     add("--jobs", type=positive_int, default=min(2, os.cpu_count()), help="runs in parallel, each "
