@@ -17,7 +17,7 @@ def refine(s, order, inner, attn):
     return h
 
 
-def hears(gpt, idx):
+def mlp_sees_attention(gpt, idx):
     block, said = gpt.blocks[0], []
     listening = block.mlp.register_forward_hook(lambda module, args, out: said.append(out))
     gpt(idx)
@@ -64,5 +64,10 @@ def preregister():
         lr_seed=1000, lrs=[3e-3, 1e-2], metric=statistics.mean, smallest=smallest, rule=rule)
 
 
-SOLUTIONS = {"exercise-1": [refine], "exercise-2": [hears, fix], "exercise-3": [floats_per_token],
-             "exercise-4": [ValueShift], "exercise-5": [preregister]}
+SOLUTIONS = {
+    "exercise-1": [refine],
+    "exercise-2": [mlp_sees_attention, fix],
+    "exercise-3": [floats_per_token],
+    "exercise-4": [ValueShift],
+    "exercise-5": [preregister],
+}

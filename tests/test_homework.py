@@ -18,7 +18,7 @@ WRONG = [
     ("exercise-2", "return not torch.equal(*said)", "return not gpt.config.parallel_residual",
      "measure, do not read the config"),
     ("exercise-2", "    replaced.remove()\n", "", "remove your hooks"),
-    ("exercise-2", '"parallel_residual": False', '"nexus_inner": "past"', "as deaf as before"),
+    ("exercise-2", '"parallel_residual": False', '"nexus_inner": "past"', "still does not see"),
     ("exercise-3", "1 + maps", "2 * maps", "'nexus_order': 1"),
     ("exercise-3", "2 * attentions", "(1 + attentions)", "the cache keeps 48 floats"),
     ("exercise-4", 'previous(v, ctx, "v", first_stays=True)',
