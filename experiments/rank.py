@@ -190,7 +190,7 @@ def main():
     add("--out", default="out/rank", help="folder (default: out/rank)")
     args = parse(parser)
     if args.quick:
-        args.d, args.seeds, args.restarts, args.steps = [16], min(3, args.seeds), 1, 300
+        args.d, args.seeds, args.restarts, args.steps = [16], min(2, args.seeds), 1, 300
         args.ranks = args.ranks or [2, 16, 32]
     if max(args.d) >= args.T:
         raise UserError(f"--d must be below --T, {args.T}, got {max(args.d)}")

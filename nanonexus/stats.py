@@ -39,13 +39,13 @@ def mean_spread(values, digits=4):
 
 def paired(values, base):
     """values minus base, paired by seed: dict(mean, low, high, p), the bounds of the 99% t interval
-    and the two-sided p of a paired t test; bounds and p are NaN with a single seed, or if a run
-    has diverged."""
+    and the two-sided p of a paired t test; bounds and p are NaN with fewer than three seeds, as
+    --quick has, or if a run has diverged."""
     from scipy import stats
 
     gaps = [v - b for v, b in zip(values, base, strict=True)]
     mean = statistics.mean(gaps)
-    if not stdev(gaps) > 0:
+    if len(gaps) < 3 or not stdev(gaps) > 0:
         return dict(mean=mean, low=math.nan, high=math.nan, p=math.nan)
     low, high = stats.t.interval(0.99, len(gaps) - 1, loc=mean, scale=stats.sem(gaps))
     return dict(mean=mean, low=low, high=high, p=stats.ttest_1samp(gaps, 0).pvalue)

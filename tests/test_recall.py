@@ -212,7 +212,7 @@ def test_the_command_continues_and_show_trains_nothing(tmp_path, monkeypatch, ca
         assert {area[x["lr"]] for x in counted} == {max(area.values())}
         accuracies = " ".join(f"{x['curve'][-1]:.2f}" for x in counted)
         assert any(row.split()[0] == variant and accuracies in row
-                   for row in said.split(f"{task}\n")[1].split("\n\n")[0].splitlines()[1:])
+                   for row in said.split(f"\n{task} (")[1].split("\n\n")[0].splitlines()[1:])
     assert (tmp_path / "maps.svg").exists() and (tmp_path / "recall.svg").exists()
 
     at = argv.index("--maps")
