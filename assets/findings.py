@@ -4,7 +4,7 @@ The README's picture of what was found, assets/findings.svg, from two experiment
     python experiments/recall.py --tasks gapped-12 --results docs/results/recall.jsonl --show \\
         --out out/findings
     python experiments/compare.py --scale text --lrs 4e-3 --results docs/results/text.jsonl \\
-        --variants baseline,self,shared,past,cross,key-shift,kv-shift,near-gated-k \\
+        --variants baseline,self,shared,past,cross,tokens,key-shift,kv-shift,near-gated-k \\
         --show --out out/findings
     python assets/findings.py out/findings
 """
@@ -35,11 +35,17 @@ def plot(plt, recall, text):
                   color=figures.style(name)["color"])
         figures.mean_bar(right, y, name, [loss - start[seed] for seed, loss in zip(
             row["seeds"], row["val_loss"], strict=True) if seed in start])
-    left.set(xlim=(0, 1.02), xlabel="share right, one layer (chance is 0.2)",
-             title="lookup: a value 0 to 12 tokens after its key")
+    left.set(xlim=(0, 1.02), xlabel="accuracy (guessing: 0.2), right is better",
+             title="lookup in one layer, 0 to 12 tokens between")
     right.axvline(0, color="#666666", lw=0.8)
-    right.set(title="text: validation loss", xlabel=f"minus {base}, nats per token")
+    right.set(title="text: validation loss", xlabel=f"minus {base}, nats per token, left is better")
     figures.name_rows(left, list(text))
+    most = max(len(row["seeds"]) for row in text.values())
+    for y, row in enumerate(text.values()):
+        if len(row["seeds"]) < most:
+            right.annotate(f"{len(row['seeds'])} seeds", (1.02, y), ha="left",
+                           xycoords=("axes fraction", "data"), va="center", fontsize=7,
+                           color="#666666")
     return figure
 
 

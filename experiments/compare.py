@@ -152,18 +152,19 @@ def rows(results, references):
                *(["" if math.isnan(p) else f"{p:.2g}"] if first else []))
 
 
-def plot(plt, results, title):
+def plot(plt, results, title, unit):
     figure, panels = plt.subplots(1, 2, figsize=(figures.WIDTH, 3.4), sharey=True)
     for name, r in results.items():
         middle = [statistics.mean(at) for at in zip(*r["curves"], strict=True)]
         low = [min(at) for at in zip(*r["curves"], strict=True)]
         high = [max(at) for at in zip(*r["curves"], strict=True)]
-        for panel, unit in zip(panels, (1, r["flops_per_token"]), strict=True):
-            x = [tokens * unit for tokens in r["tokens"]]
+        for panel, factor in zip(panels, (1, r["flops_per_token"]), strict=True):
+            x = [factor * tokens for tokens in r["tokens"]]
             panel.plot(x[1:], middle[1:], marker=".", **figures.style(name))  # not the untrained
             panel.fill_between(x[1:], low[1:], high[1:], alpha=0.15, lw=0,
                                color=figures.style(name)["color"])
-    panels[0].set(xlabel="tokens", ylabel="validation loss (nats per token)", title=title)
+    panels[0].set(xlabel=f"{unit}s", ylabel=f"validation loss, nats per {unit} (lower is better)",
+                  title=title)
     panels[1].set(xlabel="training compute (FLOPs)", title="the same, against compute")
     figures.name_lines(panels[1], {
         name: (r["tokens"][-1] * r["flops_per_token"],
@@ -301,13 +302,15 @@ def main():
         for name, r in results.items():
             if base in results and name != base and (gap := minus(r, results[base])):
                 r[f"minus_{base}"] = gap
+    unit = "byte" if vocab_size == 320 else "token"  # 256 and the end of a text, padded to 320
     print(f"\n{table(rows(results, args.against))}\n\n"
-          "Losses are in nats per token (pydocs: per byte) on held-out text, lower is better; ± is "
-          "the standard deviation\nover seeds. Differences are paired: a seed fixes the order of "
+          f"Losses are in nats per {unit} on held-out text, lower is better; ± is the standard "
+          "deviation over seeds.\nDifferences are paired: a seed fixes the order of "
           "the data for all variants; below 0 is better.\n* is p < 0.01 in a paired t test; Holm: "
           "p corrected for as many comparisons as the table has.")
-    title = f"{args.preset}, {max(len(r['seeds']) for r in results.values())} seeds"
-    save(args, "compare", results, plot(plt, results, title))
+    counts = sorted({len(r["seeds"]) for r in results.values()})
+    title = f"{args.preset}, {' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} seeds"
+    save(args, "compare", results, plot(plt, results, title, unit))
     if not args.show:
         print(f"Some text: python sample.py --checkpoint {args.out}/{name}-seed0/ckpt.pt "
               "--prompt 'The '")

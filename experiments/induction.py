@@ -129,8 +129,8 @@ def plot(plt, results, shares):
         panel.axvline(0, color="#666666", lw=0.8)
         panel.set_title(name if name == "all" else f"{name}\n{share:.0%} of predictions")
     name_rows(panels[0], others)  # the other panels share its rows
-    figure.supxlabel(f"contribution to the validation loss minus {base} (nats per token)",
-                     fontsize=9)
+    figure.supxlabel(f"contribution to the validation loss minus {base}, in nats (negative is "
+                     "better)", fontsize=9)
     return figure
 
 
@@ -156,7 +156,7 @@ def main():
                              for i, name in enumerate(KINDS) if (kind == i).any()}
     results = {variant: [measure(path, tokens, kind) for path in tqdm(
         found, desc=variant, leave=False, disable=None)] for variant, found in paths.items()}
-    print(f"{kind.numel():,} predictions in {len(tokens)} windows of {T} tokens, ± over "
+    print(f"{kind.numel():,} predictions in {len(tokens)} sequences of {T} tokens, ± over "
           f"{args.seeds} seeds\n{table(lines(results, shares))}\n\nshare of attention on what "
           f"followed the same token before\n{table(copying_lines(results))}")
     save(args, "induction", dict(shares=shares, runs=results), plot(plt, results, shares))

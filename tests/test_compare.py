@@ -158,7 +158,8 @@ def test_the_order_is_all_grids_then_seed_by_seed(tmp_path, monkeypatch, tokens)
         *(f"{name}-seed1000-lr{lr}" for name in names for lr in ("0.001", "0.003")),
         *(f"{name}-seed{seed}" for seed in (0, 1) for name in names)]
     assert [made.flags[-1] for made in order[6:]] == ["0.003"] * 6  # the better one
-    assert [made.steps for made in order] == [compare.SCALES["tiny"]["max_steps"] // 4] * 6 + [compare.SCALES["tiny"]["max_steps"]] * 6
+    steps = compare.SCALES["tiny"]["max_steps"]
+    assert [made.steps for made in order] == [steps // 4] * 6 + [steps] * 6
     gap = json.loads((tmp_path / "compare.json").read_text())["results"]["past"]["minus_baseline"]
     assert gap["seeds"] == [0, 1] and gap["mean"] == pytest.approx(-0.1)
 

@@ -24,7 +24,7 @@ def of_compare(plt):
     return compare.plot(plt, {name: dict(
         seeds=[0, 1], flops_per_token=7e6, tokens=[0, 1000, 2000],
         curves=[[5, 4 - i / 9, 3 - i / 9], [5, 4.1 - i / 9, 3.1 - i / 9]])
-        for i, name in enumerate(NAMES)}, "a title"), NAMES
+        for i, name in enumerate(NAMES)}, "a title", "byte"), NAMES
 
 
 def of_recall(plt):
@@ -105,6 +105,11 @@ def test_names_and_colours_are_in_the_figure(draw, tmp_path):
         if panel.axison and panel.lines:
             assert panel.get_title(), "a panel says what it shows"
             assert panel.get_xlabel() or figure._supxlabel
+
+
+def test_losses_of_bytes_are_per_byte():
+    figure, _ = of_compare(pytest.importorskip("matplotlib.pyplot"))
+    assert "nats per byte" in figure.axes[0].get_ylabel()
 
 
 def test_the_gpu_pages_tables_are_the_scripts():
