@@ -2,14 +2,15 @@
 Where in a text does a variant gain: on what it can copy from earlier, or everywhere?
 
     python experiments/induction.py --runs out/compare --variants baseline,cross,key-shift
+    python experiments/induction.py --runs out/past --steps 1000,2000,3000  # as it is learnt
     python experiments/induction.py --quick
 
 An induction head (Olsson et al. 2022, https://arxiv.org/abs/2209.11895) looks for an earlier
 occurrence of the current token and predicts what followed it. Whether that can help is a property
 of the text, so the predictions of validation text are split in three. Of a token x_t and the next:
 
-- repeated: x_t came before in the window, at least once followed by the same token: a copy of that
-  is right;
+- repeated: x_t came before in the sequence, at least once followed by the same token: a copy of
+  that is right;
 - changed: x_t came before, always followed by something else: a copy is wrong;
 - new: x_t did not come before, so that there is nothing to copy.
 
@@ -21,19 +22,26 @@ each, times its share of the predictions. Variants are compare.py's; the first i
 Whether a head looks at what it could copy is read off its map: the share of its attention that goes
 to the tokens after earlier occurrences of the current one, where there are any (prefix matching in
 Olsson et al.). It is given for the head that has most of it, next to a uniform map's.
+
+With --results each measured model appends one line to a file, and is not measured again while the
+line is there; --show prints the tables of the lines without any model.
 """
+
+import glob
+import os
 
 import torch
 import torch.nn.functional as F
 from compare import read_variant
 from figures import WIDTH, mean_bar, name_rows
-from runs import model_flags, models_and_text
+from runs import commit, model_flags, models_and_text
 from tqdm import tqdm
 
 from common import parse, pyplot, save, table
 
-from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, UserError, positive_int, run_script
+from nanonexus.checkpoint import load_checkpoint, read_checkpoint
+from nanonexus.cli import Parser, UserError, listed, positive_int, run_script
+from nanonexus.files import append_line, output_file, read_lines
 from nanonexus.stats import mean_spread, paired, paired_text
 
 KINDS = ["repeated", "changed", "new"]
@@ -54,7 +62,7 @@ def kinds(tokens, match=1):
 
 @torch.no_grad()
 def losses(model, tokens, rows=32):
-    """The loss of each prediction, (B, T) nats, on tokens (B, T + 1); rows: windows at a time."""
+    """The loss of each prediction, (B, T) nats, on tokens (B, T + 1); rows: sequences at a time."""
     return torch.cat([F.cross_entropy(model(some[:, :-1]).float().mT, some[:, 1:],
                                       reduction="none") for some in tokens.split(rows)])
 
@@ -64,7 +72,7 @@ def copying(model, idx):
     """(the largest share of attention that a head gives to tokens after earlier occurrences of the
     current one, a uniform map's), means over the positions of idx (B, T) where there are any."""
     total = uniform = count = 0
-    for row in idx.split(1):  # maps of one window at a time: they are as large as T x T
+    for row in idx.split(1):  # maps of one sequence at a time: they are as large as T x T
         maps, before = {}, F.pad(row[:, :-1], (1, 0), value=-1)
         model.hidden_states(row, maps=maps)
         outer = torch.cat([maps[layer, "outer"] for layer in range(model.config.n_layer)])
@@ -79,7 +87,7 @@ def copying(model, idx):
 
 def measure(path, tokens, kind, maps=8):
     """Of a checkpoint: {"all" and each kind: (its mean loss, what it contributes to the mean loss
-    of all), "copying": copying, on the first windows}"""
+    of all), "copying": copying, on the first sequences}"""
     model, _ = load_checkpoint(path, attention="manual")
     loss = losses(model, tokens)
     parts = {"all": (loss.mean().item(),) * 2, "copying": copying(model, tokens[:maps, :-1])}
@@ -134,12 +142,49 @@ def plot(plt, results, shares):
     return figure
 
 
+def kept(path):
+    """{step: path} of a run's checkpoint, the last, and the earlier ones that train.py --keep left
+    beside it."""
+    others = glob.glob(glob.escape(path.removesuffix(".pt")) + ".*.pt")
+    return {read_checkpoint(p)["step"]: p for p in others + [path]}
+
+
+def measure_all(args, name, found):
+    """Measure what args ask for and found, {(variant, seed, step): line}, lacks; the steps."""
+    if args.results:
+        output_file(args.results)
+    paths, tokens = models_and_text(args)
+    kind = kinds(tokens, args.match)
+    shares = {"all": 1.0} | {part: (kind == i).double().mean().item()
+                             for i, part in enumerate(KINDS) if (kind == i).any()}
+    runs = {(variant, seed): kept(path) for variant, some in paths.items()
+            for seed, path in enumerate(some)}
+    steps = args.steps or list(runs[args.variants[0], 0])[-1:]
+    for (variant, seed), at in runs.items():
+        for step in set(steps) - set(at):
+            raise UserError(f"{variant}, seed {seed}, has no checkpoint of step {step}: choose "
+                            f"from {', '.join(map(str, sorted(at)))}")
+    todo = [(*run, step) for step in steps for run in runs if (*run, step) not in found]
+    for variant, seed, step in tqdm(todo, leave=False, disable=None):
+        found[variant, seed, step] = line = dict(
+            runs=name, variant=variant, seed=seed, step=step, match=args.match, shares=shares,
+            sequences=args.windows, predictions=kind.numel(), length=kind.size(1),
+            **measure(runs[variant, seed][step], tokens, kind), commit=commit())
+        if args.results:
+            append_line(args.results, line)
+    return steps
+
+
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     model_flags(add, "baseline,cross,key-shift", "the baseline first", count=256)
+    add("--steps", type=listed(positive_int), help="steps of the kept checkpoints "
+        "to measure (default: the newest alone)")
     add("--match", type=positive_int, default=1, help="how many tokens must recur (default: 1)")
-    add("--quick", action="store_true", help="small models, few windows: under a minute")
+    add("--results", help="file to which each measured model appends a line (default: none)")
+    add("--show", action="store_true", help="measure nothing: tables of the lines of --results")
+    add("--quick", action="store_true", help="small models, few sequences: under a minute")
     add("--out", default="out/induction", help="folder (default: out/induction)")
     args = parse(parser)
     if args.quick:
@@ -148,18 +193,32 @@ def main():
         raise UserError("--variants needs the baseline and at least one more")
     for variant in args.variants:
         read_variant(variant)  # all are known, before any of them is trained
+    if args.show and not args.results:
+        raise UserError("--show needs --results, a file with lines")
     plt = pyplot(args.out)
-    paths, tokens = models_and_text(args)
-    T = tokens.size(1) - 1
-    kind = kinds(tokens, args.match)
-    shares = {"all": 1.0} | {name: (kind == i).double().mean().item()
-                             for i, name in enumerate(KINDS) if (kind == i).any()}
-    results = {variant: [measure(path, tokens, kind) for path in tqdm(
-        found, desc=variant, leave=False, disable=None)] for variant, found in paths.items()}
-    print(f"{kind.numel():,} predictions in {len(tokens)} sequences of {T} tokens, ± over "
-          f"{args.seeds} seeds\n{table(lines(results, shares))}\n\nshare of attention on what "
-          f"followed the same token before\n{table(copying_lines(results))}")
-    save(args, "induction", dict(shares=shares, runs=results), plot(plt, results, shares))
+    name = os.path.basename(os.path.normpath(args.runs or "compare"))
+    found = {(x["variant"], x["seed"], x["step"]): x for x in read_lines(
+        args.results or "", "variant", "seed", "step", "runs", "match", "sequences", *KINDS[:1])
+        if (x["runs"], x["match"], x["sequences"]) == (name, args.match, args.windows)}
+    steps = args.steps or sorted({step for *_, step in found})[-1:]
+    if not args.show:
+        steps = measure_all(args, name, found)
+    for step in steps:
+        results = {variant: [found[variant, seed, step] for seed in range(args.seeds)
+                             if (variant, seed, step) in found] for variant in args.variants}
+        results = {variant: some for variant, some in results.items() if len(some) == args.seeds}
+        if args.variants[0] not in results:
+            raise UserError(f"{args.results} has no {args.seeds} seeds of {args.variants[0]} at "
+                            f"step {step} of {name}")
+        one = results[args.variants[0]][0]
+        print(f"\n{name}, step {step:,}: {one['predictions']:,} predictions in "
+              f"sequences of {one['length']} tokens, ± over {args.seeds} seeds\n"
+              f"{table(lines(results, one['shares']))}\n\nshare of attention on what followed the "
+              f"same token before\n{table(copying_lines(results))}")
+    if not steps:
+        raise UserError(f"{args.results} has no line of {name} with these settings yet")
+    save(args, "induction", dict(shares=one["shares"], runs=results),
+         plot(plt, results, one["shares"]))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,35 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert os.path.getsize(tmp_path / "induction.svg") > 1000
 
 
+@pytest.mark.usefixtures("plots")
+def test_a_line_is_measured_once_and_shown_without_models(tmp_path, monkeypatch, capsys):
+    one_step(tmp_path / "models", ["baseline", "key-shift"], 1, quick=True)
+    capsys.readouterr()
+    measured, measure = [], induction.measure
+    monkeypatch.setattr(induction, "measure", lambda path, *rest: [
+        measured.append(path), measure(path, *rest)][1])
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", [
+            "induction.py", "--runs", "models", "--seeds", "1", "--windows", "8", "--variants",
+            "baseline,key-shift", "--results", "lines.jsonl", "--out", "out", *flags])
+        run_script(induction.main)
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    first = run()
+    assert len(measured) == 2
+    assert run() == first and len(measured) == 2
+    assert run("--steps", "1", "--show") == first
+    with pytest.raises(SystemExit):
+        run("--steps", "7")
+    assert "choose from 1\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--show", "--match", "2")
+    assert "no line of models with these settings" in capsys.readouterr().err
+    assert len(measured) == 2
+
+
 @pytest.mark.parametrize("wrong", ["--runs nowhere", "--variants baseline,keyshift", "--seeds 0",
                                    "--variants baseline"])
 @pytest.mark.usefixtures("plots")
