@@ -29,11 +29,12 @@ line is there; --show prints the tables of the lines without any model.
 
 import glob
 import os
+import statistics
 
 import torch
 import torch.nn.functional as F
 from compare import read_variant
-from figures import WIDTH, mean_bar, name_rows
+from figures import WIDTH, mean_bar, name_lines, name_rows, style
 from runs import commit, model_flags, models_and_text
 from tqdm import tqdm
 
@@ -142,6 +143,30 @@ def plot(plt, results, shares):
     return figure
 
 
+def plot_steps(plt, found):
+    """found: {step: {variant: runs}}. The loss minus the baseline's, what repeated predictions
+    contribute to that, and the strongest copying head's share, against the step; means over seeds.
+    """
+    last = found[max(found)]
+    base, *_ = last
+    figure, panels = plt.subplots(1, 3, figsize=(WIDTH, 3))
+    ends = {}
+    for variant in last:
+        steps = [step for step in sorted(found) if variant in found[step]]
+        pairs = [(found[step][variant], found[step][base]) for step in steps]
+        copies = [statistics.mean(run["copying"][0] for run in runs) for runs, _ in pairs]
+        ends[variant] = steps[-1], copies[-1]
+        for panel, y in zip(panels, ([minus(*pair, "all", 1)["mean"] for pair in pairs],
+                                     [minus(*pair, "repeated", 1)["mean"] for pair in pairs],
+                                     copies), strict=True):
+            panel.plot(steps, y, marker=".", **style(variant))
+    for panel, title in zip(panels, (f"loss minus {base}'s, nats", "... on what repeats",
+                                     "strongest copying head"), strict=True):
+        panel.set(title=title, xlabel="steps")
+    name_lines(panels[-1], ends)
+    return figure
+
+
 def kept(path):
     """{step: path} of a run's checkpoint, the last, and the earlier ones that train.py --keep left
     beside it."""
@@ -203,10 +228,11 @@ def main():
     steps = args.steps or sorted({step for *_, step in found})[-1:]
     if not args.show:
         steps = measure_all(args, name, found)
+    tables = {}
     for step in steps:
         results = {variant: [found[variant, seed, step] for seed in range(args.seeds)
                              if (variant, seed, step) in found] for variant in args.variants}
-        results = {variant: some for variant, some in results.items() if len(some) == args.seeds}
+        results = tables[step] = {v: some for v, some in results.items() if len(some) == args.seeds}
         if args.variants[0] not in results:
             raise UserError(f"{args.results} has no {args.seeds} seeds of {args.variants[0]} at "
                             f"step {step} of {name}")
@@ -218,7 +244,7 @@ def main():
     if not steps:
         raise UserError(f"{args.results} has no line of {name} with these settings yet")
     save(args, "induction", dict(shares=one["shares"], runs=results),
-         plot(plt, results, one["shares"]))
+         plot_steps(plt, tables) if len(tables) > 1 else plot(plt, results, one["shares"]))
 
 
 if __name__ == "__main__":

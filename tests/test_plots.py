@@ -54,6 +54,12 @@ def of_induction(plt):
                           shares), NAMES[1:]
 
 
+def of_induction_over_time(plt):
+    runs = {name: [dict(all=(3.0, 3.0 - i / 9), repeated=(2.0, 0.5), copying=(i / 9, 0.1))]
+            for i, name in enumerate(NAMES)}
+    return induction.plot_steps(plt, {1000: runs, 2000: runs}), NAMES
+
+
 def of_spectrum(plt):
     names = ["baseline", "self", "past"]
     results = {name: [dict(spectra=[[1.0, 0.1 / i, 0.01]], rows={"effective rank": [9.0 - i, 8.0]},
@@ -90,6 +96,7 @@ def of_h200(plt):
 
 
 @pytest.mark.parametrize("draw", [of_compare, of_recall, of_rank, of_findings, of_induction,
+                                  of_induction_over_time,
                                   of_spectrum, of_stability, of_retrofit, of_h200])
 def test_names_and_colours_are_in_the_figure(draw, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
