@@ -13,9 +13,9 @@ length in characters. The two are not comparable. Tasks come from the hub, or fr
 DIR/<task>_<split>.jsonl with the hub's columns. `demo` is 60 questions in SciQ's format written for
 this project: it shows that scoring works and is not a benchmark.
 
-Before any is scored, a task with a choice that is longer than the model's context is left out, with
-its rows named; it is an error (exit status 2) if no task is left. Whatever ends the scoring, --json
-has the tasks that were finished.
+A task with a choice that is longer than the model's context is left out before scoring begins, and
+its rows are named; it is an error (exit status 2) if no task is left. If scoring is interrupted,
+--json has the tasks that were finished.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def parse_args():
     add("--limit", type=positive_int, help="only the first N documents of each task")
     add("--batch_size", type=batch_size, default="auto",
         help="prompts per batch, or auto: bounded memory (default)")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the products; "
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of matrix products; "
         "bfloat16 shifts log-likelihoods by up to 0.2 and causes ties (default: float32)")
     add("--nexus_order", type=positive_int, help="run the model at this order instead of its own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -33,7 +33,7 @@ class AttnContext(NamedTuple):
     backend: str  # GPTConfig.attention
     rope: object  # cos and sin of the new tokens' positions, (2, T, rotary_dim / 2)
     mask: object  # None: causal; bool (..., T, S), True where allowed; flex: two BlockMasks
-    docs: object  # each token's document, (B, S), which confines attention; None: all is one
+    docs: object  # each token's document, (B, S): attention stays inside; None: only one
     cache: object  # a nanonexus.generate.KVCache of the tokens before, or None
     maps: object  # a dict that manual attention fills with {(layer, name): weights}, or None
 
@@ -120,7 +120,7 @@ class CausalSelfAttention(nn.Module):
         s = h = {"q": q, "k": k}  # s, the unrefined streams, are the values of every loop
         streams, inner = self.config.nexus_streams, self.config.nexus_inner
         for loop in range(1, self.config.nexus_order):
-            if inner == "tokens":  # the paper's in words: tokens gather, then are projected anew
+            if inner == "tokens":  # the paper in words: tokens gather, then are projected anew
                 y = merge_heads(attend(h["q"], h["k"], v, ctx, f"h{loop}"))
                 h = h | dict(zip(streams, self.project(y, streams), strict=True))
             else:
@@ -130,9 +130,9 @@ class CausalSelfAttention(nn.Module):
     def inner_step(self, n, h, s, ctx, name):
         """One loop of stream n ("q" or "k"), from both streams h and its own values s."""
         match self.config.nexus_inner:
-            case "self":  # the paper's as a formula, by two accounts
+            case "self":  # the paper's formula, according to two accounts
                 return attend(h[n], h[n], s, ctx, name)
-            case "shared" | "separate" as inner:  # its ablation: W_q, W_k, W_v once more, or others
+            case "shared" | "separate" as inner:  # ablation: W_q, W_k, W_v again, or new ones
                 linear = self.qkv if inner == "shared" else self.inner[n]
                 values, = self.project(merge_heads(s), "v", linear)
                 return attend(*self.project(merge_heads(h[n]), "qk", linear), values, ctx, name)
@@ -176,7 +176,7 @@ def check(condition, message):
 
 @dataclass
 class GPTConfig:
-    """A model's configuration; each field is a flag of train.py. ModelError names a wrong one."""
+    """A model's configuration; each field is a flag of train.py. Wrong values raise ModelError."""
     vocab_size: int = 50304  # GPT-2's 50257, padded to a multiple of 64 for speed
     block_size: int = 2048  # the longest context, in tokens
     n_layer: int = 6
@@ -234,8 +234,8 @@ class GPT(nn.Module):
 
     def init_weights(self):
         """GPT-NeoX's initialisation of each Linear and Embedding: wang_init for output projections,
-        small_init for the rest. What all models have comes first: a seed gives it the same values
-        whatever a model adds. Other parameters keep the values that they were made with."""
+        small_init for the rest. What all models share is drawn first: a seed gives it the same
+        values whatever a model adds. Other parameters keep the values that they were made with."""
         wang = 2 / (self.config.n_layer * math.sqrt(self.config.n_embd))
         small = math.sqrt(2 / (5 * self.config.n_embd))
         outputs = [m for b in self.blocks for m in (b.attn.proj, b.mlp.down)]
@@ -269,7 +269,7 @@ class GPT(nn.Module):
         cache: a nanonexus.generate.KVCache, to continue after the tokens that it has seen.
         maps: a dict that manual attention fills with its weights, {(layer, name): (B, H, T, S)};
         name is "outer", "q1" for the first inner loop of q, "h1" if it is of both, and so on.
-        docs: (B, S), the document of each token, cached ones included; none sees another's.
+        docs: (B, S), the document of each token, cached ones included; attention stays inside it.
         mask: attention_mask's output, if made before."""
         c, T = self.config, idx.size(1)
         past = 0 if cache is None else cache.begin(T)
@@ -287,12 +287,12 @@ class GPT(nn.Module):
         return (self.head.weight,)
 
     def forward(self, idx, targets=None, **kwargs):
-        """Without targets the logits (B, T, V); with targets (B, T), those of -1 ignored, the mean
-        cross-entropy in nats, a float32 scalar: what trains. kwargs: as in hidden_states."""
+        """Without targets the logits (B, T, V); with targets (B, T) the training loss: the mean
+        cross-entropy in nats where they are not -1, a float32 scalar. kwargs: see hidden_states."""
         h, weights = self.hidden_states(idx, **kwargs), self.output_weights()
         if targets is None:
             return output_layer(h, *weights)
-        # logits at once: 2 GiB in float32 on CUDA, where odd sizes are slow, 512 rows or 2 MiB else
+        # rows per piece: 2 GiB of float32 logits on CUDA (odd sizes are slow), else 512 or 2 MiB
         rows = max(512, 2**(29 if h.is_cuda else 19) // self.config.vocab_size // 256 * 256)
         total = SumCrossEntropy.apply(torch.is_grad_enabled(), rows, targets.flatten(),
                                       h.flatten(0, 1), *weights)
@@ -315,14 +315,14 @@ class GPT(nn.Module):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 torch.func.functional_call(self, sizes, idx, dict(mask=mask.bool()))
             found.append(counter.get_total_flops() / n)
-        growth = (found[1] - found[0]) / max(1, T - 1)  # with every token more
+        growth = (found[1] - found[0]) / max(1, T - 1)  # per additional token
         return 3 * (found[1] - growth * T / 2)
 
 class SumCrossEntropy(torch.autograd.Function):
     """The sum of -log softmax(output_layer(h, *weights))[target] over the rows of h (N, C) whose
-    target is not -1: a scalar, in float32 or better. Of 32,768 tokens and a vocabulary of 50,304
-    the logits take 6.6 GB and their gradients as much. So only `rows` at a time exist, and each
-    part's gradients are computed right after its loss."""
+    target is not -1: a scalar, in float32 or better. For 32,768 tokens and a vocabulary of 50,304
+    the logits take 6.6 GB, and their gradients as much. So only `rows` of them exist at a time, and
+    each part's gradients are computed right after its loss."""
 
     @staticmethod
     def forward(ctx, learn, rows, targets, h, *weights):

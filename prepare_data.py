@@ -1,5 +1,5 @@
 """
-Turn text into a token set: python prepare_data.py --dataset NAME --out DIR
+Turn text into a dataset of tokens: python prepare_data.py --dataset NAME --out DIR
 
     python prepare_data.py --dataset pydocs --out tokens/pydocs
     python prepare_data.py --dataset text --input 'books/*.txt' --tokenizer gpt2 --out tokens/books
@@ -10,7 +10,7 @@ A plain text is one document, or several with a line that holds only <|endoftext
 .jsonl, .ndjson, .json, .csv and .parquet a row is one. Each goes to training or to validation as a
 whole, unless there are fewer than ten or it is more than a tenth of the text. Datasets from the hub
 are streamed, never held in memory or on disk. bpe:N first trains a tokenizer, on the training part
-alone, at most its first 2^27 characters; the token set keeps it as tokenizer.json.
+alone, at most its first 2^27 characters; the dataset keeps it as tokenizer.json.
 """
 
 import collections
@@ -154,7 +154,7 @@ def tokenise(items, tokenizer, workers, dtype):
 
 
 def prepare(args, folder):
-    """Write the token set into a folder; returns a summary."""
+    """Write the dataset into a folder; returns a summary."""
     tokenizer, tokenizer_json, size = None, None, bpe_size(args.tokenizer)
     if not size:
         tokenizer = get_tokenizer(args.tokenizer)
@@ -223,7 +223,7 @@ def main():
         f"text: {SUPPORTED}; plain text of another name must be renamed to .txt")
     add("--tokenizer", default="bytes", help="bytes (default), gpt2, or bpe:N: trained "
         "on the training part, N ids including the 256 bytes and <|endoftext|>")
-    add("--out", required=True, help="folder for the token set; must be new or empty")
+    add("--out", required=True, help="folder for the dataset; must be new or empty")
     add("--text_field", help="the field of a row that holds the text (default: text)")
     add("--config", metavar="NAME", help="the configuration of a dataset on the hub")
     add("--revision", help="commit or branch of a dataset on the hub (default: the latest)")

@@ -52,7 +52,7 @@ def layout(gpt, optimizers):
 
 
 def warmup_cosine(step, warmup, decay, floor=0.1):
-    """The share of the peak learning rate at a step: a linear rise over `warmup` steps, a cosine
+    """The fraction of the peak learning rate at a step: a linear rise over `warmup` steps, a cosine
     down to `floor` at step `decay`, constant from there on."""
     if step < warmup:
         return (step + 1) / warmup
@@ -79,7 +79,7 @@ def train(args, config, tokens, world, saved, stop, log):
     check_loss(gpt)
     optimizers, step = make_optimizers(gpt, args), 0
     dtype = pick_dtype(args.dtype, device)
-    # float16's small gradients vanish unless the loss is scaled; else the scaler does nothing
+    # float16's small gradients vanish unless the loss is scaled; otherwise this scaler is idle
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     if saved:
@@ -119,7 +119,7 @@ def train(args, config, tokens, world, saved, stop, log):
 
     @torch.no_grad()
     def validate():
-        """The mean loss on a fixed list of windows, in nats per token."""
+        """The mean loss on a fixed list of sequences, in nats per token."""
         model.eval()
         windows = data.val_indices(n_val, args.eval_windows, world.rank, world.size)
         total = torch.zeros((), device=device)
@@ -288,7 +288,7 @@ def show_sample(model, tokens, path):
 
 
 def open_dataset(args, world):
-    """The token set; pydocs is prepared on first use, by the first process while others wait."""
+    """The dataset; pydocs is prepared on first use, by the first process while others wait."""
     if args.dataset != "pydocs":
         if os.path.isfile(args.dataset):
             name = os.path.basename(args.dataset).split(".")[0]

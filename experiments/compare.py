@@ -10,10 +10,10 @@ Does Nexus learn more than its baseline, and than cheaper changes, from the same
 
 Each run is train.py in its own folder under --out; all variants of a seed read the same tokens in
 the same order. Baselines that spend what order 2 costs: `longer` takes more steps, its learning
-rate decayed over all of them, and `deeper` has more layers; `larger` has as many layers more as
-give it the parameters of `separate`. `shift-longer` spends what order 2 on k costs on more steps
-of a key shift. With --lrs, each variant's learning rate is first chosen by runs of a quarter of
-the length on seed 1000, which is used for nothing else.
+rate decayed over all of them, and `deeper` has more layers; `larger` has as many more layers as
+it takes to reach the parameters of `separate`. `shift-longer` is a key shift with as many more
+steps as order 2 on k costs. With --lrs, each variant's learning rate is first chosen by runs of a
+quarter of the length on seed 1000, which is used for nothing else.
 
 Each finished run appends one line to --results, and is never run again while that line is there; an
 interrupted one continues. Prints a table, writes compare.json and compare.svg; --show does that
@@ -189,7 +189,7 @@ def parse_args(argv):
     add("--lrs", type=listed(rate), help="learning rates to choose from for each variant "
         "(default: train.py's, no choice; at scale text 2e-3,4e-3,8e-3)")
     add("--preset", choices=PRESETS, default="tiny")
-    add("--dataset", help="a token set's folder (default: pydocs)")
+    add("--dataset", help="a dataset's folder (default: pydocs)")
     add("--max_steps", type=positive_int, help="steps per run (default: 100; at scale text 2000)")
     add("--eval_interval", type=positive_int, help="steps between validations (default: 50; at "
         "scale text 500)")
@@ -217,7 +217,7 @@ def parse_args(argv):
 class Plan:
     """The runs of a comparison: names and numbers only, nothing is run here.
 
-    extra: flags of train.py for all of them. vocab_size: the token set's.
+    extra: flags of train.py for all of them. vocab_size: the dataset's.
     """
 
     def __init__(self, args, extra, vocab_size):
@@ -264,7 +264,7 @@ def check_settings(out, settings):
 
 
 def data_of(path):
-    """(fingerprint, vocab_size) of the one token set in a file of results."""
+    """(fingerprint, vocab_size) of the one dataset in a file of results."""
     found = {(line["data"], line["vocab_size"]) for line in read_lines(path, "data", "vocab_size")}
     if len(found) != 1:
         raise UserError(f"{path} has lines of {len(found)} token sets: one is needed")

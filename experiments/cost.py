@@ -8,15 +8,15 @@ What does Nexus cost in parameters, arithmetic, memory and time, relative to the
     python experiments/cost.py --profile --presets pythia-70m --contexts 1024 --orders 1,2
     python experiments/cost.py --quick
 
-A machine's speed drifts, so models take turns, one step each (A B C A B C ...), and what counts is
+A machine's speed drifts, so models take turns, one step each (A B C A B C ...), and the result is
 the ratio to the baseline within each round: the median over rounds, and its quartiles, next to what
 FLOPs alone predict. Peak memory is that of a training step, weights, gradients, optimizer and
 activations: on CUDA the allocator's, elsewhere the sum of torch's tracker, which computes nothing.
-On CUDA, models are compiled and multiply in bfloat16, FlexAttention and document masks are measured
-too, and MFU is printed where the peak is known. "plain loss" has all logits in memory at once.
+On CUDA, models are compiled and multiply in bfloat16, FlexAttention and document masks are also
+measured, and MFU is printed where the peak is known. "plain loss" has all logits in memory at once.
 
---profile asks where the time goes, too: the ten kernels (on a CPU: operators) that take longest in
-three steps of each model, and a trace of each for chrome://tracing in --out.
+--profile also shows where the time goes: the ten kernels (on a CPU: operators) that take longest in
+three steps of each model, and in --out a trace of each for chrome://tracing.
 """
 
 import importlib.util
@@ -109,8 +109,8 @@ def allocated_memory(model, step):
 
 
 def largest_batch(batch, peak, twice, gib):
-    """How many windows at once fit into gib GiB: memory is linear in the batch, so the peaks of
-    `batch` windows and of twice as many determine it."""
+    """How many sequences fit into gib GiB at once: memory is linear in the batch, so the peaks of
+    `batch` sequences and of twice as many determine it."""
     return max(0, int(batch + (gib * 2**30 - peak) * batch / (twice - peak)))
 
 
@@ -327,13 +327,13 @@ def main():
     add("--variants", type=listed(str), help="these of compare.py instead of orders, or all")
     add("--vocab_size", type=positive_int, help="(default: the preset's)")
     add("--profile", action="store_true", help="where the time of a step goes")
-    add("--tokens", type=positive_int, default=4096, help="per step, or one window (default: 4096)")
+    add("--tokens", type=positive_int, default=4096, help="per step, or a sequence (default: 4096)")
     add("--rounds", type=number(int, 2, 10**6), default=10, help="steps per model (default: 10)")
-    add("--gib", type=number(float, 0, 1e6, above=True), help="also print how many windows fit at "
-        "once into this many GiB of memory (default: not printed)")
+    add("--gib", type=number(float, 0, 1e6, above=True), help="also print how many sequences fit "
+        "at once into this many GiB of memory (default: not printed)")
     add("--new_tokens", type=positive_int, default=200, help="tokens to generate (default: 200)")
     add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure with ours")
-    add("--neox", action="store_true", help="transformers' GPT-NeoX too")
+    add("--neox", action="store_true", help="also measure transformers' GPT-NeoX")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--quick", action="store_true", help="short contexts, few rounds: under a minute")
     add("--out", default="out/cost", help="folder (default: out/cost)")

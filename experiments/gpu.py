@@ -1,28 +1,28 @@
 """
-A GPU's first minutes: is the code correct there, what do the variants learn at 70M, how do they
-score, when do they learn to copy, and how fast are they.
+What to measure first on a GPU: is the code correct, what do the variants learn at 70M parameters,
+how do they score, when do they learn to copy, and how fast are they?
 
     python experiments/gpu.py --tokens tokens/openstax --data evals
     python experiments/gpu.py ... --deadline 560 --parts train,scores
     python experiments/gpu.py ... --variants baseline,cross,key-shift --seeds 0,1 --steps 600
 
-It needs a CUDA device of 40 GB (less with --jobs 1 and fewer --windows), a token set of GPT-2's
+It needs a CUDA device of 40 GB (less with --jobs 1 and fewer --windows), a dataset of GPT-2's
 tokenizer and, without a network, the tasks' files in --data (see eval_sciq.py). What is finished is
 kept in --work and never repeated, an interrupted training continues: on a machine that is lent for
 minutes, repeat the command. Whatever ends it (--deadline, SIGTERM, Ctrl-C), --out has summary.txt,
 results.jsonl (a line for each measurement, as in docs/results/h200.jsonl) and details.tar.gz, all
-logs and answers. The parts, in order of worth; none can stop another:
+logs and answers. The parts, the most important first; none can stop another:
 
 parity   parity.py: is attention right, how fast are its kernels; 15% of the time at most
 train    train.py for each of --variants and --seeds, --jobs at a time, so that the start of one is
          hidden behind another; scores and copying follow each finished run
 scores   eval_sciq.py on --tasks
-copying  of each checkpoint the loss on what is repeated, changed and new and the strongest copying
-         head (induction.py), and the loss on the second half of random tokens given twice
-tests    CUDA's, beside the training: inner steps, sdpa and flex, float32 and bfloat16, compiled
+copying  for each checkpoint, the loss on repeated, changed and new predictions, the strongest
+         copying head (induction.py), and the loss on the second half of random tokens given twice
+tests    CUDA tests, during training: inner steps, sdpa and flex, float32 and bfloat16, compiled
 speed    cost.py with the longest kernels, last and alone, in the last 20% of the time at the latest
 
-To a machine without a network, 60 MB or so travel in a folder:
+For a machine without a network, pack about 60 MB into a folder:
 
     mkdir data; tar -cJf data/tokens.tar.xz -C tokens openstax; git rev-parse HEAD > data/commit
     cp evals/{sciq_test,arc_easy_test,piqa_validation}.jsonl data
@@ -69,7 +69,7 @@ TESTS = "on_cuda and ([1- or 2-qk or 3-qk-cross or flash)"
 
 
 def copying(args, run):
-    """What each checkpoint of a run knows of copying; writes copying-RUN.json."""
+    """How far each checkpoint of a run has learnt to copy; writes copying-RUN.json."""
     text, T = TokenSet(args.tokens).val, preset_config(args.preset).block_size
     count = min(96, windows(text, T))  # of a large text those of docs/results/gpu.md
     starts = np.linspace(0, len(text) - T - 2, count).astype(int)
@@ -275,7 +275,7 @@ class Session:
 
 
 def token_set(path, work):
-    """The folder of a token set; one that is packed is unpacked in the folder work."""
+    """The folder of a dataset; one that is packed is unpacked in the folder work."""
     if not path.endswith(".tar.xz"):
         return path
     folder = os.path.join(work, "tokens")
@@ -291,21 +291,21 @@ def parse_args():
     given, extra = split_argv(sys.argv[1:])
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--tokens", required=True, help="a token set's folder, or FOLDER.tar.xz")
+    add("--tokens", required=True, help="a dataset's folder, or FOLDER.tar.xz")
     add("--data", help="folder of the tasks' files (default: the hub); may hold "
         "tiktoken, its cache, and commit, the code's")
     add("--parts", type=listed(str), default=PARTS, help=f"of {','.join(PARTS)} (default: all)")
     add("--variants", type=listed(str), default="baseline,self,separate,shared",
         help="of compare.py, the baseline first (default: baseline,self,separate,shared)")
     add("--seeds", type=listed(whole), default="1", help="(default: 1)")
-    add("--steps", type=positive_int, default=1760, help="of each training (default: 1760)")
-    add("--windows", type=positive_int, default=32, help="windows of a step (default: 32)")
+    add("--steps", type=positive_int, default=1760, help="steps of each run (default: 1760)")
+    add("--windows", type=positive_int, default=32, help="sequences per step (default: 32)")
     add("--preset", choices=PRESETS, default="pythia-70m", help="(default: pythia-70m)")
     add("--tasks", default="sciq,arc_easy,piqa", help="(default: sciq,arc_easy,piqa)")
-    add("--deadline", type=number(float, 30), default=math.inf, help="seconds (default: no limit)")
-    add("--jobs", type=positive_int, default=2, help="trainings at a time (default: 2)")
+    add("--deadline", type=number(float, 30), default=math.inf, help="in seconds (default: none)")
+    add("--jobs", type=positive_int, default=2, help="training runs at a time (default: 2)")
     add("--device", default="cuda", choices=["cuda", "cpu"])
-    add("--out", default="out/gpu", help="folder of what is small (default: out/gpu)")
+    add("--out", default="out/gpu", help="folder for the results (default: out/gpu)")
     add("--work", help="folder of checkpoints, 5 GB a run (default: nanonexus-gpu in /dev/shm if "
         "30 GB are free there, else where temporary files are)")
     add("--copying", metavar="RUN", help="only this run's copying, in this process")

@@ -7,21 +7,21 @@ Where in a text does a variant gain: on what it can copy from earlier, or everyw
 
 An induction head (Olsson et al. 2022, https://arxiv.org/abs/2209.11895) looks for an earlier
 occurrence of the current token and predicts what followed it. Whether that can help is a property
-of the text, so the predictions of validation text are split in three. Of a token x_t and the next:
+of the text, so the predictions of validation text are split in three, for each token x_t:
 
-- repeated: x_t came before in the sequence, at least once followed by the same token: a copy of
-  that is right;
-- changed: x_t came before, always followed by something else: a copy is wrong;
-- new: x_t did not come before, so that there is nothing to copy.
+- repeated: x_t came before in the sequence, at least once followed by the token to predict:
+  copying that one is right;
+- changed: x_t came before, always followed by something else: copying is wrong;
+- new: x_t did not come before, so there is nothing to copy.
 
-With --match N the last N tokens take the place of x_t: for bytes, nearly all of which came before.
+With --match N the last N tokens take the place of x_t; for bytes, since nearly every one recurs.
 
 A variant's loss minus the baseline's is the sum of what the three contribute: the difference within
 each, times its share of the predictions. Variants are compare.py's; the first is the baseline.
 
 Whether a head looks at what it could copy is read off its map: the share of its attention that goes
 to the tokens after earlier occurrences of the current one, where there are any (prefix matching in
-Olsson et al.). It is given for the head that has most of it, next to a uniform map's.
+Olsson et al.). It is given for the head with the largest share, next to a uniform map's.
 
 With --results each measured model appends one line to a file, and is not measured again while the
 line is there; --show prints the tables of the lines without any model.

@@ -4,10 +4,10 @@ Is attention right on this device, and how fast are its kernels?
     python experiments/parity.py                                   # a CUDA device, pythia-70m
     python experiments/parity.py --device cpu --preset tiny --windows 1
 
-Uncompiled, errors relative in norm to explicit softmax attention in float32: attention in
-bfloat16, of full and odd lengths, with a token's own position and without (strict); the loss and
-the gradients of two layers of each variant, in float32 and bfloat16, the parameter that is furthest
-off. AdamW skips a gradient that is not finite. Then each attention kernel's time, forward and
+Prints relative errors in norm against explicit softmax attention in float32, uncompiled: of
+attention in bfloat16, at full and odd lengths, with a token's own position and without (strict);
+of the loss and gradients (the worst parameter) of two layers of each variant, in float32 and
+bfloat16. AdamW must skip a gradient that is not finite. Then each kernel's time, forward and
 backward, and the device's limits: a large matrix product, a copy. Writes parity.json.
 """
 
@@ -120,7 +120,7 @@ def main():
     add("--preset", choices=PRESETS, default="pythia-70m", help="(default: pythia-70m)")
     add("--variants", type=listed(str), default="baseline,self,past,cross,shared",
         help="of compare.py (default: baseline,self,past,cross,shared)")
-    add("--windows", type=positive_int, default=32, help="for the times (default: 32)")
+    add("--windows", type=positive_int, default=32, help="sequences per timing (default: 32)")
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--out", default="out/parity", help="folder (default: out/parity)")
     args = parser.parse_args()

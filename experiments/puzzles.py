@@ -99,7 +99,7 @@ class Task(NamedTuple):
     parallel: bool = False
     layers: int = 1
     steps: int = 400
-    exam: Callable | None = None  # the problems it is judged by, if not the same
+    exam: Callable | None = None  # the problems for evaluation, if not the same
 
 
 TASKS = {

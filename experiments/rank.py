@@ -5,7 +5,7 @@ Can one attention head produce a given attention matrix, and what does Nexus cha
     python experiments/rank.py --quick
 
 T tokens of width d are fixed at random, d < T. The target is softmax(mask + U Vᵀ) with U, V of rank
-r. Weights are fitted by gradient descent; what is left is the divergence KL(target, attention) in
+r. Weights are fitted by gradient descent; the measure is the remaining KL(target, attention) in
 nats per row. Standard attention's scores are X W_q W_kᵀ Xᵀ: only what lies in the span of X, so it
 fails even at r far below d (the linear bottleneck). Nexus's refined streams leave that span, but
 still have width d: beyond r = d (the log-rank condition) no order can be exact.
@@ -180,7 +180,7 @@ def main():
     add("--T", type=several, default=64, help="tokens (default: 64)")
     add("--d", type=listed(positive_int), default="8,16,32", help="widths of tokens and head, "
         "below T (default: 8,16,32)")
-    add("--ranks", type=listed(positive_int), help="of the targets (default: d/8 to 2d)")
+    add("--ranks", type=listed(positive_int), help="ranks of the targets (default: d/8 to 2d)")
     add("--seeds", type=several, default=5, help="targets, and tokens, per rank (default: 5)")
     add("--restarts", type=positive_int, default=2, help="fits per target; the best counts "
         "(default: 2)")

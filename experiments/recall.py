@@ -14,27 +14,27 @@ the key up; a refined key can carry its neighbour within one layer. The tasks:
   one-hop   the value comes right after its key, and the questions right after the pairs
   gapped    0 to 3 fillers between a key and its value, 0 to 12 before the questions: out of reach
             of a shift by any fixed number of tokens; gapped-12: 0 to 12 between key and value
-  two-hops  pairs a b and pairs b c, mixed; asked a it must name c (it is trained on b, c too, the
-            first half of the way; only a, c counts)
+  two-hops  pairs a b and pairs b c, mixed; asked a, it must name c (it is also trained to name c
+            when asked b, half of the way; only the former counts)
   mqar-T    multi-query associative recall (Arora et al. 2023, https://arxiv.org/abs/2312.04927) in
             T tokens with T/16 pairs and 8,192 symbols; the data are as in HazyResearch/zoology,
             zoology/experiments/paper_configs/iclr24_zoology_figure2/configs.py and
             zoology/data/multiquery_ar.py, the model and its training are those of this file
   hops-K-L-layers  K hops of induction (Sanford et al. 2024, https://arxiv.org/abs/2402.09268) among
-            99 random letters of four, in L layers; trained on 0 to K hops, judged by K, as in
+            99 random letters of four, in L layers; trained on 0 to K hops, evaluated on K, as in
             chsanford/hop-induction-heads, src/tasks.py
 
-The residual is sequential; with -parallel it is Pythia's, where the MLP never sees what attention
+Blocks are sequential; with -parallel they are Pythia's, whose MLP never sees what attention
 found. mqar-T-two-layers gives every variant two layers; mqar-64-v64, -v512 and -v2048 have that
 many symbols instead of 8,192. The variant two-layers is a baseline with a second layer;
 two-layers-small and two-layers-fan-in are the same from other initialisations, and key-shift-0.02,
--0.12 and -0.95 a key shift whose a does not start at 1/2.
+-0.12 and -0.95 a key shift whose a is initially not 1/2.
 
-Every variant gets its learning rate from the same small grid on seed 1000, by the area under its
-curve, unless --lrs is one rate; then the seeds that count are run. A run stops when it answers
+The learning rate of each variant is chosen on seed 1000 from the same small grid, by the area under
+its curve, unless --lrs is one rate; then the seeds that count are run. A run stops when it answers
 everything twice in a row, and keeps that accuracy. Each finished run is appended to --results and
 is never run again; interrupted, the same command continues. A run either solves a task or does not,
-so every seed is shown, no mean.
+so every seed is shown, and no mean.
 """
 
 import itertools
@@ -294,12 +294,12 @@ def main():
     add("--seeds", type=positive_int, default=5, help="seeds that count (default: 5)")
     add("--lrs", type=listed(rate), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
-    add("--pairs", type=number(int, 1, SYMBOLS), help="of a problem (default: 6; gapped 5; mqar-T "
+    add("--pairs", type=number(int, 1, SYMBOLS), help="per problem (default: 6; gapped 5; mqar-T "
         "T/16; of hops, the letters: 99)")
     add("--steps", type=positive_int, help="steps of training (default: 400; mqar 1000; hops 1000 "
         "K)")
-    add("--width", type=positive_int, default=64, help="of the model (default: 64)")
-    add("--heads", type=positive_int, default=2, help="of the model (default: 2)")
+    add("--width", type=positive_int, default=64, help="width of the model (default: 64)")
+    add("--heads", type=positive_int, default=2, help="heads of the model (default: 2)")
     add("--batch", type=positive_int, default=64, help="problems per step (default: 64)")
     add("--maps", type=one_of([name for name, c in VARIANTS.items()
                               if "control" not in c and c.get("nexus_order", 1) > 1]),

@@ -7,7 +7,7 @@ What does Nexus do to a pretrained decoder, at once and after fine-tuning?
 
 Four parts, in the order of --parts; --model is a transformers folder or a name on the hub.
 
-- loss: with each map, stream, order and gate, and no training, the loss on text that was held out:
+- loss: the loss on held-out text for each map, stream, order and gate, without any training, on
   pieces of about 450 tokens, each alone and packed by eight into a row as in fine-tuning.
 - scores: the same models on zero-shot tasks, by eval_sciq.py's rules, paired with the original.
 - text: `finetune.py sft` continues training on --text, every variant on the same pieces in the same
@@ -350,9 +350,9 @@ def build_parser():
         help=f"of {', '.join(TASKS)} (default: sciq,arc_easy,piqa)")
     add("--limit", type=positive_int, default=500, help="documents of each task (default: 500)")
     add("--pieces", type=positive_int, default=24, help="held-out examples (default: 24)")
-    add("--steps", type=positive_int, default=140, help="of training on text (default: 140, about "
+    add("--steps", type=positive_int, default=140, help="steps on text (default: 140, about "
         "250,000 tokens)")
-    add("--answer_steps", type=positive_int, default=200, help="of training on answers (200)")
+    add("--answer_steps", type=positive_int, default=200, help="steps of training on answers (200)")
     add("--batch", type=positive_int, default=4, help="examples packed into a row (default: 4)")
     add("--lrs", type=listed(rate), default=[1e-5, 1e-4], help="learning rates to choose from "
         "(default: 1e-5,1e-4)")

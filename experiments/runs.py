@@ -69,15 +69,15 @@ def model_flags(add, variants, which, count):
         "made by compare.py if missing)")
     add("--variants", type=listed(str), default=variants,
         help=f"of compare.py, {which} (default: {variants})")
-    add("--dataset", metavar="DIR", help="token set (default: pydocs in --runs)")
+    add("--dataset", metavar="DIR", help="dataset (default: pydocs in --runs)")
     add("--seeds", type=positive_int, default=3, help="models of each variant (default: 3)")
     add("--windows", type=positive_int, default=count,
-        help=f"windows of validation text (default: {count})")
+        help=f"sequences of validation text (default: {count})")
 
 
 def models_and_text(args, even=False):
-    """What model_flags and --quick ask for: {variant: checkpoints} and windows of validation text,
-    int64 (windows, T + 1), where T is the models' context, or the even number below it."""
+    """What model_flags and --quick ask for: {variant: checkpoints} and sequences of validation
+    text, int64 (windows, T + 1), where T is the models' context, or the even number below it."""
     out = args.runs or os.path.join(args.out, "compare")
     if not args.runs:
         compare(out, args.variants, args.seeds, args.quick)
@@ -90,9 +90,9 @@ def models_and_text(args, even=False):
 
 
 class Study:
-    """Runs in folders under `out` on one token set, and the file of their lines.
+    """Runs in folders under `out` on one dataset, and the file of their lines.
 
-    data: the token set's fingerprint. jobs: how many runs at a time.
+    data: the dataset's fingerprint. jobs: how many runs at a time.
     """
 
     def __init__(self, out, results, data, jobs):
@@ -110,7 +110,7 @@ class Study:
         return self.lines.get(self.key(run))
 
     def execute(self, runs, dataset):
-        """Finish the unfinished runs, in their order, on the token set in the folder
+        """Finish the unfinished runs, in their order, on the data in the folder
         dataset. UserError if one stops."""
         left, start = [run for run in runs if not self.line(run)], time.monotonic()
         if left:

@@ -1,5 +1,5 @@
 """
-What does attention look like inside models: its rank, its entropy, what does an inner map read?
+What does attention look like inside models: its rank, its entropy, and what an inner map reads?
 
     python experiments/spectrum.py --out out/spectrum              # of compare.py's models, 3 seeds
     python experiments/spectrum.py --runs out/compare --dataset out/compare/pydocs
@@ -14,7 +14,7 @@ by construction. The share of the previous token is measured too. For each inner
   have variance 0.4 (GPT-NeoX's initialisation, a layer norm), hence a token's own score has mean
   0.4 sqrt(D), the others' variance 0.16, and its share of T tokens is about
   1 / (1 + (T - 1) exp(0.08 - 0.4 sqrt(D)));
-- in trained models, layer by layer on windows of validation text, and against T.
+- in trained models, layer by layer on sequences of validation text, and against T.
 
 Also in trained models, for each layer and head, in float64:
 
@@ -236,7 +236,7 @@ def main():
         "(default: 32,64,128,256,512)")
     add("--widths", type=listed(number(int, 2, 2**12)), default="16,32,64,128",
         help="D of the untrained models, even numbers (default: 16,32,64,128)")
-    add("--quick", action="store_true", help="small models, two windows: under a minute")
+    add("--quick", action="store_true", help="small models, two sequences: under a minute")
     add("--out", default="out/spectrum", help="folder (default: out/spectrum)")
     args = parse(parser)
     if args.quick:

@@ -178,10 +178,10 @@ def main():
         help="1 first (default: 1 to 6)")
     add("--depths", type=listed(positive_int), default="2,6", help="layers (default: 2,6)")
     add("--lrs", type=listed(rate), default="3e-3,3e-2", help="(default: 3e-3,3e-2)")
-    add("--width", type=positive_int, default=64, help="of the model, a multiple of 8 "
+    add("--width", type=positive_int, default=64, help="width of the model, a multiple of 8 "
         "(default: 64)")
     add("--steps", type=positive_int, default=50, help="steps of training (default: 50)")
-    add("--seeds", type=number(int, 2, 1000), default=3, help="of every setting (default: 3)")
+    add("--seeds", type=number(int, 2, 1000), default=3, help="seeds of each setting (default: 3)")
     add("--quick", action="store_true", help="orders 1, 2 and 6, few steps: under a minute")
     add("--out", default="out/stability", help="folder (default: out/stability)")
     args = parse(parser)

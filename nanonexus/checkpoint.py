@@ -76,12 +76,12 @@ def load_weights(model, state, path):
 
 
 def probe_ids(config):
-    """A fixed sequence as long as the context, (1, block_size): what acts far away shows, too."""
+    """A fixed sequence as long as the context, (1, block_size): long-range changes show, too."""
     return (torch.arange(config.block_size) * 37 % config.vocab_size)[None]
 
 
 def probe(model):
-    """What a model answers to probe_ids: the last logits, (16, V) or fewer, in float32, on the CPU.
+    """A model's output for probe_ids: the last logits, (16, V) or fewer, in float32, on the CPU.
     Raises ModelError if a cache changes them: sampling and scoring would be another model's."""
     c, training = model.config, model.training
     idx, cache = probe_ids(c).to(next(model.parameters()).device), KVCache(c.block_size)
@@ -102,7 +102,7 @@ def probe(model):
 
 def restore_weights(model, saved, path):
     """Give the model the weights of a checkpoint that read_checkpoint has read, and check that it
-    still answers as it did when they were saved; ModelError, with what differs, if not."""
+    still gives the logits of when they were saved; ModelError, with what differs, if not."""
     load_weights(model, saved["model"], path)
     if saved["format"] > 1:
         check_probe(model, saved["probe"], path, [f.name for f in fields(GPTConfig)
@@ -110,8 +110,8 @@ def restore_weights(model, saved, path):
 
 
 def check_probe(model, saved, path, lacking=()):
-    """Compare what a model answers with the probe saved beside its weights; ModelError if it is
-    another. lacking: fields of GPTConfig that the file does not have."""
+    """Compare a model's logits with the probe saved beside its weights; ModelError if they
+    differ. lacking: fields of GPTConfig that the file does not have."""
     if not saved.isfinite().all():
         raise ModelError(f"{path}: the model has diverged, its logits are not finite")
     found, scale = probe(model), saved.abs().max()

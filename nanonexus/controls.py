@@ -23,11 +23,11 @@ Inner maps that ignore the content, in `prepare`:
 Between the two, in `refine`:
   near       `cross` with a bias towards near tokens; it contains the key shift (ALiBi's bias,
              https://arxiv.org/abs/2108.12409, with a learnt slope)
-  near-gated the same, but a learnt gate per head lets the content in, from nothing at the start
+  near-gated the same, but content enters through a learnt gate per head, initially 0
 Other recursions, in `refine`:
   tokens-residual  `tokens` with h <- x + Attn(h W_q, h W_k, x W_v)
   mix        the same with h <- x + Attn(h W_q, h W_k, x W_v) W_o: the layer itself applied before
-What the own token does, in `inner_step`. Attn_< sees earlier tokens alone:
+Whether a token sees itself, in `inner_step`. Attn_< sees earlier tokens alone:
                       own token seen                       own token unseen
     nothing is kept   Attn(h_s, h_s, s)      self          Attn_<(h_s, h_s, s)      self-strict
     s is kept         s + Attn(h_s, h_s, s)  self-residual s + Attn_<(h_s, h_s, s)  past
@@ -112,8 +112,8 @@ def distances(S, T, device):
 
 
 class KeyShift(CausalSelfAttention):
-    """k_t <- (1 - a) k_t + a k_(t-1) with a = sigmoid(shift), which starts at 1/2: half of the
-    token's own key, half of the previous one (Olsson et al. give the form and not the start). At
+    """k_t <- (1 - a) k_t + a k_(t-1) with a = sigmoid(shift), initially 1/2: half of the token's
+    own key, half of the previous one (Olsson et al. give the form, not the initial value). At
     a -> 0 it is the baseline. The first token keeps its key."""
 
     def __init__(self, config):
@@ -143,7 +143,7 @@ class KVShift(CausalSelfAttention):
 
 class Canon(CausalSelfAttention):
     """x_t <- x_t + w0 x_(t-3) + w1 x_(t-2) + w2 x_(t-1) + w3 x_t for every channel x of q, k and v,
-    each with its own weights. They start as in any torch convolution, uniform in (-1/2, 1/2), as in
+    each with its own weights. Initially uniform in (-1/2, 1/2), as any torch convolution, and as in
     the published code; at 0 it is the baseline. They have weight decay, like matrices."""
 
     def __init__(self, config):
@@ -177,7 +177,7 @@ class Mean(CausalSelfAttention):
 
 class Bias(CausalSelfAttention):
     """s_t <- s_t + sum over r < t of softmax_r(b[t - r]) s_r, with a learnt b per head, stream and
-    distance, 0 at the start: there it is Mean. The first token keeps s."""
+    distance, initially 0, which gives Mean. The first token keeps s."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -200,7 +200,7 @@ class Bias(CausalSelfAttention):
 
 class Near(CausalSelfAttention):
     """h_s <- (1 - a) s + a sum over r < t of softmax_r(h_q h_k / sqrt(D) - c (t - r)) s_r, rotary
-    as in `cross`, with a in (0, 1) and c > 0 learnt per head, 1/2 and 4 at the start. At c ->
+    as in `cross`, with a in (0, 1) and c > 0 learnt per head, initially 1/2 and 4. At c ->
     infinity it is a shift of every stream. The first token keeps s."""
 
     def __init__(self, config):
@@ -233,7 +233,7 @@ class Near(CausalSelfAttention):
 
 
 class NearGated(Near):
-    """Near with scores g h_q h_k / sqrt(D) - c (t - r), g learnt per head, 0 at the start."""
+    """Near with scores g h_q h_k / sqrt(D) - c (t - r), g learnt per head, initially 0."""
 
     def __init__(self, config):
         super().__init__(config)

@@ -1,7 +1,7 @@
 """
-The token-set format, and which windows make up which batch.
+The format of datasets, and which windows make up which batch.
 
-A token set is a folder: train.bin and val.bin hold nothing but token ids, meta.json describes them,
+A dataset is a folder: train.bin and val.bin hold nothing but token ids, meta.json describes them,
 and tokenizer.json is there if the set has its own tokenizer (bpe:N). Training reads
 windows of block_size + 1 tokens; their order is a pure function of the seed and the step, so a run
 resumes exactly and sees the same batches on one process or on many.
@@ -21,7 +21,7 @@ from nanonexus.cli import UserError
 from nanonexus.files import read_json, reading, sha256
 from nanonexus.tokenizer import eot_id
 
-VERSION = 1  # of the token-set format
+VERSION = 1  # of the dataset format
 SCAN = 1 << 25  # ids checked on opening a file (all of them, in such pieces, to verify it)
 
 
@@ -51,7 +51,7 @@ def load_hub(name, config, split, revision=None, streaming=False):
 
 
 def pydocs(folder):
-    """The token set of the embedded text, bytes, in folder, which is returned; prepared if it is
+    """The folder of the dataset made of the embedded text, in bytes, which is prepared if it is
     missing. UserError if that fails."""
     def missing():
         return not os.path.exists(os.path.join(folder, "meta.json"))
@@ -73,7 +73,7 @@ class TokenSet:
     .train and .val are read-only arrays of ids mapped from disk, .meta is meta.json as a dict,
     .tokenizer_json the text of tokenizer.json, or None for a tokenizer that every machine has.
     tokenizer: require this one. verify: read both files in full, to check their sha256 and ids.
-    Raises UserError, saying what is wrong and where, if the folder is not a complete token set.
+    Raises UserError, saying what is wrong and where, if the folder is not a complete dataset.
     """
 
     def __init__(self, folder, tokenizer=None, verify=False):
@@ -206,6 +206,6 @@ def train_indices(n, seed, step, batch_size, rank=0, world=1):
 
 
 def val_indices(n, count, rank=0, world=1):
-    """A fixed list of validation windows, spread evenly over the file; this rank's share of it."""
+    """A fixed list of validation windows, spread evenly over the file; this rank's part of it."""
     count = min(n, count)
     return [i * n // count for i in range(count)][rank::world]

@@ -15,7 +15,7 @@ import time
 from model import ModelError
 from nanonexus.cli import UserError
 
-# what network file systems and FUSE say to a call that they do not have
+# the errors of network file systems and FUSE for calls that they do not support
 LACKING = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 

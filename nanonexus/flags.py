@@ -46,7 +46,7 @@ def build_parser(doc):
     add = parser.add_argument_group("data and output").add_argument
     add("--dataset", default="pydocs", metavar="DIR_OR_NAME", help="a folder that prepare_data.py "
         "wrote, or pydocs (default), prepared on first use")
-    add("--verify", action="store_true", help="first read the whole token set to check its "
+    add("--verify", action="store_true", help="first read the whole dataset to check its "
         "sha256 and ids")
     add("--out", default="out", help="folder for checkpoint and log (default: out)")
     add("--resume", action="store_true", help="continue from OUT/ckpt.pt; flags not given keep "
@@ -57,10 +57,10 @@ def build_parser(doc):
     add("--preset", choices=PRESETS, default="tiny", help="size (default: tiny)")
     # the help of these is the comment next to each field in model.py
     comments = dict(re.findall(r"^    (\w+):.*  # (.+)$", inspect.getsource(GPTConfig), re.M))
-    comments |= dict(vocab_size="default: the token set's", nexus_order="1 is the baseline, 2 "
+    comments |= dict(vocab_size="default: the dataset's", nexus_order="1 is the baseline, 2 "
                      "refines once, 3 twice, ... (default: 2; with a control that has no inner "
                      "loop 1)", nexus_inner="how they are refined, see inner_step (default: self, "
-                     "the paper's as a formula)", control="instead of, or besides, Nexus: "
+                     "the paper's formula)", control="instead of, or besides, Nexus: "
                      + ", ".join(CONTROLS))
     for f in fields(GPTConfig):
         choices = CONTROLS if f.name == "control" else get_args(f.type)
@@ -83,7 +83,7 @@ def build_parser(doc):
     add("--seed", type=whole, default=0, help="for weights, data order and dropout")
     add = parser.add_argument_group("running").add_argument
     add("--eval_interval", type=positive_int, default=250, help="steps between validations")
-    add("--eval_windows", type=positive_int, default=96, help="windows of validation text")
+    add("--eval_windows", type=positive_int, default=96, help="sequences of validation text")
     add("--save_interval", type=positive_int, default=500, help="steps between checkpoints")
     add("--log_interval", type=positive_int, default=10, help="steps between log lines")
     add("--keep", type=positive_int, default=2, help="checkpoints to keep: ckpt.pt and the "
@@ -126,14 +126,14 @@ def parse_args(doc, argv=None):
     if not saved and args.nexus_inner and args.control and replaces_loops(args.control):
         raise UserError(f"--control {args.control} takes the place of --nexus_inner: drop one")
     given, args = args, parser.parse_args(argv)
-    if args.nexus_order is None:  # who names a part of the loops wants some
+    if args.nexus_order is None:  # flags of the loops imply order 2
         wanted = args.nexus_inner or args.nexus_streams
         args.nexus_order = 1 if args.control and not (wanted or replaces_loops(args.control)) else 2
     if args.decay_steps is None:
         args.decay_steps = args.max_steps
     if args.warmup_steps is None:
         args.warmup_steps = max(1, args.max_steps // 100)
-    if not saved and given.warmup_steps is None:  # a short run shall reach its peak, and come down
+    if not saved and given.warmup_steps is None:  # a short run, too, must reach its peak and decay
         args.warmup_steps = min(args.warmup_steps, max(1, args.decay_steps // 2))
     if saved:
         agree(vars(args), saved["args"], FIXED)
@@ -155,7 +155,7 @@ def agree(given, saved, names):
 
 
 def make_config(args, tokens, device, saved):
-    """The GPTConfig given by the flags and the token set; a resumed run's must not change."""
+    """The GPTConfig given by the flags and the dataset; a resumed run's must not change."""
     given = {f.name: getattr(args, f.name) for f in fields(GPTConfig)
              if getattr(args, f.name) is not None}
     config = GPTConfig(**{"vocab_size": tokens.vocab_size, **given})

@@ -26,7 +26,7 @@ class Scorer:
     """A model and its tokenizer, and log-likelihoods from them.
 
     path, device, overrides: as in open_model, with its errors. dtype: "float32", or "bfloat16" for
-    the products. batch_size: contexts at once, or "auto" for bounded memory.
+    matrix products. batch_size: contexts at once, or "auto" for bounded memory.
     identity: which model it is, for the results. description: the same in a few words.
     """
 
@@ -34,7 +34,7 @@ class Scorer:
         self.device, self.batch_size = torch.device(device), batch_size
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, dtype == "bfloat16")
         self.model, self.tokenizer, meta = open_model(path, device, load_any, **overrides)
-        # a folder's tokenizer may add a token that begins a text, which the harness lets it do
+        # a folder's tokenizer may add a token at the beginning of a text, as in the harness
         self.encode = getattr(self.tokenizer, "encode_special", self.tokenizer.encode_ordinary)
         self.bos_token = getattr(self.tokenizer, "bos_token", self.tokenizer.eot_token)
         self.identity = dict(path=path)

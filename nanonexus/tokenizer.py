@@ -1,6 +1,6 @@
 """
 Tokenizers, all of them as tiktoken.Encoding: bytes, GPT-2's, or bpe:N, a BPE of N ids trained on
-the token set's own text, stored as tokenizer.json in the set and in every checkpoint.
+the dataset's own text, stored as tokenizer.json in the dataset and in every checkpoint.
 """
 
 import json

@@ -108,7 +108,7 @@ def stream(name):
 
 
 def explain(maps):
-    """What the maps of attention_maps show, in a beginner's words, all of it seen from them."""
+    """What the maps of attention_maps show, in a beginner's words, derived from the maps alone."""
     inner = {name: weights for name, weights in maps.items() if stream(name) != "outer"}
     streams = {stream(name) for name in inner}
     who = [words for n, words in (("q", "query (what it looks for)"),
