@@ -8,7 +8,7 @@ What does Nexus do to a pretrained decoder, at once and after fine-tuning?
 Four parts, in the order of --parts; --model is a transformers folder or a name on the hub.
 
 - loss: the loss on held-out text for each map, stream, order and gate, without any training, on
-  pieces of about 450 tokens, each alone and packed by eight into a row as in fine-tuning.
+  pieces of about 450 tokens.
 - scores: the same models on zero-shot tasks, by eval_sciq.py's rules, paired with the original.
 - text: `finetune.py sft` continues training on --text, every variant on the same pieces in the same
   order; then the loss on held-out text, the tasks, and the gates of each layer.
@@ -44,7 +44,6 @@ from common import ROOT, one_of, parse, pyplot, save, table
 
 from finetune import read_examples
 from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
-from nanonexus.data import split
 from nanonexus.decoder import is_gpt
 from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import append_line, output_file, read_json, read_lines
@@ -81,8 +80,8 @@ PIECE = 2000  # characters of a piece of text, about 450 tokens
 LENGTH = 4096  # tokens of an example, at most
 IDENTITY = {  # part -> the flags that make its lines other lines
     "loss": ["model", "text", "pieces"], "scores": ["model", "tasks", "limit"],
-    "text": ["model", "text", "pieces", "tasks", "limit", "steps", "batch", "lrs"],
-    "answers": ["model", "pieces", "limit", "answer_steps", "batch", "lrs"]}
+    "text": ["model", "text", "pieces", "tasks", "limit", "steps", "batch", "lrs", "dtype"],
+    "answers": ["model", "pieces", "limit", "answer_steps", "batch", "lrs", "dtype"]}
 
 
 def pieces(args):
@@ -126,13 +125,13 @@ def write_data(args):
 
 
 @torch.no_grad()
-def losses(model, examples, packed=1):
-    """(the mean loss of each row of `packed` examples, that of all tokens), nats per token."""
+def losses(model, examples):
+    """(the mean loss of each example, that of all tokens), nats per token."""
     from transformers import DataCollatorWithFlattening
 
     collate, found, sizes = DataCollatorWithFlattening(), [], []
-    for part in split(examples, packed):
-        row = {name: x.to(model.device) for name, x in collate(part).items()
+    for example in examples:
+        row = {name: x.to(model.device) for name, x in collate([example]).items()
                if isinstance(x, torch.Tensor)}
         labels = row.pop("labels")[0, 1:]
         logits = model(**row, use_cache=False).logits[0, :-1].float()
@@ -149,11 +148,10 @@ def read_held_out(model, path):
 
 
 def held_out(scorer, args, name):
-    """Of one of the held-out files, for a Scorer's model: the loss of each example, of all their
-    tokens, and of these if packed by eight."""
+    """Of one of the held-out files, for a Scorer's model: the loss of each example and of all their
+    tokens."""
     examples = read_held_out(args.model, os.path.join(args.out, name + "-held.jsonl"))
-    alone, loss = losses(scorer.model.model, examples)
-    return dict(losses=alone, loss=loss, packed=losses(scorer.model.model, examples, 8)[1])
+    return dict(zip(("losses", "loss"), losses(scorer.model.model, examples), strict=True))
 
 
 def score(scorer, tasks, args):
@@ -211,7 +209,8 @@ def finetune(args, part, variant, seed, lr, steps):
                 "--data", os.path.join(args.out, part + ".jsonl"), "--out", folder, "--max_steps",
                 str(steps), "--batch", str(args.batch), "--lr", str(lr), "--seed", str(seed),
                 "--log_interval", "5", "--save_interval", "20", "--max_length", str(LENGTH),
-                "--device", args.device, *VARIANTS[variant].split(), *["--resume"] * resume]
+                "--device", args.device, "--dtype", args.dtype, *VARIANTS[variant].split(),
+                *["--resume"] * resume]
         threads = {} if args.jobs == 1 else dict(OMP_NUM_THREADS="1")
         done = subprocess.run(argv, capture_output=True, text=True, errors="replace",
                               env=os.environ | threads)
@@ -268,15 +267,15 @@ def accuracies(line, base):
 
 def change_rows(results):
     """The table of the parts without training; differences in loss are paired by piece."""
-    yield "at once", "loss", "minus the original [99% interval]", "packed", "accuracy"
+    yield "at once", "loss", "minus the original [99% interval]", "accuracy"
     loss, scores = ({name: results.found[part, name, None, None] for name in CHANGES
                      if (part, name, None, None) in results.found} for part in ("loss", "scores"))
     for name in CHANGES:
-        cells, line, base = ["", "", ""], loss.get(name), loss.get(ORIGINAL)
+        cells, line, base = ["", ""], loss.get(name), loss.get(ORIGINAL)
         if line:
             cells = [f"{line['loss']:.3f}",
                      paired_text(paired(line["losses"], base["losses"]), 3)
-                     if base and line is not base else "", f"{line['packed']:.3f}"]
+                     if base and line is not base else ""]
         if line or name in scores:
             yield (name, *cells, ", ".join(accuracies(scores.get(name, {}), scores.get(ORIGINAL))))
 
@@ -359,6 +358,8 @@ def build_parser():
     add("--jobs", type=positive_int, default=1, help="runs in parallel, each with one thread if "
         "more than 1 (default: 1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the products in "
+        "fine-tuning (default: bfloat16; on a CPU without AVX-512 BF16 float32 is faster)")
     add("--quick", action="store_true", help="few pieces, documents and steps")
     add("--out", default="out/retrofit", help="folder (default: out/retrofit)")
     add("--results", help="file to which each finished measurement appends a line (default: "
