@@ -8,7 +8,7 @@ import compare
 import cost
 import pytest
 import torch
-from test_compare import call, refused
+from test_compare import done, refused
 
 from model import GPT, GPTConfig
 from nanonexus.flags import PRESETS, preset_config
@@ -77,10 +77,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | dict(n_layer=1))
 
     def run(*argv):
-        status, out, errors = call(cost.main, "--contexts", 32, "--tokens", 64, "--rounds", 2,
-                                   "--out", tmp_path, *argv)
-        assert status == 0, errors
-        return out
+        return done(cost.main, "--contexts", 32, "--tokens", 64, "--rounds", 2, "--out", tmp_path,
+                    *argv)
 
     return run
 
