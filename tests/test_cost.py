@@ -2,40 +2,32 @@
 those that compare.py trains."""
 
 import json
-import sys
-from functools import partial
 from types import SimpleNamespace
 
 import compare
 import cost
 import pytest
 import torch
+from test_compare import done, refused
 
 from model import GPT, GPTConfig
-from nanonexus.cli import run_script
 from nanonexus.flags import PRESETS, preset_config
 from nanonexus.generate import KVCache
 
 ON_CPU = SimpleNamespace(device="cpu", compile=False)
 
 
-def peak(batch, **kind):
-    return cost.tracked_memory("", preset_config("tiny", n_layer=1, **kind), batch, ON_CPU)
+def test_peak_memory_is_what_is_kept_and_predicts_the_largest_batch():
+    def peak(batch, order):
+        config = preset_config("tiny", n_layer=1, nexus_order=order)
+        return cost.tracked_memory("", config, batch, ON_CPU)
 
-
-def test_peak_memory_grows_with_order_by_what_is_kept():
-    small, order2, long = (peak(2, **kind) for kind in (
-        dict(), dict(nexus_order=2), dict(block_size=512)))
+    small, order2, twice = peak(16, 1), peak(16, 2), peak(32, 2)
     weights = 4 * 4 * GPT(preset_config("tiny", n_layer=1)).num_params()  # and gradient, moments
-    assert weights < small < order2 < long
-    stream = 2 * 256 * 128 * 4  # one (B, T, C) of float32; a layer keeps 2 rotated and 2 new ones
-    assert 4 * stream <= order2 - small <= 12 * stream
-
-
-def test_the_largest_batch_fits_and_one_more_does_not():
-    order_2 = partial(peak, nexus_order=2, nexus_inner="cross")
-    fits = cost.largest_batch(16, order_2(16), order_2(32), 1 / 8)
-    assert order_2(fits) <= 2**27 < order_2(fits + 1)
+    stream = 16 * 256 * 128 * 4  # one (B, T, C) of float32; a layer keeps 2 rotated and 2 new ones
+    assert weights < small and 4 * stream <= order2 - small <= 12 * stream
+    fits = cost.largest_batch(16, order2, twice, 1 / 8)
+    assert peak(fits, 2) <= 2**27 < peak(fits + 1, 2)
 
 
 def test_cache_bytes_are_the_generations():
@@ -51,11 +43,9 @@ def test_speeds_pair_within_a_round():
     assert result["ratio"] == 0.5 and result["quartiles"] == [0.5, 0.5] and result["rate"] == 25
 
 
-SHAPE = "--n_layer 1 --n_head 2 --n_embd 32 --block_size 32".split()
-
-
 def test_a_variant_is_what_compare_trains():
-    plan = compare.Plan(*compare.parse_args(["--", *SHAPE]), 2048)
+    plan = compare.Plan(*compare.parse_args(
+        "-- --n_layer 1 --n_head 2 --n_embd 32 --block_size 32".split()), 2048)
     args = SimpleNamespace(variants=list(compare.VARIANTS))
     for name, config in cost.chosen(GPTConfig(2048, 32, 1, 2, 32), args).items():
         given = compare.model_fields(plan.run(name, 0).flags)
@@ -82,42 +72,41 @@ def test_a_step_is_one_of_adamw_on_the_models_loss(name):
         assert p.grad is None
 
 
-TRAINING = "--contexts 16,32 --tokens 64 --rounds 2".split()
-
-
-def run(monkeypatch, *argv):
+@pytest.fixture
+def run(monkeypatch, tmp_path):
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | dict(n_layer=1))
-    monkeypatch.setattr(sys, "argv", ["cost.py", *TRAINING, *argv])
-    run_script(cost.main)
+
+    def run(*argv):
+        return done(cost.main, "--contexts", 32, "--tokens", 64, "--rounds", 2, "--out", tmp_path,
+                    *argv)
+
+    return run
 
 
 @pytest.mark.usefixtures("plots")
-def test_the_command(tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "--orders", "1,2", "--new_tokens", "4", "--out", str(tmp_path))
+def test_the_command(run, tmp_path):
+    run("--orders", "1,2", "--new_tokens", 4)
     results = json.loads((tmp_path / "cost.json").read_text())["results"]
-    short, long = (results["training"][f"tiny, {T}"]["order 2"] for T in (16, 32))
-    assert short["parameters"] == 280_448 and short["predicted"] > long["predicted"]
+    base, order2 = (results["training"]["tiny, 32"][name] for name in ("baseline", "order 2"))
+    assert order2["parameters"] == base["parameters"] == 280_448
+    assert order2["predicted"] == base["flops"] / order2["flops"] < 1
     assert "order 2, recomputed" in results["generation"]["tiny"]
     assert (tmp_path / "cost.svg").exists()
-    for wrong in (["--orders", "2"], ["--presets", "huge"], ["--nanogpt", "nowhere.py"],
-                  ["--gib", "-1"], ["--variants", "longer"]):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            run(monkeypatch, *wrong)
-        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.usefixtures("plots")
-def test_variants_and_profiles(tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "--variants", "key-shift,cross", "--vocab_size", "500", "--contexts",
-        "32", "--gib", "1", "--out", str(tmp_path))
-    body = [line.split() for line in capsys.readouterr().out.splitlines()[3:-1]]
-    assert [line[0] for line in body] == ["baseline", "key-shift", "cross"]
-    parameters, flops = ([line[i] for line in body] for i in (1, 2))
-    assert parameters == ["326,528", "326,532", "326,528"] and flops[0] == flops[1] < flops[2]
+def test_variants_and_profiles(run, tmp_path):
+    out = run("--variants", "cross", "--vocab_size", 500, "--gib", 1)
+    body = [line.split() for line in out.splitlines()[3:-1]]
+    assert [line[:2] for line in body] == [["baseline", "326,528"], ["cross", "326,528"]]
+    assert body[0][2] < body[1][2]  # FLOPs
     assert all(100 < int(line[7]) < 10_000 for line in body)  # windows of 32 tokens in 1 GiB
-    run(monkeypatch, "--profile", "--orders", "1,2", "--out", str(tmp_path))
-    said = capsys.readouterr().out
-    assert said.count("ms busy") == 4 and "aten::mm" in said
+    said = run("--profile", "--orders", "1,2")
+    assert said.count("ms busy") == 2 and "aten::mm" in said
     trace = json.loads((tmp_path / "tiny-32-order-2.json").read_text())
     assert sum(event.get("name") == "aten::mm" for event in trace["traceEvents"]) > 40
+
+
+def test_wrong_flags_are_one_line():
+    for wrong in ("--orders 2", "--presets huge", "--nanogpt nowhere.py", "--gib -1",
+                  "--variants longer"):
+        assert wrong.split()[1].lstrip("-") in refused(cost.main, *wrong.split())

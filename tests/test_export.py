@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from questions import add_inner_step, save
+from test_compare import done, refused
 from test_tokenizer import WORDS, varied
 
 from common import INNERS
@@ -20,7 +21,7 @@ from common import INNERS
 import model as model_file
 from model import GPT, GPTConfig, ModelError
 from nanonexus import export
-from nanonexus.cli import UserError, run_script
+from nanonexus.cli import UserError
 from nanonexus.controls import build
 from nanonexus.flags import parse_args
 from nanonexus.generate import generate
@@ -115,16 +116,15 @@ def folders(tmp_path_factory):
     return root, models
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_folder_is_read_back_bit_for_bit(folders, name):
+def test_the_folder_is_read_back_bit_for_bit(folders):
     root, models = folders
-    back, tokenizer, meta = open_model(root / name)
-    assert asdict(back.config) == asdict(models[name].config) == meta["config"] | dict(
-        attention="sdpa")
-    ours = models[name].state_dict()
-    assert ours.keys() == back.state_dict().keys()
-    assert all(torch.equal(w, ours[key]) for key, w in back.state_dict().items())
-    assert (tokenizer.eot_token, tokenizer.n_vocab) == (256, 257)
+    for name, model in models.items():
+        (back, tokenizer, meta), ours = open_model(root / name), model.state_dict()
+        assert asdict(back.config) == asdict(model.config) == meta["config"] | dict(
+            attention="sdpa")
+        assert ours.keys() == back.state_dict().keys()
+        assert all(torch.equal(w, ours[key]) for key, w in back.state_dict().items())
+        assert (tokenizer.eot_token, tokenizer.n_vocab) == (256, 257)
 
 
 def test_transformers_gives_our_logits_and_text_without_this_project(folders):
@@ -232,15 +232,15 @@ def test_an_edited_model_py_exports_and_a_folder_with_other_numbers_is_not_left(
         open_model(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(control="mean"), "the control mean: controls are not exported"),
-    (dict(vocab_size=256), "257 tokens, its model only 256"), ({}, "line 2, is damaged")])
-def test_what_cannot_be_exported_is_refused(tmp_path, change, message):
-    checkpoint(tmp_path / "ckpt.pt", replace(TINY, **change))
+def test_what_cannot_be_exported_is_refused(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "val_loss": 5.5}\n{"a": 1}\n')
-    with pytest.raises(UserError, match=message):
-        export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
-    assert not (tmp_path / "hf").exists()
+    for change, message in (
+            (dict(control="mean"), "the control mean: controls are not exported"),
+            (dict(vocab_size=256), "257 tokens, its model only 256"), ({}, "line 2, is damaged")):
+        checkpoint(tmp_path / "ckpt.pt", replace(TINY, **change))
+        with pytest.raises(UserError, match=message):
+            export.export(str(tmp_path / "ckpt.pt"), str(tmp_path / "hf"))
+        assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe:400", "gpt2"])
@@ -287,25 +287,18 @@ def test_the_model_card_says_how_it_was_made(folders, tmp_path, unchecked):
     assert (folders[0] / "plain/README.md").read_text().count("not recorded") == 4
 
 
-def test_written_whole_or_not_at_all(folders, tmp_path, monkeypatch, capsys, unchecked):
-    source, new = str(folders[0] / "ckpt.pt"), str(tmp_path / "new")
+def test_written_whole_or_not_at_all(folders, tmp_path, monkeypatch, unchecked):
+    argv, new = ["--checkpoint", folders[0] / "ckpt.pt", "--out"], tmp_path / "new"
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
-    monkeypatch.setattr(sys, "argv", ["export", "--checkpoint", source, "--out",
-                                      str(tmp_path / "full")])
-    with pytest.raises(SystemExit) as caught:
-        run_script(export.main)
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and said.count("\n") == 1 and "is not empty" in said
+    assert "is not empty" in refused(export.main, *argv, tmp_path / "full")
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+    with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", full)
-        export.export(source, new)
+        assert "No space" in refused(export.main, *argv, new)
     assert os.listdir(tmp_path) == ["full"] and os.listdir(tmp_path / "full") == ["notes.txt"]
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], new])
-    export.main()
-    assert "parameters, step 0" in capsys.readouterr().out
-    assert len({file.stat().st_mode for file in (tmp_path / "new").iterdir()}) == 1
+    assert "parameters, step 0" in done(export.main, *argv, new)
+    assert len({file.stat().st_mode for file in new.iterdir()}) == 1

@@ -11,17 +11,23 @@ import torch
 transformers = pytest.importorskip("transformers", reason="extra retrofit: transformers")
 pytest.importorskip("accelerate", reason="extra retrofit: accelerate, which its Trainer needs")
 pytest.importorskip("jinja2", reason="extra retrofit: jinja2, for chat templates")
+from test_compare import refused  # noqa: E402
 from test_retrofit import make  # noqa: E402
 
 import finetune  # noqa: E402
 from finetune import read_examples  # noqa: E402
 from model import ModelError  # noqa: E402
-from nanonexus.cli import UserError, run_script  # noqa: E402
+from nanonexus.cli import UserError  # noqa: E402
 from nanonexus.retrofit import load  # noqa: E402
 from train import warmup_cosine  # noqa: E402
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +48,11 @@ def base(tmp_path_factory):
         torch.nn.init.normal_(p, std=0.05) if p.dim() > 1 else None
     model.save_pretrained(folder / "model")
     fast.save_pretrained(folder / "model")
-    rows = [dict(prompt=f"{i}+1=", answer=str(i + 1)) for i in range(1, 9)]
-    (folder / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "chat.jsonl").write_text("".join(json.dumps(dict(messages=[
-        dict(role="user", content=row["prompt"]), dict(role="assistant", content=row["answer"]),
-        dict(role="user", content="so?"), dict(role="assistant", content="yes")])) + "\n"
-        for row in rows))
+    write(folder / "plain.jsonl", [dict(prompt=f"{i}+1=", answer=f"{i + 1}") for i in range(1, 9)])
+    write(folder / "chat.jsonl", [dict(messages=[
+        dict(role="user", content=f"{i}+1="), dict(role="assistant", content=f"{i + 1}"),
+        dict(role="user", content="so?"), dict(role="assistant", content="yes")])
+        for i in range(1, 9)])
     (folder / "add.yaml").write_text(f"""
 task: add
 dataset_path: json
@@ -62,14 +67,15 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
     return folder
 
 
-def command(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, argv)])
-    finetune.main()
+def command(*argv):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["finetune.py", *map(str, argv), "--device", "cpu"])
+        finetune.main()
 
 
-def sft(monkeypatch, base, out, *argv, data="plain.jsonl"):
-    command(monkeypatch, "sft", "--model", base / "model", "--data", base / data, "--out", out,
-            "--lr", 3e-3, "--batch", 4, "--warmup", 0, "--device", "cpu", *argv)
+def sft(base, out, *argv, data="plain.jsonl"):
+    command("sft", "--model", base / "model", "--data", base / data, "--out", out, "--lr", 3e-3,
+            "--batch", 4, "--warmup", 0, *argv)
     return json.loads((out / "trainer_state.json").read_text())["log_history"]
 
 
@@ -96,74 +102,65 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text(tokenizer, tmp_path):
         single="<pad> $A <|end|>", special_tokens=[("<pad>", 0), ("<|end|>", 4)])
     for prompt, text in (("1+1=", "<pad>1+1=2</s>"), ("", "<pad>2</s>"),
                          ("<pad>1+1=", "<pad>1+1=2</s>")):
-        (tmp_path / "data.jsonl").write_text(json.dumps(dict(prompt=prompt, answer="2")))
-        (example,) = read_examples(tmp_path / "data.jsonl", tokenizer, 100)
+        data = write(tmp_path / "data.jsonl", [dict(prompt=prompt, answer="2")])
+        (example,) = read_examples(data, tokenizer, 100)
         ids = example["input_ids"]
         assert tokenizer.decode(ids) == text
         assert example["labels"] == [-100] * (len(ids) - 2) + ids[-2:]
 
 
-def test_a_chat_template_that_cannot_be_right_is_one_line(base, tokenizer):
+def test_what_the_tokenizer_cannot_do_is_one_line(base, tokenizer):
+    def refuse(data, message):
+        with pytest.raises(UserError, match=message):
+            read_examples(base / data, tokenizer, 100)
+
     for kept in ("loop.last", "loop.last or m.role == 'user'"):  # it rewrites earlier turns
         tokenizer.chat_template = TEMPLATE.replace(
             "{{ m.content }}", f"{{% if {kept} %}}{{{{ m.content }}}}{{% endif %}}")
-        with pytest.raises(UserError, match="line 1: .*turn by turn"):
-            read_examples(base / "chat.jsonl", tokenizer, 100)
+        refuse("chat.jsonl", "line 1: .*turn by turn")
     for tokenizer.chat_template in ("{{ 1 / 0 }}", "{{ x.y.z }}", "{% for m in messages %}"):
-        with pytest.raises(UserError, match="chat.jsonl, line 1: needs messages"):
-            read_examples(base / "chat.jsonl", tokenizer, 100)
-
-
-def test_a_tokenizer_that_lacks_what_the_rows_need(base, tokenizer):
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="line 1: the model's tokenizer has no eos_token.* instead"):
-        read_examples(base / "plain.jsonl", tokenizer, 100)
+        refuse("chat.jsonl", "chat.jsonl, line 1: needs messages")
+    tokenizer.chat_template, tokenizer.eos_token = TEMPLATE, None
+    refuse("plain.jsonl", "line 1: the model's tokenizer has no eos_token.* instead")
     assert len(read_examples(base / "chat.jsonl", tokenizer, 100)) == 8
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="line 1: the model's tokenizer has no chat_template"):
-        read_examples(base / "chat.jsonl", tokenizer, 100)
+    refuse("chat.jsonl", "line 1: the model's tokenizer has no chat_template")
 
 
-def test_fine_tuning_learns_and_the_folder_remembers(base, tmp_path, monkeypatch):
+def test_fine_tuning_learns_and_the_folder_remembers(base, tmp_path):
     with pytest.raises(UserError, match="no checkpoint in .* to --resume"):
-        sft(monkeypatch, base, tmp_path / "out", "--resume", data="chat.jsonl")
-    log = sft(monkeypatch, base, tmp_path / "out", "--max_steps", 30, "--log_interval", 1,
-              "--gate", 0, data="chat.jsonl")
+        sft(base, tmp_path / "out", "--resume", data="chat.jsonl")
+    log = sft(base, tmp_path / "out", "--max_steps", 30, "--log_interval", 1, "--gate", 0,
+              data="chat.jsonl")
     losses = [event["loss"] for event in log if "loss" in event]
     assert len(losses) == 30 and losses[-1] < 0.5 * losses[0]
     model = load(tmp_path / "out")
     assert model.config.nexus["order"] == 2 and model.config.use_cache
     assert all(p.abs().max() > 0.01 for name, p in model.named_parameters() if "gate" in name)
     with pytest.raises(UserError, match="not empty: --resume"):
-        sft(monkeypatch, base, tmp_path / "out", data="chat.jsonl")
+        sft(base, tmp_path / "out", data="chat.jsonl")
 
 
-def test_a_resumed_run_is_one_never_stopped(base, tmp_path, monkeypatch):
-    flags = ["--save_interval", 3, "--log_interval", 1, "--gate", 0, "--inner", "cross"]
-    sft(monkeypatch, base, tmp_path / "whole", "--max_steps", 6, *flags)
-    sft(monkeypatch, base, tmp_path / "torn", "--max_steps", 6, *flags)
-    for name in ("model.safetensors", "checkpoint-6"):
-        path = tmp_path / "torn" / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    state = tmp_path / "torn/checkpoint-3/trainer_state.json"
+def test_a_resumed_run_is_one_never_stopped(base, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for out in (whole, torn):
+        sft(base, out, "--max_steps", 6, "--save_interval", 3, "--log_interval", 1, "--gate", 0,
+            "--inner", "cross")
+    (torn / "model.safetensors").unlink()
+    shutil.rmtree(torn / "checkpoint-6")
+    state = torn / "checkpoint-3/trainer_state.json"
     state.write_text(state.read_text().replace('"step": 1', '"step": 1, "mark": "seen"'))
     for flag, value, saved in (("order", 3, 2), ("lr", 0.5, 0.003), ("layers", 1, "None"),
-                               ("max_steps", 7, 6), ("model", base, ".*/model")):
+                               ("max_steps", 7, 6), ("model", base, ".*/model"),
+                               ("data", base / "chat.jsonl", ".{64}")):
         with pytest.raises(UserError, match=f"--{flag} .* contradicts the checkpoint's {saved}:"):
-            sft(monkeypatch, base, tmp_path / "torn", "--resume", f"--{flag}", value)
-    with pytest.raises(UserError, match="--data .{64} contradicts the checkpoint's .{64}:"):
-        sft(monkeypatch, base, tmp_path / "torn", "--resume", data="chat.jsonl")
+            sft(base, torn, "--resume", f"--{flag}", value)
     # flags not given keep their values
-    log = sft(monkeypatch, base, tmp_path / "torn", "--log_interval", 1, "--resume")
+    log = sft(base, torn, "--log_interval", 1, "--resume")
     assert log[0]["mark"] == "seen"  # it did not start again
-    models = [load(tmp_path / name) for name in ("whole", "torn")]
-    assert all(model.config.nexus["inner"] == "cross" for model in models)
-    a, b = (model.state_dict() for model in models)
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
+    a, b = map(load, (whole, torn))
+    assert a.config.nexus == b.config.nexus and a.config.nexus["inner"] == "cross"
+    assert all(torch.equal(w, b.state_dict()[key]) for key, w in a.state_dict().items())
 
 
 def test_an_interrupt_saves_and_resume_continues(base, tmp_path, monkeypatch, capsys):
@@ -174,31 +171,30 @@ def test_an_interrupt_saves_and_resume_continues(base, tmp_path, monkeypatch, ca
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out/run.json").write_text("{}")  # all that is left of a run without a checkpoint
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(finetune, "Stop", Interrupted)
-        with pytest.raises(SystemExit) as end:
-            sft(patch, base, tmp_path / "out", "--max_steps", 3)
+        sft(base, tmp_path / "out", "--max_steps", 3)
     assert end.value.code == 130 and "stopped at step 1, saved in" in capsys.readouterr().out
     assert (tmp_path / "out/checkpoint-1").is_dir()
-    sft(monkeypatch, base, tmp_path / "out", "--max_steps", 3, "--resume")
+    sft(base, tmp_path / "out", "--max_steps", 3, "--resume")
     load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("epochs, accumulate, warmup, steps, rise", [
     (2.5, 1, 3, 8, 3), (3, 2, 0.4, 6, 3)])
 def test_the_learning_rate_is_that_of_training(epochs, accumulate, warmup, steps, rise, base,
-                                               tmp_path, monkeypatch):
+                                               tmp_path):
     """8 examples, 3 per batch: a rise over the warmup (steps or a fraction), a cosine down to 0."""
-    log = sft(monkeypatch, base, tmp_path / "out", "--epochs", epochs, "--batch", 3,
-              "--accumulate", accumulate, "--warmup", warmup, "--log_interval", 1)
+    log = sft(base, tmp_path / "out", "--epochs", epochs, "--batch", 3, "--accumulate", accumulate,
+              "--warmup", warmup, "--log_interval", 1)
     rates = [event["learning_rate"] for event in log if "learning_rate" in event]
     assert rates == pytest.approx([3e-3 * warmup_cosine(i, rise, steps, 0) for i in range(steps)])
 
 
-def test_order_1_is_the_control(base, tmp_path, monkeypatch):
+def test_order_1_is_the_control(base, tmp_path):
     """Plain fine-tuning by transformers; with adapters, merged at the end."""
     pytest.importorskip("peft", reason="extra retrofit: peft")
-    sft(monkeypatch, base, tmp_path / "out", "--max_steps", 2, "--order", 1, "--lora", 2)
+    sft(base, tmp_path / "out", "--max_steps", 2, "--order", 1, "--lora", 2)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     own = load(base / "model").state_dict()
     assert not hasattr(model.config, "nexus") and model.state_dict().keys() == own.keys()
@@ -207,35 +203,26 @@ def test_order_1_is_the_control(base, tmp_path, monkeypatch):
 
 def test_scores_and_their_paired_difference(base, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval.tasks", reason="extra retrofit: lm-eval")
-    sft(monkeypatch, base, tmp_path / "tuned", "--max_steps", 60, "--order", 2)
-    command(monkeypatch, "eval", "--model", base / "model", "--versus", tmp_path / "tuned",
-            "--tasks", "add", "--include_path", base, "--json", tmp_path / "scores.json",
-            "--device", "cpu")
+    one, two = str(base / "model"), str(tmp_path / "tuned")
+    sft(base, tmp_path / "tuned", "--max_steps", 60, "--order", 2)
+    argv = ["eval", "--model", one, "--include_path", base, "--versus", two, "--tasks", "add"]
+    command(*argv, "--json", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
     [gap] = scores["paired"]
     assert gap["metric"] == "exact_match" and gap["difference"] > 0.5 and gap["p"] < 0.2
-    assert scores[str(base / "model")]["add"]["exact_match,none"] == 0
+    assert scores[one]["add"]["exact_match,none"] == 0
     out = capsys.readouterr().out
-    assert "paired by document" in out and f"{base / 'model'}: order 1\n" in out
-    assert f"\n{tmp_path / 'tuned'}: order 2, streams qk, inner self\n" in out
+    assert "paired by document" in out and f"{one}: order 1\n" in out
+    assert f"\n{two}: order 2, streams qk, inner self\n" in out
     real = finetune.score
-
-    def score(path, *others):
-        if path == str(tmp_path / "tuned"):
-            signal.raise_signal(signal.SIGTERM)
-        return real(path, *others)
-
-    monkeypatch.setattr(finetune, "score", score)
-    with pytest.raises(SystemExit) as end:
-        command(monkeypatch, "eval", "--model", base / "model", "--versus", tmp_path / "tuned",
-                "--tasks", "add", "--include_path", base, "--json", tmp_path / "part.json",
-                "--device", "cpu")
+    monkeypatch.setattr(finetune, "score", lambda path, *others: (
+        signal.raise_signal(signal.SIGTERM) if path == two else real(path, *others)))
+    with pytest.raises(SystemExit) as end:  # what is finished is kept
+        command(*argv, "--json", tmp_path / "part.json")
     part = json.loads((tmp_path / "part.json").read_text())
-    assert end.value.code == 143 and part.keys() == {"revisions", str(base / "model")}
-    assert part[str(base / "model")] == scores[str(base / "model")]
+    assert end.value.code == 143 and part.keys() == {"revisions", one} and part[one] == scores[one]
     with pytest.raises(UserError, match="no such task.*nonsense"):
-        command(monkeypatch, "eval", "--model", base / "model", "--tasks", "nonsense",
-                "--include_path", base, "--device", "cpu")
+        command(*argv[:-1], "nonsense")
 
 
 def test_scores_that_are_no_numbers_are_not_paired(capsys):
@@ -254,65 +241,57 @@ def test_eval_refuses_before_it_scores(base, monkeypatch):
                            (["--layers", 0, "--streams", "q", "--inner", "cross", "--gate", 0],
                             "no effect without --order: --streams, --inner, --layers, --gate")):
         with pytest.raises((UserError, ModelError), match=message):
-            command(monkeypatch, "eval", "--model", base / "model", "--device", "cpu", *flags)
+            command("eval", "--model", base / "model", *flags)
 
 
-@pytest.mark.parametrize("line, message", [
-    ("nonsense", "line 2: not JSON"), ("[1]", "row 1: not a JSON object"),
-    ('{"prompt": 1, "answer": "b"}', "line 2: needs messages"),
-    ('{"messages": [{"content": "a"}]}', "line 2: needs .*role"), ('{"messages": "a"}', "line 2"),
-    ('{"messages": [{"role": "user", "content": 5}]}', "line 2")])
-def test_data_with_a_wrong_line(line, message, tokenizer, tmp_path):
-    (tmp_path / "data.jsonl").write_text(f'{{"prompt": "a", "answer": "b"}}\n{line}\n')
-    with pytest.raises(UserError, match=message):
-        read_examples(tmp_path / "data.jsonl", tokenizer, 100)
-
-
-def test_data_is_looked_at_before_a_model_is_fetched(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "fetch", None)
-    (tmp_path / "a.jsonl").write_text("nonsense")
-    for name, message in (("none.jsonl", "cannot be read: No such file"), ("a.txt", "plain text"),
-                          ("a.jsonl", "line 1: not JSON")):
-        with pytest.raises(UserError, match=f"{name}.*{message}"):
-            sft(monkeypatch, base, tmp_path / "out", data=tmp_path / name)
-
-
-@pytest.mark.parametrize("name, content", [
-    ("model.safetensors", "no weights"), ("tokenizer.json", "{}"), ("config.json", "[" * 100_000),
-    ("config.json", '{"model_type": "qwen2", "num_attention_heads": 0}')])
-def test_a_damaged_model_is_one_line(base, tmp_path, monkeypatch, name, content):
-    shutil.copytree(base, tmp_path / "base")
-    (tmp_path / "base" / "model" / name).write_text(content)
-    with pytest.raises(UserError, match="cannot load .*: it is not a transformers model") as caught:
-        sft(monkeypatch, tmp_path / "base", tmp_path / "out")
-    assert "\n" not in str(caught.value)
+def test_data_with_a_wrong_line(tokenizer, tmp_path):
+    for line, message in (
+            ("nonsense", "line 2: not JSON"), ("[1]", "row 1: not a JSON object"),
+            ('{"prompt": 1, "answer": "b"}', "line 2: needs messages"),
+            ('{"messages": [{"content": "a"}]}', "line 2: needs .*role"),
+            ('{"messages": "a"}', "line 2"),
+            ('{"messages": [{"role": "user", "content": 5}]}', "line 2")):
+        (tmp_path / "data.jsonl").write_text(f'{{"prompt": "a", "answer": "b"}}\n{line}\n')
+        with pytest.raises(UserError, match=message):
+            read_examples(tmp_path / "data.jsonl", tokenizer, 100)
 
 
 def test_rows_without_a_text_are_skipped_and_counted(tokenizer, tmp_path, capsys):
-    (tmp_path / "data.jsonl").write_text("""{}
-        {"prompt": "a", "answer": null}
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}
-        {"messages": []}
-        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}
-        {"prompt": "a", "answer": "b"}""")
-    examples = read_examples(tmp_path / "data.jsonl", tokenizer, 100)
+    a, b = dict(role="user", content="a"), dict(role="assistant")
+    data = write(tmp_path / "data.jsonl", [
+        {}, dict(prompt="a", answer=None), dict(messages=[a, b]), dict(messages=[]),
+        dict(messages=[a, b | dict(content="")]), dict(prompt="a", answer="b")])
+    examples = read_examples(data, tokenizer, 100)
     assert [tokenizer.decode(example["input_ids"]) for example in examples] == [
         "<|user|>a<|end|><|assistant|><|end|>", "ab</s>"]
     assert capsys.readouterr().out.startswith("4 rows without messages")
 
 
-@pytest.mark.parametrize("argv", [
-    ["sft", "--order", "0"], ["sft", "--model", "nowhere/at-all"], ["sft", "--max_length", "1"],
-    ["sft", "--streams", "v"], ["eval", "--model", "nowhere/at-all"], ["sfd"], []])
-def test_mistakes_are_one_line(argv, base, tmp_path, monkeypatch, capsys):
+def test_a_damaged_model_is_one_line(base, tmp_path):
+    model = shutil.copytree(base / "model", tmp_path / "model")
+    shutil.copy(base / "plain.jsonl", tmp_path)
+    for name, content in (
+            ("model.safetensors", "no weights"), ("tokenizer.json", "{}"),
+            ("config.json", '{"model_type": "qwen2", "num_attention_heads": 0}'),
+            ("config.json", "[" * 100_000)):
+        whole = (model / name).read_bytes()
+        (model / name).write_text(content)
+        with pytest.raises(UserError, match="cannot load .*: it is not a transformers") as e:
+            sft(tmp_path, tmp_path / "out")
+        assert "\n" not in str(e.value)
+        (model / name).write_bytes(whole)
+
+
+def test_mistakes_are_one_line_and_data_is_looked_at_before_a_model(base, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    given = dict(zip(argv[1::2], argv[2::2], strict=False))
-    if argv[:1] in (["sft"], ["eval"]):
-        given = {"--model": base / "model", "--device": "cpu"} | given
-    if argv[:1] == ["sft"]:
-        given = {"--data": base / "plain.jsonl", "--out": tmp_path / "out"} | given
-    flat = [str(x) for pair in given.items() for x in pair]
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *argv[:1], *flat])
-    with pytest.raises(SystemExit) as end:
-        run_script(finetune.main)
-    assert end.value.code == 2 and capsys.readouterr().err.strip().count("\n") == 0
+    (tmp_path / "a.jsonl").write_text("nonsense")
+    argv = ["--model", base / "model", "--data", base / "plain.jsonl", "--out", tmp_path / "out"]
+    for wrong, message in ((["--order", 0], "--order"), (["--model", "nowhere/at-all"], "nowhere"),
+                           (["--max_length", 1], "up to 1 tokens"), (["--streams", "v"], "'v'")):
+        assert message in refused(finetune.main, "sft", *argv, *wrong)
+    monkeypatch.setattr(finetune, "fetch", None)
+    for name, message in (("none.jsonl", "cannot be read: No such file"), ("a.txt", "plain text"),
+                          ("a.jsonl", "line 1: not JSON")):
+        said = refused(finetune.main, "sft", *argv, "--data", tmp_path / name)
+        assert name in said and message in said
+    assert "sfd" in refused(finetune.main, "sfd") and refused(finetune.main)

@@ -1,7 +1,6 @@
 """experiments/retrofit.py: what it trains on and measures, and that nothing is measured twice."""
 
-import contextlib
-import io
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from questions import ROWS, byte_tokenizer, write_rows
+from test_compare import call, done, refused
 
 pytest.importorskip("transformers", reason="extra retrofit: transformers")
 import retrofit  # noqa: E402
@@ -18,6 +18,7 @@ from test_retrofit import make  # noqa: E402
 import finetune  # noqa: E402
 from nanonexus.cli import UserError  # noqa: E402
 from nanonexus.decoder import Decoder  # noqa: E402
+from nanonexus.files import append_line, read_lines  # noqa: E402
 from nanonexus.retrofit import INNERS, nexus  # noqa: E402
 
 
@@ -36,11 +37,14 @@ def place(tmp_path_factory):
     return folder
 
 
-def study(place, out, *flags):
-    return retrofit.build_parser().parse_args([
-        "--model", str(place / "model"), "--data", str(place), "--text", str(place / "books.txt"),
-        "--out", str(out), "--limit", "3", "--steps", "2", "--answer_steps", "2", "--pieces", "4",
-        "--batch", "2", "--seeds", "1", "--tasks", "sciq", "--device", "cpu", *flags])
+def flags(place, out, *others):
+    return ["--model", str(place / "model"), "--data", str(place), "--text", str(
+        place / "books.txt"), "--out", str(out), "--pieces", "4", "--batch", "2", "--tasks", "sciq",
+        "--device", "cpu", *"--limit 3 --steps 2 --answer_steps 2 --seeds 1".split(), *others]
+
+
+def study(*given):
+    return retrofit.build_parser().parse_args(flags(*given))
 
 
 def test_no_document_is_both_trained_on_and_held_out(place, tmp_path):
@@ -60,15 +64,12 @@ def test_every_retrofit_without_training_is_a_model_of_its_own():
     for name, settings in retrofit.CHANGES.items():
         order, rest = settings["nexus_order"], {k: v for k, v in settings.items()
                                                 if k != "nexus_order"}
-        model = nexus(make("llama", torch.float32), order, **rest)
         with torch.no_grad():
-            seen[name] = Decoder(model)(idx)
+            seen[name] = Decoder(nexus(make("llama", torch.float32), order, **rest))(idx)
         assert rest.get("inner", "") in name
     assert {settings.get("inner") for settings in retrofit.CHANGES.values()} == {None, *INNERS}
-    names = list(seen)
-    for i, first in enumerate(names):
-        for second in names[i + 1:]:
-            assert not torch.allclose(seen[first], seen[second], atol=1e-5), (first, second)
+    for first, second in itertools.combinations(seen, 2):
+        assert not torch.allclose(seen[first], seen[second], atol=1e-5), (first, second)
 
 
 def test_packed_examples_have_the_loss_of_each_alone():
@@ -90,41 +91,30 @@ def in_this_process(argv, run=subprocess.run, **kwargs):
     """finetune.py without a process of its own, which takes longer to start than to train."""
     if argv[0] != sys.executable:
         return run(argv, **kwargs)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(sys, "argv", argv[1:])
-        finetune.main()
-    return SimpleNamespace(returncode=0)
+    return SimpleNamespace(returncode=call(finetune.main, *argv[2:])[0])
 
 
 @pytest.mark.usefixtures("plots")
-def test_a_gpt_neox_is_refused_before_the_work(neox, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["retrofit.py", "--model", str(neox), "--text", "no.txt",
-                                      "--out", str(tmp_path)])
-    with pytest.raises(UserError, match="is a GPT-NeoX"):
-        retrofit.main()
+def test_a_gpt_neox_is_refused_before_the_work(neox, tmp_path):
+    assert "is a GPT-NeoX" in refused(retrofit.main, "--model", neox, "--text", "no.txt", "--out",
+                                      tmp_path)
 
 
 @pytest.mark.usefixtures("plots")
-def test_every_part_ends_in_lines_and_none_is_made_twice(place, tmp_path, monkeypatch, capsys):
+def test_every_part_ends_in_lines_and_none_is_made_twice(place, tmp_path, monkeypatch):
     for package in ("accelerate", "jinja2"):
         pytest.importorskip(package, reason=f"extra retrofit: {package}")
-    few = dict(list(retrofit.CHANGES.items())[:2])
-    monkeypatch.setattr(retrofit, "CHANGES", few)
+    monkeypatch.setattr(retrofit, "CHANGES", dict(list(retrofit.CHANGES.items())[:2]))
     monkeypatch.setattr(retrofit, "PIECE", 100)
     monkeypatch.setattr(retrofit.subprocess, "run", in_this_process)
 
-    def run(*flags):
-        args = study(place, tmp_path, "--variants", "control,cross-k-gated", *flags)
-        argv = [f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}"
-                for name, value in vars(args).items()
-                if value not in (None, False) and value is not True]
-        monkeypatch.setattr(sys, "argv", ["retrofit.py", *argv, *["--show"] * args.show])
-        retrofit.main()
-        return capsys.readouterr().out
+    def run(*others):
+        argv = flags(place, tmp_path, "--variants", "control,cross-k-gated", *others)
+        return done(retrofit.main, *argv)
 
     run("--parts", "loss,scores,text", "--lrs", "1e-3,1e-2")
     shown = run("--parts", "answers", "--lrs", "1e-3", "--variants", "control")
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    lines = read_lines(tmp_path / "results.jsonl")
     assert [line["part"] for line in lines] == (
         ["loss"] * 2 + ["scores"] * 2 + ["text"] * 4 + ["answers"])
     *grid, control, gated = (line for line in lines if line["part"] == "text")
@@ -137,8 +127,6 @@ def test_every_part_ends_in_lines_and_none_is_made_twice(place, tmp_path, monkey
     monkeypatch.setattr(retrofit, "finetune", lambda *args: pytest.fail("run twice"))
     assert "cross-k-gated" in run("--show", "--steps", "9")
     assert run("--parts", "answers", "--lrs", "1e-3", "--variants", "control") == shown
-    other = lines[0] | dict(settings=lines[0]["settings"] | dict(pieces=5))
-    with open(tmp_path / "results.jsonl", "a") as file:
-        file.write(json.dumps(other) + "\n")
-    with pytest.raises(UserError, match="lines of several settings"):
-        run("--show")
+    append_line(tmp_path / "results.jsonl",
+                lines[0] | dict(settings=lines[0]["settings"] | dict(pieces=5)))
+    assert "lines of several settings" in refused(retrofit.main, *flags(place, tmp_path), "--show")

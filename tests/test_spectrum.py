@@ -3,32 +3,26 @@
 import json
 import math
 import os
-import sys
 
 import pytest
 import runs
 import spectrum
 import torch
+from test_compare import done, refused
 from test_induction import one_step
 
 from model import GPT, GPTConfig, attend
-from nanonexus.cli import run_script
 
 
-def test_effective_rank():
+def test_effective_rank_and_entropy_relative_to_uniform():
     assert spectrum.effective_rank(torch.ones(7)).item() == pytest.approx(7)
     assert spectrum.effective_rank(torch.tensor([3.0, 0, 0])).item() == pytest.approx(1)
-
-
-def test_entropy_is_relative_to_uniform():
-    uniform = torch.tril(torch.ones(6, 6)).double()
+    uniform, earlier = torch.ones(6, 6).double().tril(), torch.ones(6, 6).double().tril(-1)
     uniform /= uniform.sum(-1, keepdim=True)
-    assert spectrum.entropy(uniform).item() == pytest.approx(1)
-    assert spectrum.entropy(torch.eye(6).double()).item() == pytest.approx(0)
-    earlier = torch.tril(torch.ones(6, 6), -1).double()
     earlier[1:] /= earlier[1:].sum(-1, keepdim=True)
     assert spectrum.is_strict(earlier) and not spectrum.is_strict(uniform)
-    assert spectrum.entropy(earlier).item() == pytest.approx(1)
+    for weights, entropy in ((uniform, 1), (earlier, 1), (torch.eye(6).double(), 0)):
+        assert spectrum.entropy(weights).item() == pytest.approx(entropy)
 
 
 def test_token_shares():
@@ -40,15 +34,15 @@ def test_token_shares():
     assert own.item() == 0 and before.item() == pytest.approx(0.2)  # the second row has no choice
 
 
-@pytest.mark.parametrize("D", [16, 128])
-def test_at_the_start_a_wide_head_reads_mostly_itself(D):
-    own = [spectrum.at_start("self", 64, D, seed)[0] for seed in range(3)]
-    others = torch.arange(1, 64) * torch.exp(torch.tensor(0.08 - 0.4 * D**0.5))  # rows 2 to 64
-    assert sum(own) / 3 == pytest.approx((1 / (1 + others)).mean().item(), rel=0.15)
-    for inner in ("past", "cross"):
-        own, before = spectrum.at_start(inner, 64, D, 0)
-        even = sum(1 / t for t in range(2, 64)) / 62
-        assert own == 0 and before == pytest.approx(even, rel=0.4)
+def test_at_the_start_a_wide_head_reads_mostly_itself():
+    for D in (16, 128):
+        own = [spectrum.at_start("self", 64, D, seed)[0] for seed in range(3)]
+        others = torch.arange(1, 64) * torch.exp(torch.tensor(0.08 - 0.4 * D**0.5))  # rows 2 to 64
+        assert sum(own) / 3 == pytest.approx((1 / (1 + others)).mean().item(), rel=0.15)
+        for inner in ("past", "cross"):
+            own, before = spectrum.at_start(inner, 64, D, 0)
+            even = sum(1 / t for t in range(2, 64)) / 62
+            assert own == 0 and before == pytest.approx(even, rel=0.4)
 
 
 def test_maps_are_assigned_to_layers_loops_and_streams():
@@ -106,9 +100,8 @@ def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeyp
         refined = attend(k, k, k, seen[0][1])
         assert rows["cosine, k"][layer] == pytest.approx(
             torch.cosine_similarity(k, refined, dim=-1).mean().item())
-    assert rows["cosine, q"] == [None, None]
     assert rows["entropy, k"][1] == pytest.approx(1) and rows["entropy, k"][0] < 0.999999
-    assert rows["entropy, q"] == [None, None]
+    assert rows["cosine, q"] == rows["entropy, q"] == [None, None]
     own = sum(1 / t for t in range(2, 17)) / 15
     assert rows["own token, k"][1] == rows["token before, k"][1] == pytest.approx(own)
     both = [sum(rows[f"{name}, k"]) / 2 for name in ("own token", "token before")]
@@ -118,13 +111,10 @@ def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeyp
 
 
 @pytest.mark.usefixtures("plots")
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "compare", one_step)
-    monkeypatch.setattr(sys, "argv", [
-        spectrum.__file__, "--quick", "--seeds", "1", "--widths", "8,16", "--variants",
-        "baseline,past", "--out", str(tmp_path)])
-    spectrum.main()
-    printed = capsys.readouterr().out
+    printed = done(spectrum.main, "--quick", "--seeds", 1, "--widths", "8,16", "--variants",
+                   "baseline,past", "--out", tmp_path)
     results = json.loads((tmp_path / "spectrum.json").read_text())["results"]
     rows = results["trained"]["past"][0]["rows"]
     assert len(rows["cosine, q"]) == 2 and all(-1 <= c <= 1 for c in rows["cosine, q"])
@@ -133,13 +123,6 @@ def test_the_command(tmp_path, monkeypatch, capsys):
                  if (x["inner"], x["D"], x["T"]) == ("past", 16, 64)]
     assert f"{before:.3f} ±" in printed.split("trained, mean")[1]
     assert os.path.getsize(tmp_path / "spectrum.svg") > 1000
-
-
-@pytest.mark.parametrize("wrong", ["--runs nowhere", "--seeds 0", "--tol 1", "--contexts 4"])
-@pytest.mark.usefixtures("plots")
-def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["spectrum.py", "--contexts", "8", "--widths", "4", "--out",
-                                      str(tmp_path), *wrong.split()])
-    with pytest.raises(SystemExit) as end:
-        run_script(spectrum.main)
-    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    for wrong in ("--runs nowhere", "--seeds 0", "--tol 1", "--contexts 4"):
+        assert refused(spectrum.main, "--contexts", 8, "--widths", 4, "--out", tmp_path,
+                       *wrong.split())

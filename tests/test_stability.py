@@ -2,17 +2,21 @@
 
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
 import stability
 import torch
+from test_compare import done, refused
+from test_train import tokens  # noqa: F401
 
 import model
-from nanonexus.cli import run_script
 
 ARGS = SimpleNamespace(width=16, steps=4)
+
+
+ROPE = torch.ones(8, 2), torch.zeros(8, 2)  # nothing is rotated
+CTX = model.AttnContext(0, "sdpa", ROPE, None, None, None, None)
 
 
 def batches(seed, step):
@@ -31,10 +35,8 @@ def test_forms_part_at_order_3():
 def test_free_is_its_formula():
     attention = stability.build(3, "free", 1, ARGS, 0).blocks[0].attn
     q, k = torch.randn(2, 2, 4, 8, 4)  # (B, H, T, D) each
-    rope = torch.ones(8, 2), torch.zeros(8, 2)  # nothing is rotated
-    ctx = model.AttnContext(0, "sdpa", rope, None, None, None, None)
     causal = torch.full((8, 8), -math.inf).triu(1)
-    for h, got in zip((q, k), attention.refine(None, q, k, None, ctx), strict=True):
+    for h, got in zip((q, k), attention.refine(None, q, k, None, CTX), strict=True):
         for _ in range(2):
             h = (h @ h.mT / 2 + causal).softmax(-1) @ h
         torch.testing.assert_close(got, h)
@@ -68,17 +70,13 @@ def test_gradients_and_logits_are_the_modules():
     assert 3 < stability.largest_logit(gpt, batches(0, 0)[0]) / before < 5  # about 2 x 2
 
 
-@pytest.mark.parametrize("strict, largest", [(False, 50), (True, 10)])
-def test_the_largest_logit_is_one_that_a_softmax_sees(strict, largest):
-    rope = torch.ones(4, 2), torch.zeros(4, 2)  # nothing is rotated
-    ctx = model.AttnContext(0, "sdpa", rope, None, None, None, None)
-    scores = 100 * torch.ones(4, 4).triu(1) + 50 * torch.eye(4) - 10 * torch.ones(4, 4).tril(-1)
-    q, k = 2 * torch.eye(4)[None, None], scores.T.clone()[None, None]  # sqrt(D) is 2
-
-    def gpt(idx):
-        return model.attend(q, k, k, ctx, strict=strict)
-
-    assert stability.largest_logit(gpt, None) == largest
+def test_the_largest_logit_is_one_that_a_softmax_sees():
+    scores = 100 * torch.ones(8, 8).triu(1) + 50 * torch.eye(8) - 10 * torch.ones(8, 8).tril(-1)
+    q, k = torch.eye(8)[None, None], 8**0.5 * scores.T[None, None]
+    ctx = CTX._replace(rope=(torch.ones(8, 4), torch.zeros(8, 4)))
+    for strict, largest in ((False, 50), (True, 10)):
+        assert stability.largest_logit(lambda idx, strict=strict: model.attend(
+            q, k, k, ctx, strict=strict), None) == pytest.approx(largest)
 
 
 def test_divergence_is_seen():
@@ -88,20 +86,16 @@ def test_divergence_is_seen():
 
 
 @pytest.mark.usefixtures("plots")
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, tokens, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(stability, "pydocs", lambda folder: tokens)
     argv = "--orders 1,3 --depths 1 --lrs 1e-2 --steps 3 --seeds 2 --width 16".split()
-    monkeypatch.setattr(sys, "argv", ["stability.py", *argv, "--out", str(tmp_path)])
-    run_script(stability.main)
-    out = capsys.readouterr().out
+    out = done(stability.main, *argv, "--out", tmp_path)
     runs = json.loads((tmp_path / "stability.json").read_text())["results"]["training"]
     assert runs["free 1 depth 1 lr 0.01"] == runs["self 1 depth 1 lr 0.01"]
     loss = sum(run["loss"] for run in runs["free 3 depth 1 lr 0.01"]) / 2
     assert f"{loss:.3f} ±" in out and (tmp_path / "stability.svg").exists()
 
 
-@pytest.mark.parametrize("wrong", ["--orders 2", "--steps 0", "--lrs nan"])
-def test_wrong_flags_are_one_line(wrong, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["stability.py", *wrong.split()])
-    with pytest.raises(SystemExit) as end:
-        run_script(stability.main)
-    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+def test_wrong_flags_are_one_line():
+    for wrong in ("--orders 2", "--steps 0", "--lrs nan"):
+        assert wrong.split()[0] in refused(stability.main, *wrong.split())
