@@ -1,6 +1,7 @@
 """A checkpoint comes back as it was; a damaged, foreign or hostile file is refused in one line."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import torch
@@ -46,89 +47,85 @@ def test_checkpoint_round_trip_with_overrides(tmp_path):
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_comes_back_as_itself(tmp_path, name):
+def test_a_control_comes_back_as_itself(change, tmp_path, name):
     """Also one without weights of its own, and never as the plain baseline."""
     gpt = save(tmp_path / "c.pt", control=name, nexus_order=1 + replaces_loops(name))
     loaded, _ = load_checkpoint(tmp_path / "c.pt")
     idx = torch.randint(61, (1, 9))
     assert torch.equal(loaded(idx), gpt(idx)) and type(loaded.blocks[0]) is type(gpt.blocks[0])
-    saved = torch.load(tmp_path / "c.pt", weights_only=True)
-    saved["config"]["control"] = ""
-    torch.save(saved, tmp_path / "d.pt")
     with pytest.raises(ModelError, match="logits differ by|the weight .* (is|has no)"):
+        load_checkpoint(change(config=asdict(gpt.config) | dict(control="")))
+
+
+def normed(self, x, parts="qkv", project=CausalSelfAttention.project):
+    return [torch.nn.functional.rms_norm(s, s.shape[-1:]) if n in "qk" else s
+            for n, s in zip(parts, project(self, x, parts), strict=True)]
+
+
+def local(q, k, v, ctx, *args, attend=ours.attend):  # which only a long sequence meets
+    mask = torch.ones(24, 24, dtype=torch.bool).tril()
+    mask, past = mask & ~mask.tril(-20), 0 if ctx.cache is None else ctx.cache.past
+    return attend(q, k, v, ctx._replace(mask=mask[past:past + q.size(2), :past + q.size(2)]), *args)
+
+
+def absolute(q, k, v, ctx, *args, attend=ours.attend):
+    return attend(q + torch.arange(q.size(2))[:, None] / 10, k, v, ctx, *args)
+
+
+@pytest.mark.parametrize("edit", [
+    (ours, "attend", local), (ours, "attend", partial(ours.attend, strict=True)),
+    (checkpoint, "output_layer", lambda h, w: 30 * torch.tanh(ours.output_layer(h, w) / 30)),
+    (CausalSelfAttention, "project", normed), (ours, "attend", absolute)],
+    ids=["a window", "another mask", "a soft-cap", "QK-norm", "positions from 0 after a cache"])
+def test_a_model_py_that_was_changed_without_a_new_weight_is_refused(tmp_path, monkeypatch, edit):
+    save(tmp_path / "c.pt")
+    load_checkpoint(tmp_path / "c.pt")
+    monkeypatch.setattr(*edit)
+    if edit[2] is absolute:  # and no checkpoint of it can be made
+        with pytest.raises(ModelError, match="logits with a cache differ by"):
+            load_checkpoint(tmp_path / "c.pt")
+    else:
+        with pytest.raises(ModelError, match="model.py has changed since: its logits differ"):
+            load_checkpoint(tmp_path / "c.pt")
+        save(tmp_path / "d.pt")  # and its own is taken
         load_checkpoint(tmp_path / "d.pt")
 
 
-def edits():
-    """Changes of model.py that add no weight: {what: (object, attribute, new value)}."""
-    layer, attend, project = ours.output_layer, ours.attend, CausalSelfAttention.project
+@pytest.fixture
+def change(tmp_path):
+    """change(lost=..., part=...): the path of a copy of c.pt with other parts, one lost."""
+    def change(lost=None, **parts):
+        saved = torch.load(tmp_path / "c.pt", weights_only=True) | parts
+        saved.pop(lost, None)
+        torch.save(saved, tmp_path / "d.pt")
+        return tmp_path / "d.pt"
 
-    def normed(self, x, parts="qkv"):
-        return [torch.nn.functional.rms_norm(s, s.shape[-1:]) if n in "qk" else s
-                for n, s in zip(parts, project(self, x, parts), strict=True)]
-
-    def local(q, k, v, ctx, name="outer", strict=False):  # which only a long sequence meets
-        mask = torch.ones(24, 24, dtype=torch.bool).tril()
-        mask, past = mask & ~mask.tril(-20), 0 if ctx.cache is None else ctx.cache.past
-        return attend(q, k, v, ctx._replace(
-            mask=mask[past:past + q.size(2), :past + q.size(2)]), name, strict)
-
-    return {
-        "a window": (ours, "attend", local), "a soft-cap of 30": (checkpoint, "output_layer",
-                             lambda h, w: 30 * torch.tanh(layer(h, w) / 30)),
-        "another mask": (ours, "attend", lambda *args, **kwargs: attend(
-            *args, **kwargs | dict(strict=True))),
-        "QK-norm": (CausalSelfAttention, "project", normed)}
+    return change
 
 
-def test_a_changed_model_is_refused(tmp_path, monkeypatch):
-    save(tmp_path / "c.pt")
-    for edit in edits().values():
-        load_checkpoint(tmp_path / "c.pt")
-        with monkeypatch.context() as patch:
-            patch.setattr(*edit)
-            with pytest.raises(ModelError, match="model.py has changed since: its logits differ"):
-                load_checkpoint(tmp_path / "c.pt")
-            save(tmp_path / "d.pt")  # and its own is taken
-            load_checkpoint(tmp_path / "d.pt")
-
-
-def test_positions_that_begin_again_with_a_cache_are_refused(tmp_path, monkeypatch):
-    save(tmp_path / "c.pt")
-
-    def absolute(q, k, v, ctx, name="outer", strict=False, attend=ours.attend):
-        return attend(q + torch.arange(q.size(2))[:, None] / 10, k, v, ctx, name, strict)
-
-    monkeypatch.setattr(ours, "attend", absolute)
-    with pytest.raises(ModelError, match="logits with a cache differ by"):
-        load_checkpoint(tmp_path / "c.pt")
-
-
-def test_a_field_that_the_file_lacks_must_have_had_its_default(tmp_path):
-    save(tmp_path / "c.pt", nexus_order=2, nexus_inner="past")
-    saved = torch.load(tmp_path / "c.pt", weights_only=True)
-    for lost, fine in (("gelu", True), ("nexus_inner", False)):
-        config = {key: value for key, value in saved["config"].items() if key != lost}
-        torch.save(saved | dict(config=config), tmp_path / "d.pt")
-        if fine:
-            load_checkpoint(tmp_path / "d.pt")
-        else:
-            with pytest.raises(ModelError, match="logits differ .* knows nothing of nexus_inner"):
-                load_checkpoint(tmp_path / "d.pt")
-
-
-def test_the_first_format_loads_with_a_note_and_a_later_one_does_not(tmp_path, capsys):
-    gpt = make(nexus_order=2, nexus_inner="self")
-    config = {key: value for key, value in vars(gpt.config).items()
-              if key not in ("nexus_inner", "control")} | dict(checkpoint_attention=False)
-    old = dict(model=gpt.state_dict(), config=config, step=3, tokenizer="bytes")
-    torch.save(old, tmp_path / "old.pt")
-    loaded, meta = load_checkpoint(tmp_path / "old.pt")
-    assert loaded.config == gpt.config and meta["step"] == 3
+def test_earlier_formats_load_and_a_later_one_does_not(change, tmp_path, capsys):
+    gpt = save(tmp_path / "c.pt", nexus_order=2, nexus_inner="past")
+    config = asdict(gpt.config)
+    load_checkpoint(change(config={k: v for k, v in config.items() if k != "gelu"}))
+    config.pop("nexus_inner")  # whose default it did not have
+    with pytest.raises(ModelError, match="logits differ .* knows nothing of nexus_inner"):
+        load_checkpoint(change(config=config))
+    config.pop("control")
+    path = change("probe", config=config | dict(checkpoint_attention=False), format=1)
+    loaded, meta = load_checkpoint(path)
+    assert loaded.config == replace(gpt.config, nexus_inner="self") and meta["step"] == 3
     assert "written by an earlier version" in capsys.readouterr().err
-    torch.save(old | dict(format=3), tmp_path / "new.pt")
     with pytest.raises(ModelError, match="has the format 3, written by a later version"):
-        load_checkpoint(tmp_path / "new.pt")
+        load_checkpoint(change(format=3))
+
+
+@pytest.mark.parametrize("inner", ["separate", "tokens"])
+def test_readings_that_were_controls_are_still_read(change, inner, tmp_path):
+    gpt = save(tmp_path / "c.pt", nexus_order=2, nexus_inner=inner)
+    old = asdict(gpt.config) | dict(control=inner, nexus_inner="cross")  # as they were called
+    model, meta = load_checkpoint(change(config=old, args=dict(control=inner, lr=1.0)))
+    assert model.config == gpt.config
+    assert meta["args"] == dict(control="", nexus_inner=inner, lr=1.0)
 
 
 class Evil:
@@ -136,17 +133,16 @@ class Evil:
         return (open, ("evil.txt", "w"))
 
 
-def test_bad_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch):
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save("good.pt")
     whole = (tmp_path / "good.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
-    (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "text.pt").write_text("hello")
+    for name, content in (("cut.pt", whole[:len(whole) // 2]), ("text.pt", b"hello")):
+        (tmp_path / name).write_bytes(content)
     torch.save(Evil(), "evil.pt")
     torch.save({"weights": torch.zeros(3)}, "other.pt")
     for path, message in (("none.pt", "no checkpoint at"), ("cut.pt", "damaged"),
-                          ("empty.pt", "damaged"), ("text.pt", "damaged"), ("evil.pt", "damaged"),
+                          ("text.pt", "damaged"), ("evil.pt", "damaged"),
                           ("other.pt", "not written by train.py")):
         with pytest.raises(ModelError, match=message) as caught:
             load_checkpoint(path)
@@ -154,40 +150,25 @@ def test_bad_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "evil.txt").exists()
 
 
-
-def test_a_part_of_another_kind_is_refused(tmp_path):
-    save(tmp_path / "c.pt")
-    saved = torch.load(tmp_path / "c.pt", weights_only=True)
-    for change in (*({part: wrong} for part in PARTS for wrong in (None, [None], torch.zeros(2))
-                     if not isinstance(wrong, PARTS[part])), dict(model=dict(x=1)), dict(format=3),
-                   dict(probe=torch.zeros(2)), dict(config={"vocab_size": 10**400}),
-                   dict(config={1: 1})):
-        torch.save(saved | change, tmp_path / "d.pt")
-        with pytest.raises(ModelError, match="d.pt|more than a trillion"):
-            load_checkpoint(tmp_path / "d.pt")
-    del saved["probe"]
-    torch.save(saved, tmp_path / "d.pt")
-    with pytest.raises(ModelError, match="lacks the logits"):
-        load_checkpoint(tmp_path / "d.pt")
-
-
-def test_weights_that_do_not_fit_the_config_are_named(tmp_path):
-    save(tmp_path / "c.pt")
+def test_parts_that_are_wrong_or_do_not_fit_are_named(change, tmp_path):
+    gpt = save(tmp_path / "c.pt")
+    model, config = gpt.state_dict(), asdict(gpt.config)
+    short = {name: w for name, w in model.items() if name != "norm.bias"}
+    for parts, message in [
+            *(({part: wrong}, f"damaged: its {part} is a") for part in PARTS
+              for wrong in ([None], torch.zeros(2)) if not isinstance(wrong, PARTS[part])),
+            (dict(lost="probe"), "lacks the logits"), (dict(probe=torch.zeros(2)), "differ by inf"),
+            (dict(model=dict(x=1)), "is missing"), (dict(model=short), "norm.bias is missing"),
+            (dict(model=model | dict(extra=torch.zeros(1))), "extra has no place"),
+            (dict(config=config | dict(vocab_size=10**400)), "more than a trillion"),
+            (dict(config={1: 1}), "that is not ours"),
+            (dict(config=config | dict(n_expert=8)), "that is not ours.*n_expert")]:
+        with pytest.raises(ModelError, match=message):
+            load_checkpoint(change(**parts))
     with pytest.raises(ModelError, match=r"embed.weight is \(61, 32\), not \(62, 32\)"):
         load_checkpoint(tmp_path / "c.pt", vocab_size=62)
     with pytest.raises(ModelError, match="no control 'shift': choose from key-shift"):
         load_checkpoint(tmp_path / "c.pt", control="shift")
-    saved = torch.load(tmp_path / "c.pt", weights_only=True)
-    for change in (lambda w: w.update(extra=torch.zeros(1)), lambda w: w.pop("norm.bias")):
-        weights = dict(saved["model"])
-        change(weights)
-        torch.save(saved | dict(model=weights), tmp_path / "d.pt")
-        with pytest.raises(ModelError, match="(extra has no place|norm.bias is missing)"):
-            load_checkpoint(tmp_path / "d.pt")
-    saved["config"]["n_expert"] = 8
-    torch.save(saved, tmp_path / "c.pt")
-    with pytest.raises(ModelError, match="a config that is not ours.*n_expert"):
-        load_checkpoint(tmp_path / "c.pt")
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -199,14 +180,3 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert (tmp_path / "c.pt").read_bytes() == before
     with pytest.raises(UserError, match="there is none yet"):
         save(tmp_path / "no-folder/c.pt")
-
-
-@pytest.mark.parametrize("inner", ["separate", "tokens"])
-def test_readings_that_were_controls_are_still_read(inner, tmp_path):
-    save(tmp_path / "c.pt", nexus_order=2, nexus_inner=inner)
-    saved = torch.load(tmp_path / "c.pt", weights_only=True)
-    saved["config"] |= dict(control=inner, nexus_inner="cross")  # as they were called
-    torch.save(saved | dict(args=dict(control=inner, lr=1.0)), tmp_path / "c.pt")
-    model, meta = load_checkpoint(tmp_path / "c.pt")
-    assert (model.config.nexus_inner, model.config.control) == (inner, "")
-    assert meta["args"] == dict(control="", nexus_inner=inner, lr=1.0)

@@ -12,15 +12,19 @@ LAZY = {"accelerate", "datasets", "huggingface_hub", "jinja2", "lm_eval", "matpl
         "transformers", "wandb"}
 
 
-def sources():
-    """{module: path} of model.py, nanonexus, the scripts and the experiments."""
-    found = {}
-    for folder in (".", "nanonexus", "experiments"):
-        for path in glob.glob(os.path.join(ROOT, folder, "*.py")):
-            name = os.path.splitext(os.path.basename(path))[0]
-            prefix = "" if folder == "." else folder + "."
-            found[(prefix + name).removesuffix(".__init__")] = path
-    return found
+PATHS = [path for folder in (".", "nanonexus", "experiments")
+         for path in glob.glob(os.path.join(ROOT, folder, "*.py"))]
+
+
+def module(path):
+    """The name under which a file is imported."""
+    name = os.path.relpath(path, ROOT).removesuffix(".py").replace(os.sep, ".")
+    return name.removesuffix(".__init__")
+
+
+def tree(path):
+    with open(path, encoding="utf-8") as f:
+        return ast.parse(f.read())
 
 
 def imports(path):
@@ -39,34 +43,34 @@ def imports(path):
             (inner if within else top).update(names)
             walk(child, within or isinstance(child, ast.FunctionDef))
 
-    with open(path, encoding="utf-8") as f:
-        walk(ast.parse(f.read()), False)
+    walk(tree(path), False)
     return top, inner
+
+
+IMPORTS = {module(path): imports(path) for path in PATHS}  # of model, nanonexus, scripts, studies
+
+
+def first(names):
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names
 
 
 def arrows():
     """{module: modules of ours that it imports}; experiments know each other by bare names."""
-    modules, result = sources(), {}
-    for name, path in modules.items():
-        top, inner = imports(path)
+    result = {}
+    for name, found in IMPORTS.items():
         beside = "experiments." if name.startswith("experiments.") else ""
-        ours = {n if n in modules else beside + n for n in top | inner}
-        result[name] = {n for n in ours if n in modules}
+        ours = {n if n in IMPORTS else beside + n for n in set().union(*found)}
+        result[name] = ours & IMPORTS.keys()
     return result
 
 
-def test_arrows_point_from_scripts_to_nanonexus_to_the_model():
-    found = arrows()
+def test_arrows_point_from_scripts_to_nanonexus_to_the_model_without_circles():
+    found, done = arrows(), set()
     assert len(found) > 25 and "model" in found["nanonexus.checkpoint"]  # the walk sees something
     for name, targets in found.items():
-        for target in targets:
-            if name == "model" or name.startswith("nanonexus"):
-                assert target == "model" or target.startswith("nanonexus"), (name, target)
-            assert name != "model", target
-
-
-def test_no_circle():
-    found, done = arrows(), set()
+        if name == "model" or name.startswith("nanonexus"):
+            assert all(n == "model" or n.startswith("nanonexus") for n in targets), (name, targets)
+    assert not found["model"]
 
     def visit(name, path):
         assert name not in path, " -> ".join([*path[path.index(name):], name])
@@ -77,69 +81,52 @@ def test_no_circle():
 
     for name in found:
         visit(name, [])
-    assert done == found.keys()
 
 
-def test_model_needs_torch_alone():
-    top, inner = imports(os.path.join(ROOT, "model.py"))
-    assert {name.split(".")[0] for name in top | inner} <= {"torch", *sys.stdlib_module_names}
-
-
-def test_only_optional_packages_are_imported_inside_functions():
-    for name, path in sources().items():
-        inner = {n.split(".")[0] for n in imports(path)[1]}
-        assert inner - {"torch"} <= LAZY | {"fcntl", "pydoc_data"}, (name, inner)
-
-
-def test_training_needs_torch_and_numpy_alone():
-    wanted, seen = ["train"], set()
+def test_the_model_needs_torch_alone_and_training_numpy_besides():
+    assert first(set().union(*IMPORTS["model"])) == {"torch"}
+    found, wanted, seen = arrows(), ["train"], set()
     while wanted:
         name = wanted.pop()
         if name not in seen:
             seen.add(name)
-            wanted += arrows()[name]
-    packages = {n.split(".")[0] for name in seen for n in imports(sources()[name])[0]}
-    assert packages - set(sys.stdlib_module_names) <= {"torch", "numpy", "model", "nanonexus"}
+            wanted += found[name]
+    packages = set().union(*(first(IMPORTS[name][0]) for name in seen))
+    assert {"torch", "numpy"} == packages - {"model", "nanonexus"}
 
 
-def test_nothing_runs_text_as_code():
-    """No eval, exec or compile of text, no pickle, no trust_remote_code."""
-    for path in sources().values():
-        with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in ("eval", "exec", "compile", "__import__"), path
+def test_only_optional_packages_are_imported_inside_functions():
+    for name, (_, inner) in IMPORTS.items():
+        inner = {n.split(".")[0] for n in inner}
+        assert inner <= LAZY | {"torch", "fcntl", "pydoc_data"}, (name, inner)
+
+
+def test_nothing_runs_text_as_code_and_text_is_utf8_on_every_system():
+    """No eval, exec or compile of text, no pickle, no trust_remote_code; and no open() without an
+    encoding, which reads and writes text as the system's locale says."""
+    opened = 0
+    for path in PATHS:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call):
+                called = getattr(node.func, "id", None)
+                assert called not in ("eval", "exec", "compile", "__import__"), path
+                if called == "open":
+                    opened += 1
+                    mode = ast.unparse(node.args[1]) if len(node.args) > 1 else "r"
+                    assert "b" in mode or any(k.arg == "encoding" for k in node.keywords) or \
+                        "devnull" in ast.unparse(node), (path, node.lineno)
             if isinstance(node, ast.keyword):
                 assert node.arg not in ("trust_remote_code", "shell"), path
                 assert node.arg != "weights_only" or node.value.value is True, path
-        top, inner = imports(path)
-        assert not {"pickle", "marshal", "shelve", "dill"} & (top | inner), path
+        names = set().union(*IMPORTS[module(path)])
+        assert not {"pickle", "marshal", "shelve", "dill"} & names, path
+    assert opened > 20
 
 
-def test_text_is_utf8_on_every_system():
-    """Without an encoding, open() reads and writes text as the system's locale says."""
-    found = 0
-    for path in sources().values():
+def test_no_file_is_long():
+    for path in [*PATHS, *glob.glob(os.path.join(ROOT, "tests", "*.py"))]:
         with open(path, encoding="utf-8") as f:
-            tree = ast.parse(f.read())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "open":
-                mode = ast.unparse(node.args[1]) if len(node.args) > 1 else "r"
-                found += 1
-                assert "b" in mode or any(k.arg == "encoding" for k in node.keywords) or \
-                    "devnull" in ast.unparse(node), (path, node.lineno)
-    assert found > 20
-
-
-def test_no_two_modules_have_one_name_and_no_file_is_long():
-    modules = sources()
-    assert len(set(modules)) == len(modules)
-    paths = list(modules.values()) + glob.glob(os.path.join(ROOT, "tests", "*.py"))
-    for path in paths:
-        with open(path, encoding="utf-8") as f:
-            lines = len(f.readlines())
-        assert lines <= (350 if modules.get("model") == path else 400), path
+            assert len(f.readlines()) <= (350 if module(path) == "model" else 400), path
 
 
 def test_a_model_py_of_the_users_own_is_named(tmp_path):

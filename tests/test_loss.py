@@ -9,46 +9,41 @@ import torch.nn.functional as F
 from cost import tracked_memory
 
 import model as ours
-from model import GPT, GPTConfig, SumCrossEntropy
+from model import GPT, SumCrossEntropy
 from nanonexus.flags import preset_config
 from nanonexus.generate import KVCache
 
-
-@pytest.fixture(params=[1, 3, 10**6], ids=["a row", "some rows", "all rows"])
-def rows(request):
-    return request.param
+ROWS = pytest.mark.parametrize("rows", [1, 3, 10**6])
 
 
 def problem(dtype=torch.float64, N=8, C=5, V=11):
+    """(what SumCrossEntropy takes after `learn` and `rows`, their sum of cross-entropies)"""
     torch.manual_seed(0)
-    h, w = torch.randn(N, C, dtype=dtype), torch.randn(V, C, dtype=dtype)
+    h, w = (torch.randn(n, C, dtype=dtype, requires_grad=True) for n in (N, V))
     targets = torch.randint(V, (N,))
     targets[2] = targets[7] = -1
-    return h.requires_grad_(), w.requires_grad_(), targets
+    return (targets, h, w), F.cross_entropy(h @ w.T, targets, ignore_index=-1, reduction="sum")
 
 
+@ROWS
 def test_equals_cross_entropy_in_value_and_gradients(rows):
-    h, w, targets = problem()
-    mine = SumCrossEntropy.apply(True, rows, targets, h, w)
-    theirs = F.cross_entropy(h @ w.T, targets, ignore_index=-1, reduction="sum")
-    torch.testing.assert_close(mine, theirs)
-    torch.testing.assert_close(SumCrossEntropy.apply(False, rows, targets, h, w), theirs)
-    for a, b in zip(torch.autograd.grad(3 * mine, [h, w]),
-                    torch.autograd.grad(3 * theirs, [h, w]), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-    mine = SumCrossEntropy.apply(True, rows, targets, h, w)
-    assert torch.autograd.grad(mine, h)[0][[2, 7]].abs().max() == 0  # ignored rows
+    given, want = problem()
+    got, alone = (SumCrossEntropy.apply(learn, rows, *given) for learn in (True, False))
+    torch.testing.assert_close((got, alone), (want, want))
+    grads = [torch.autograd.grad(3 * loss, given[1:]) for loss in (got, want)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+    assert grads[0][0][[2, 7]].abs().max() == 0  # ignored rows
 
 
+@ROWS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_products_float32_sums(rows, dtype):
-    h, w, targets = problem(torch.float32, N=64, C=32)
-    exact = F.cross_entropy(h @ w.T, targets, ignore_index=-1)
+    given, exact = problem(torch.float32, N=64, C=32)
     with torch.autocast("cpu", dtype):
-        rounded = SumCrossEntropy.apply(True, rows, targets, h, w) / (targets >= 0).sum()
+        rounded = SumCrossEntropy.apply(True, rows, *given)
     assert rounded.dtype == torch.float32 and 0 < abs(rounded - exact) < 0.02 * exact
-    for a, b in zip(torch.autograd.grad(rounded, [h, w]), torch.autograd.grad(exact, [h, w]),
-                    strict=True):
+    grads = [torch.autograd.grad(loss, given[1:]) for loss in (rounded, exact)]
+    for a, b in zip(*grads, strict=True):
         assert a.dtype == torch.float32 and (a - b).norm() < 0.02 * b.norm()
 
 
@@ -104,33 +99,22 @@ def capped(h, weight, scale):
     return 2 * torch.tanh(scale * F.linear(h, weight) / 2)
 
 
-@pytest.fixture
-def student(monkeypatch):
-    """(the model with a learned scale and a cap, the plain one with the same weights)"""
+def test_a_learned_scale_and_a_cap_reach_everything(monkeypatch):
     torch.manual_seed(0)
-    config = GPTConfig(vocab_size=11, block_size=16, n_layer=1, n_head=2, n_embd=16)
-    plain, changed = GPT(config).double(), Scaled(config).double()
-    for p in plain.parameters():
+    gpt = Scaled(preset_config("tiny", n_layer=1, n_embd=16, block_size=16)).double()
+    for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.5)
-    changed.load_state_dict(plain.state_dict(), strict=False)
-    idx = torch.randint(11, (3, 16))
-    with torch.no_grad():
-        logits, h = plain(idx), plain.hidden_states(idx)
+    idx, gpt.scale.data[...] = torch.randint(320, (3, 16)), 1.7
+    want = 2 * torch.tanh(gpt.scale * gpt.hidden_states(idx) @ gpt.head.weight.T / 2)
     monkeypatch.setattr(ours, "output_layer", capped)
-    return changed, idx, logits, h
-
-
-def test_a_learned_scale_and_a_cap_reach_everything(student):
-    gpt, idx, before, _ = student
-    want = 2 * torch.tanh(1.7 * before / 2)
     torch.testing.assert_close(gpt(idx), want)  # scoring, and sampling without a cache
-    with torch.no_grad():
-        torch.testing.assert_close(gpt(idx, idx), F.cross_entropy(want.mT, idx))  # validation
-        cache = KVCache(16)
-        parts = [gpt(part, cache=cache) for part in idx.split([5, 11], 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), want)  # sampling with one
-    mine, theirs = gpt(idx, idx), F.cross_entropy(gpt(idx).mT, idx)  # training
+    mine, theirs = gpt(idx, idx), F.cross_entropy(want.mT, idx)  # training
     grads = [torch.autograd.grad(loss, list(gpt.parameters())) for loss in (mine, theirs)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert dict(zip(dict(gpt.named_parameters()), grads[0], strict=True))["scale"].abs() > 1e-3
+    with torch.no_grad():
+        torch.testing.assert_close(gpt(idx, idx), theirs)  # validation
+        cache = KVCache(16)
+        parts = [gpt(part, cache=cache) for part in idx.split([5, 11], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), want)  # sampling with one

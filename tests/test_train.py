@@ -1,6 +1,5 @@
 """Resume is exact, and a user's mistakes are reported in one line before the work."""
 
-import argparse
 import json
 import math
 import os
@@ -9,8 +8,8 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,7 +19,7 @@ from model import GPT, ModelError
 from nanonexus import data
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import UserError, run_script
-from nanonexus.flags import build_parser, parse_args, preset_config
+from nanonexus.flags import build_parser, parse_args, preset_config, split_batch
 from nanonexus.log import Log
 
 ROOT = os.path.dirname(os.path.abspath(train.__file__))
@@ -75,53 +74,38 @@ def weights(out):
 
 
 def same(a, b):
-    """Whether two nested dicts and lists of tensors and values are bit for bit the same."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+    """Whether nested dicts and lists of tensors and values are bit for bit the same: raises else"""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    return True
 
 
 def test_n_plus_m_steps_are_n_stop_resume_m(tokens, tmp_path):
-    """Whatever a killed run has logged after its checkpoint; and a finished run is left alone."""
-    flags = ["--dropout", "0.2", "--nexus_order", "3"]
+    """Whatever a killed run has logged after its checkpoint, and whatever was logged or validated
+    only because a run ended there; and a finished run is left alone."""
+    flags = ["--dropout", "0.2", "--nexus_order", "3", "--log_interval", "2"]
     whole = run(tokens, tmp_path / "whole", "--max_steps", 8, *flags)
-    run(tokens, tmp_path / "parts", "--max_steps", 5, "--decay_steps", 8, *flags)
+    run(tokens, tmp_path / "parts", "--max_steps", 4, "--decay_steps", 8, *flags)
+    run(tokens, tmp_path / "parts", "--max_steps", 5, "--resume", *flags)
     with open(tmp_path / "parts/log.jsonl", "a") as f:  # killed at step 6, in mid-line
         f.write(json.dumps(dict(step=6, train_loss=9.9)) + '\n{"step": 7, "tra')
     for _ in range(2):
-        parts = run(tokens, tmp_path / "parts", "--max_steps", 8, "--resume")
+        parts = run(tokens, tmp_path / "parts", "--max_steps", 8, "--resume", *flags)
         assert numbers(parts) == numbers(whole)
-    assert [event["step"] for event in whole] == list(range(9)) and whole[-1]["val_loss"]
+    assert [event["step"] for event in whole] == [0, 2, 3, 4, 6, 8] and whole[-1]["val_loss"]
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(same(a[key], b[key]) for key in ("model", "optimizers", "scaler"))
 
 
-def test_other_intervals_from_now_on_leave_the_log_as_it_is(tokens, tmp_path):
-    first = run(tokens, tmp_path, "--max_steps", 4, "--decay_steps", 8)
-    then = run(tokens, tmp_path, "--resume", "--max_steps", 8, "--log_interval", 8,
-               "--eval_interval", 8)
-    assert numbers(then[:4]) == numbers(first[:4])  # steps 0 to 3
-    assert [event["step"] for event in then] == [0, 1, 2, 3, 4, 8]
-    assert first[4]["val_loss"] and then[4]["val_loss"] is None  # it was validated as the last
-
-
-def test_same_seed_same_run_and_it_learns(tokens, tmp_path):
-    logs = [run(tokens, tmp_path / str(i), "--decay_steps", 60, "--lr", 1e-2, *flags.split())
-            for i, flags in enumerate(("--max_steps 60", "--max_steps 3 --deterministic",
-                                       "--max_steps 3 --seed 1"))]
-    assert numbers(logs[0][:4]) == numbers(logs[1]) != numbers(logs[2])
-    assert logs[0][0]["val_loss"] == pytest.approx(math.log(320), abs=0.3)
-    assert logs[0][-1]["val_loss"] < 3.3  # bytes of English, from 5.8
-
-
-def test_validation_has_no_dropout(tokens, tmp_path):
-    logs = [run(tokens, tmp_path / p, "--max_steps", 1, "--dropout", p) for p in ("0.0", "0.5")]
-    assert logs[0][0]["val_loss"] == logs[1][0]["val_loss"]
-    assert logs[0][1]["train_loss"] != logs[1][1]["train_loss"]
+def test_same_seed_same_run_which_learns_and_is_validated_without_dropout(tokens, tmp_path):
+    whole, again, *others = (
+        run(tokens, tmp_path / str(i), "--decay_steps", 60, "--lr", 1e-2, *flags.split())
+        for i, flags in enumerate(("--max_steps 60", "--max_steps 3 --deterministic",
+                                   "--max_steps 1 --seed 1", "--max_steps 1 --dropout 0.5")))
+    assert numbers(whole[:4]) == numbers(again)
+    assert [other[0]["val_loss"] == whole[0]["val_loss"] for other in others] == [False, True]
+    assert all(other[1]["train_loss"] != whole[1]["train_loss"] for other in others)
+    assert whole[0]["val_loss"] == pytest.approx(math.log(320), abs=0.3)
+    assert whole[-1]["val_loss"] < 3.3  # bytes of English, from 5.8
 
 
 def test_micro_batches_do_not_change_the_result(tokens, tmp_path):
@@ -143,20 +127,9 @@ def test_learning_rate_schedule():
 def test_decay_only_on_matrices():
     model = GPT(preset_config("tiny"))
     optimizer, = train.make_optimizers(model, build_parser("").parse_args(["--weight_decay", "1"]))
-    decayed, other = optimizer.param_groups
-    assert decayed["weight_decay"] == 1 and other["weight_decay"] == 0
-    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in other["params"]} == {1}
-    assert sum(len(g["params"]) for g in (decayed, other)) == len(list(model.parameters()))
-
-
-def test_the_checkpoint_has_the_model_of_the_flags(tokens, tmp_path):
-    run(tokens, tmp_path, "--max_steps", 1, "--nexus_order", 3, "--nexus_streams", "k",
-        "--nexus_inner", "shared", "--parallel_residual", "--rotary_pct", "0.5")
-    model, meta = load_checkpoint(tmp_path / "ckpt.pt")
-    c = model.config
-    assert (c.nexus_order, c.nexus_streams, c.nexus_inner) == (3, "k", "shared")
-    assert c.parallel_residual and c.rotary_pct == 0.5 and c.vocab_size == 320
-    assert meta["step"] == 1 and meta["tokens"] == 256 and meta["tokenizer"] == "bytes"
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups
+             for p in group["params"]}
+    assert decay == {id(p): float(p.dim() == 2) for p in model.parameters()}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no such signal to send")
@@ -200,39 +173,46 @@ def test_max_minutes_saves_and_stops(tokens, tmp_path, capsys):
     ("--batch_tokens 300", "multiple of block_size x processes x micro_batch = 128: use 256"),
     ("--dataset {}/pydoc", "no token set .*pydoc: use pydocs, or"),
     ("--dataset {}/my.txt", "--input .*my.txt --out tokens/my, then use --dataset tokens/my"),
-    ("--out {}/my.txt/out", "my.txt"), ("--max_steps 0", "max_steps"),
+    ("--dataset {}/flipped --verify", "does not have the sha256"),
+    ("--out {}/my.txt/out", "my.txt"), ("--max_steps 0", "max_steps"), ("--lr nan", "--lr"),
     ("--warmup_steps 8 --decay_steps 4", "8 ends after --decay_steps 4: lower it"),
-    ("--lr -1", "--lr"), ("--lr nan", "--lr"), ("--lr fast", "--lr"), ("--preset tinny", "tiny"),
     ("--control shift", "key-shift"), ("--nexus_inner own", "nexus_inner"), ("--n_head 3", "n_he"),
     ("--control near --nexus_order 1", "near needs nexus_order 2"),
     ("--control near --nexus_inner self", "near takes the place of --nexus_inner"),
     ("--doc_mask --control mean", "reaches across documents"),
     ("--vocab_size 100", "less than the token set's 320"), ("--attention flex", "use --attention"),
     ("--block_size 50000 --batch_tokens 200000", "fewer than one window"),
-    ("--resume", "no checkpoint at"), ("--grad_clip 0", "grad_clip"),
-    ("--log_intervall 3", "log_intervall")])
+    ("--resume", "no checkpoint at"), ("--log_intervall 3", "log_intervall")])
 def test_bad_flags_are_one_line(tokens, tmp_path, argv, message):
     (tmp_path / "my.txt").write_text("text")
+    with open(shutil.copytree(tokens, tmp_path / "flipped") / "train.bin", "r+b") as f:
+        f.write(b"~")
     with pytest.raises((UserError, ModelError), match=message) as caught:
         run(tokens, tmp_path / "run", *argv.format(tmp_path).split())
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run/ckpt.pt").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "run/ckpt.pt").exists()
     assert "flex" not in argv or not (tmp_path / "run/log.jsonl").exists()
 
 
-def test_a_resume_must_agree_with_its_checkpoint(tokens, tmp_path, monkeypatch):
-    run(tokens, tmp_path, "--max_steps", 2)
+def test_the_checkpoint_has_the_model_of_the_flags_and_a_resume_must_agree(
+        tokens, tmp_path, monkeypatch):
+    flags = dict(nexus_order=3, nexus_streams="k", nexus_inner="shared", rotary_pct=0.5)
+    run(tokens, tmp_path, "--max_steps", 2, "--parallel_residual",
+        *(part for name, value in flags.items() for part in (f"--{name}", value)))
+    model, meta = load_checkpoint(tmp_path / "ckpt.pt")
+    assert flags.items() <= vars(model.config).items()
+    assert model.config.parallel_residual and model.config.vocab_size == 320
+    assert (meta["step"], meta["tokens"], meta["tokenizer"]) == (2, 512, "bytes")
+
     for argv, message in ((["--lr", "0.5"], "--lr 0.5 contradicts the checkpoint's 0.003"),
                           (["--preset", "pythia-70m"], "--preset pythia-70m contradicts"),
                           (["--max_steps", "1"], "is at step 2: give a larger --max_steps than 1"),
                           (["--nexus_order", "1"], "--nexus_order 1 contradicts")):
         with pytest.raises(UserError, match=message):
             run(tokens, tmp_path, "--resume", *argv)
-    run(tokens, tmp_path, "--resume", "--max_steps", 3, "--rotary_pct", "1.0")  # as the preset
-    with monkeypatch.context() as patch:
+    run(tokens, tmp_path, "--resume", "--max_steps", 3, "--nexus_order", "3")  # as it was
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="is not the token set"):
         patch.setattr(data.TokenSet, "fingerprint", "other")
-        with pytest.raises(UserError, match="is not the token set"):
-            run(tokens, tmp_path, "--resume")
+        run(tokens, tmp_path, "--resume")
     log = (tmp_path / "log.jsonl").read_text().splitlines(True)
     (tmp_path / "log.jsonl").write_text(broken := "".join([log[0], "}garbage{\n", *log[2:]]))
     with pytest.raises(UserError, match="log.jsonl, line 2, is damaged"):
@@ -244,47 +224,32 @@ def test_a_resume_must_agree_with_its_checkpoint(tokens, tmp_path, monkeypatch):
         (tmp_path / "ckpt.pt").unlink(missing_ok=True)
 
 
-def test_defaults_follow_from_other_flags(tmp_path):
-    for argv, order, warmup in (
-            ("", 2, 50), ("--control key-shift", 1, 50), ("--control near", 2, 50),
-            ("--control key-shift --nexus_inner past", 2, 50),
-            ("--control key-shift --nexus_streams k", 2, 50),
-            ("--nexus_order 1 --max_steps 20", 1, 10), ("--max_steps 20 --decay_steps 400", 2, 50),
-            ("--warmup_steps 7 --max_steps 8", 2, 7)):
-        args, _ = parse_args("", ["--out", str(tmp_path), *argv.split()])
-        assert (args.nexus_order, args.warmup_steps) == (order, warmup), argv
+@pytest.mark.parametrize("argv, order, warmup", [
+    ("", 2, 50), ("--control key-shift", 1, 50), ("--control near", 2, 50),
+    ("--control key-shift --nexus_inner past", 2, 50),
+    ("--control key-shift --nexus_streams k", 2, 50), ("--nexus_order 1 --max_steps 20", 1, 10),
+    ("--max_steps 20 --decay_steps 400", 2, 50), ("--warmup_steps 7 --max_steps 8", 2, 7)])
+def test_defaults_follow_from_other_flags(tmp_path, argv, order, warmup):
+    args, _ = parse_args("", ["--out", str(tmp_path), *argv.split()])
+    assert (args.nexus_order, args.warmup_steps) == (order, warmup)
 
 
-def test_verify_finds_a_changed_token(tokens, tmp_path):
-    shutil.copytree(tokens, tmp_path / "set")
-    with open(tmp_path / "set/train.bin", "r+b") as f:
-        f.seek(1000)
-        f.write(b"~")
-    run(tmp_path / "set", tmp_path / "a", "--max_steps", 1)  # the size is right
-    with pytest.raises(UserError, match="does not have the sha256"):
-        run(tmp_path / "set", tmp_path / "b", "--max_steps", 1, "--verify")
+def test_the_largest_micro_batch_that_fits_is_chosen():
+    """tiny's is 8 sequences at most."""
+    for tokens, parts in ((256, (4, 1)), (64 * 12, (6, 2)), (64 * 16, (8, 2))):
+        args = build_parser("").parse_args(["--batch_tokens", str(tokens)])
+        assert split_batch(args, 64, SimpleNamespace(size=1)) == parts
 
 
-@pytest.mark.parametrize("ask", [lambda: torch.empty(2**60), lambda: np.empty(2**50)])
-def test_a_lack_of_memory_names_the_flag_to_lower_first(capsys, ask):
-    with pytest.raises(SystemExit) as end:
-        run_script(ask)
+def test_a_lack_of_memory_names_the_flag_to_lower_first(capsys):
+    with pytest.raises(SystemExit):
+        run_script(lambda: torch.empty(2**60))
     said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1
-    assert "out of memory: lower --micro_batch (" in said
-
-
-def test_the_largest_micro_batch_that_fits_is_chosen(tokens, tmp_path):
-    """tiny's is 8 sequences; 256 tokens are 4 of them at a context of 64."""
-    argv = [flag for i, flag in enumerate(TINY) if "--micro_batch" not in TINY[max(0, i - 1):i + 1]]
-    train.main(["--dataset", str(tokens), "--out", str(tmp_path), *argv, "--block_size", "64",
-                "--max_steps", "1"])
-    assert weights(tmp_path)["step"] == 1
+    assert said.count("\n") == 1 and "out of memory: lower --micro_batch (" in said
 
 
 def test_a_spike_is_marked(tmp_path, capsys):
-    log = Log(argparse.Namespace(out=str(tmp_path), max_steps=20, wandb=None, tensorboard=False),
-              None)
+    log = Log(SimpleNamespace(out=str(tmp_path), max_steps=20, wandb=None, tensorboard=False), None)
     for step, loss in enumerate([3.0] * 10 + [3.9, 4.1, 3.0, math.nan], 1):
         log.write(dict(step=step, train_loss=loss))
     assert [event["step"] for event in read_log(tmp_path) if event.get("spike")] == [12]
@@ -304,13 +269,10 @@ def test_with_no_arguments_it_prepares_trains_and_samples(tmp_path, monkeypatch,
 
 
 def test_doc_mask_trains_within_documents(tmp_path):
-    (tmp_path / "text.txt").write_text("".join(
+    (tmp_path / "a.txt").write_text("".join(
         f"document {i} says {i}{i}{i}\n<|endoftext|>\n" for i in range(300)))
-    tokens = prepare(tmp_path / "set", "--dataset", "text", "--input", tmp_path / "text.txt")
+    tokens = prepare(tmp_path / "set", "--dataset", "text", "--input", tmp_path / "a.txt")
     plain, masked = (run(tokens, tmp_path / str(i), "--max_steps", 1, *flags)
                      for i, flags in enumerate(([], ["--doc_mask"])))
     assert plain[0]["val_loss"] != masked[0]["val_loss"]
-    train.main(["--resume", "--out", str(tmp_path / "1"), "--max_steps", "2"])  # remembered
-    assert weights(tmp_path / "1")["args"]["doc_mask"] is True
-    with pytest.raises(UserError, match="contradicts"):
-        train.main(["--resume", "--out", str(tmp_path / "1"), "--max_steps", "5", "--no-doc_mask"])
+    assert plain[1]["train_loss"] != masked[1]["train_loss"]
