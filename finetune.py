@@ -80,8 +80,8 @@ def read_examples(path, tokenizer, max_length):
     if long:
         print(f"{long} examples of more than {max_length} tokens are skipped (--max_length)")
     if not examples:
-        raise UserError(f"{path} has no example with an answer of up to {max_length} tokens: rows "
-                        "need messages (with role and content), or prompt and answer")
+        raise UserError(f"{path} has no example with an answer of up to {max_length} tokens "
+                        "(--max_length): rows need messages (with role and content), or prompt and answer")
     return examples
 
 

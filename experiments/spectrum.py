@@ -243,6 +243,7 @@ def main():
         args.windows, args.seeds, args.contexts = 2, min(2, args.seeds), [16, 32, 64]
     plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
+    paths, tokens = models_and_text(args, even=True)
     start = {(inner, D): {T: [at_start(inner, T, D, seed) for seed in range(args.seeds)]
                           for T in args.contexts}
              for D in tqdm(args.widths, desc="untrained", disable=None, leave=False)
@@ -251,11 +252,10 @@ def main():
     print(f"untrained, mean over maps and rows, ± over {args.seeds} seeds\n" + table([heading, *(
         row for D in args.widths
         for row in share_lines(lambda inner, T, D=D: start[inner, D][T], args.contexts, D))]))
-    paths, tokens = models_and_text(args, even=True)
     idx, T = tokens[:, :-1], tokens.size(1) - 1
     results = {name: [measure(path, idx, args.tol, args.contexts) for path in tqdm(
         found, desc=name, leave=False, disable=None)] for name, found in paths.items()}
-    print(f"\nmean over heads and {len(idx)} windows of {T} tokens, ± over {args.seeds} seeds; "
+    print(f"\nmean over heads and {len(idx)} sequences of {T} tokens, ± over {args.seeds} seeds; "
           f"ranks at tolerance {args.tol}\n{table(lines(results, OUTER))}\n")
     print(f"inner maps\n{table(lines(results, INNER))}\n")
     for name, found in results.items():
