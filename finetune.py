@@ -81,7 +81,8 @@ def read_examples(path, tokenizer, max_length):
         print(f"{long} examples of more than {max_length} tokens are skipped (--max_length)")
     if not examples:
         raise UserError(f"{path} has no example with an answer of up to {max_length} tokens "
-                        "(--max_length): rows need messages (with role and content), or prompt and answer")
+                        "(--max_length): rows need messages (with role and content), or prompt "
+                        "and answer")
     return examples
 
 
