@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+from functools import partial
 
 import pytest
 
@@ -16,8 +17,9 @@ from nanonexus.text import PLAIN, READERS, TABLES, UNPACK, check, find, read_fil
 from nanonexus.tokenizer import EOT
 
 pyarrow = pytest.importorskip("pyarrow")
-PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
-        ".zst": lambda data: pyarrow.compress(data, "zstd", asbytes=True)}
+# mtime: the bytes are in the tests' names, which must be the same in each process
+PACK = {"": bytes, ".gz": partial(gzip.compress, mtime=0), ".bz2": bz2.compress,
+        ".xz": lzma.compress, ".zst": lambda data: pyarrow.compress(data, "zstd", asbytes=True)}
 TEXTS = ["One,\n\"two\" naïve 🙂.\n", "three\n", "four\n" * 20_000]
 
 
