@@ -308,8 +308,9 @@ def main():
           "deviation over seeds.\nDifferences are paired: a seed fixes the order of "
           "the data for all variants; below 0 is better.\n* is p < 0.01 in a paired t test; Holm: "
           "p corrected for as many comparisons as the table has.")
-    counts = sorted({len(r["seeds"]) for r in results.values()})
-    title = f"{args.preset}, {' to '.join(map(str, {counts[0]: 0, counts[-1]: 0}))} seeds"
+    counts = [len(r["seeds"]) for r in results.values()]
+    some = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    title = f"{args.preset}, {some} seeds"
     save(args, "compare", results, plot(plt, results, title, unit))
     if not args.show:
         print(f"Some text: python sample.py --checkpoint {args.out}/{name}-seed0/ckpt.pt "

@@ -167,10 +167,10 @@ def plot_steps(plt, found):
     return figure
 
 
-def kept(path):
-    """{step: path} of a run's checkpoint, the last, and the earlier ones that train.py --keep left
-    beside it."""
-    others = glob.glob(glob.escape(path.removesuffix(".pt")) + ".*.pt")
+def kept(path, earlier):
+    """{step: path} of a run's checkpoint, the last; before it, if asked for, the earlier ones that
+    train.py --keep left beside it."""
+    others = glob.glob(glob.escape(path.removesuffix(".pt")) + ".*.pt") if earlier else []
     return {read_checkpoint(p)["step"]: p for p in others + [path]}
 
 
@@ -182,7 +182,7 @@ def measure_all(args, name, found):
     kind = kinds(tokens, args.match)
     shares = {"all": 1.0} | {part: (kind == i).double().mean().item()
                              for i, part in enumerate(KINDS) if (kind == i).any()}
-    runs = {(variant, seed): kept(path) for variant, some in paths.items()
+    runs = {(variant, seed): kept(path, args.steps) for variant, some in paths.items()
             for seed, path in enumerate(some)}
     steps = args.steps or list(runs[args.variants[0], 0])[-1:]
     for (variant, seed), at in runs.items():
@@ -190,11 +190,12 @@ def measure_all(args, name, found):
             raise UserError(f"{variant}, seed {seed}, has no checkpoint of step {step}: choose "
                             f"from {', '.join(map(str, sorted(at)))}")
     todo = [(*run, step) for step in steps for run in runs if (*run, step) not in found]
+    version = commit()
     for variant, seed, step in tqdm(todo, leave=False, disable=None):
         found[variant, seed, step] = line = dict(
             runs=name, variant=variant, seed=seed, step=step, match=args.match, shares=shares,
             sequences=args.windows, predictions=kind.numel(), length=kind.size(1),
-            **measure(runs[variant, seed][step], tokens, kind), commit=commit())
+            **measure(runs[variant, seed][step], tokens, kind), commit=version)
         if args.results:
             append_line(args.results, line)
     return steps
@@ -225,14 +226,18 @@ def main():
     found = {(x["variant"], x["seed"], x["step"]): x for x in read_lines(
         args.results or "", "variant", "seed", "step", "runs", "match", "sequences", *KINDS[:1])
         if (x["runs"], x["match"], x["sequences"]) == (name, args.match, args.windows)}
-    steps = args.steps or sorted({step for *_, step in found})[-1:]
-    if not args.show:
+    if args.show:
+        steps = args.steps or sorted({step for *_, step in found})[-1:]
+    else:
         steps = measure_all(args, name, found)
+    if not steps:
+        raise UserError(f"{args.results} has no line of {name} with these settings yet")
     tables = {}
     for step in steps:
-        results = {variant: [found[variant, seed, step] for seed in range(args.seeds)
-                             if (variant, seed, step) in found] for variant in args.variants}
-        results = tables[step] = {v: some for v, some in results.items() if len(some) == args.seeds}
+        keys = {variant: [(variant, seed, step) for seed in range(args.seeds)]
+                for variant in args.variants}
+        tables[step] = results = {variant: [found[key] for key in some]
+                                  for variant, some in keys.items() if found.keys() >= {*some}}
         if args.variants[0] not in results:
             raise UserError(f"{args.results} has no {args.seeds} seeds of {args.variants[0]} at "
                             f"step {step} of {name}")
@@ -241,8 +246,6 @@ def main():
               f"sequences of {one['length']} tokens, ± over {args.seeds} seeds\n"
               f"{table(lines(results, one['shares']))}\n\nshare of attention on what followed the "
               f"same token before\n{table(copying_lines(results))}")
-    if not steps:
-        raise UserError(f"{args.results} has no line of {name} with these settings yet")
     save(args, "induction", dict(shares=one["shares"], runs=results),
          plot_steps(plt, tables) if len(tables) > 1 else plot(plt, results, one["shares"]))
 

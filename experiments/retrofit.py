@@ -151,7 +151,8 @@ def held_out(scorer, args, name):
     """Of one of the held-out files, for a Scorer's model: the loss of each example and of all their
     tokens."""
     examples = read_held_out(args.model, os.path.join(args.out, name + "-held.jsonl"))
-    return dict(zip(("losses", "loss"), losses(scorer.model.model, examples), strict=True))
+    alone, loss = losses(scorer.model.model, examples)
+    return dict(losses=alone, loss=loss)
 
 
 def score(scorer, tasks, args):
