@@ -79,7 +79,7 @@ VARIANTS = {  # name -> flags of finetune.py sft
 PIECE = 2000  # characters of a piece of text, about 450 tokens
 LENGTH = 4096  # tokens of an example, at most
 IDENTITY = {  # part -> the flags that make its lines other lines
-    "loss": ["model", "text", "pieces"], "scores": ["model", "tasks", "limit"],
+    "loss": ["model", "text", "pieces"], "scores": ["model", "tasks", "limit", "dtype"],
     "text": ["model", "text", "pieces", "tasks", "limit", "steps", "batch", "lrs", "dtype"],
     "answers": ["model", "pieces", "limit", "answer_steps", "batch", "lrs", "dtype"]}
 
@@ -193,7 +193,7 @@ class Results:
 def measure_changes(args, results, part):
     left = [name for name in CHANGES if (part, name, None, None) not in results.found]
     for name in tqdm(left, desc=part, disable=None):
-        scorer = Scorer(args.model, args.device, **CHANGES[name])
+        scorer = Scorer(args.model, args.device, args.dtype, **CHANGES[name])
         results.add(part, name, **held_out(scorer, args, "text") if part == "loss" else
                     score(scorer, args.tasks, args))
 
@@ -222,7 +222,7 @@ def finetune(args, part, variant, seed, lr, steps):
 
 def measure_run(args, part, folder, final):
     """What goes into a run's line, from the folder of finetune."""
-    scorer = Scorer(folder, args.device)
+    scorer = Scorer(folder, args.device, args.dtype)
     log = read_json(os.path.join(folder, "trainer_state.json"))["log_history"]
     gates = [p.flatten().tolist() for name, p in scorer.model.named_parameters()
              if "nexus_gate" in name]  # of each layer, its heads
@@ -360,7 +360,7 @@ def build_parser():
         "more than 1 (default: 1)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the products in "
-        "fine-tuning (default: bfloat16; on a CPU without AVX-512 BF16 float32 is faster)")
+        "training and scoring (default: bfloat16; a CPU without AVX-512 BF16: float32 is faster)")
     add("--quick", action="store_true", help="few pieces, documents and steps")
     add("--out", default="out/retrofit", help="folder (default: out/retrofit)")
     add("--results", help="file to which each finished measurement appends a line (default: "
