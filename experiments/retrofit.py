@@ -208,10 +208,10 @@ def finetune(args, part, variant, seed, lr, steps):
             shutil.rmtree(folder, ignore_errors=True)
         argv = [sys.executable, os.path.join(ROOT, "finetune.py"), "sft", "--model", args.model,
                 "--data", os.path.join(args.out, part + ".jsonl"), "--out", folder, "--max_steps",
-                str(steps), "--batch", str(args.batch), "--lr", str(lr), "--seed", str(seed),
-                "--log_interval", "5", "--save_interval", "20", "--max_length", str(LENGTH),
-                "--device", args.device, "--dtype", args.dtype, *VARIANTS[variant].split(),
-                *["--resume"] * resume]
+                str(steps), "--batch", "1", "--accumulate", str(args.batch), "--lr", str(lr),
+                "--seed", str(seed), "--log_interval", "5", "--save_interval", "20",
+                "--max_length", str(LENGTH), "--device", args.device, "--dtype", args.dtype,
+                *VARIANTS[variant].split(), *["--resume"] * resume]
         threads = {} if args.jobs == 1 else dict(OMP_NUM_THREADS="1")
         done = subprocess.run(argv, capture_output=True, text=True, errors="replace",
                               env=os.environ | threads)
@@ -353,7 +353,7 @@ def build_parser():
     add("--steps", type=positive_int, default=140, help="steps on text (default: 140, about "
         "250,000 tokens)")
     add("--answer_steps", type=positive_int, default=200, help="steps of training on answers (200)")
-    add("--batch", type=positive_int, default=4, help="examples packed into a row (default: 4)")
+    add("--batch", type=positive_int, default=4, help="examples in a step (default: 4)")
     add("--lrs", type=listed(rate), default=[1e-5, 1e-4], help="learning rates to choose from "
         "(default: 1e-5,1e-4)")
     add("--jobs", type=positive_int, default=1, help="runs in parallel, each with one thread if "
