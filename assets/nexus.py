@@ -1,5 +1,5 @@
 """
-The picture of one layer: python assets/nexus.py writes assets/nexus.svg, in light and dark.
+The picture of one layer: python assets/nexus.py writes assets/nexus.svg.
 """
 
 import os
@@ -14,12 +14,6 @@ STYLE = """
   .line { fill: none; stroke: #666; stroke-width: 1.6; marker-end: url(#tip); }
   .loop { fill: none; stroke: #c76b00; stroke-width: 1.8; marker-end: url(#tip-loop); }
   #tip path { fill: #666; } #tip-loop path { fill: #c76b00; }
-  @media (prefers-color-scheme: dark) {
-    text { fill: #eee; } .small { fill: #aaa; } .box { fill: #2a2a2a; stroke: #999; }
-    .inner { fill: #3d2b12; stroke: #f0a044; } .outer { fill: #14293d; stroke: #5fa8e6; }
-    .line { stroke: #aaa; } #tip path { fill: #aaa; }
-    .loop { stroke: #f0a044; } #tip-loop path { fill: #f0a044; }
-  }
 """
 
 
@@ -71,6 +65,7 @@ def picture():
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" role="img" '
             'aria-label="One Nexus layer: queries and keys pass through inner attention before the '
             f'outer attention"><style>{STYLE}</style><defs>{tip("tip")}{tip("tip-loop")}</defs>\n'
+            f'<rect width="{W}" height="{H}" fill="white"/>\n'  # readable on a dark page too
             + "\n".join(parts) + "\n</svg>\n")
 
 
