@@ -31,13 +31,12 @@ import statistics
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 
 import figures
 import torch
 import torch.nn.functional as F
 from compare import LR_SEED
-from runs import commit
+from runs import commit, in_parallel
 from tqdm import tqdm
 
 from common import ROOT, one_of, parse, pyplot, save, table
@@ -238,12 +237,14 @@ def tune(args, results, part):
     steps = args.steps if part == "text" else args.answer_steps
 
     def execute(jobs, steps, final):
+        def finish(job):
+            folder = finetune(args, part, *job, steps)
+            return folder, measure_run(args, part, folder, final)
+
         jobs = [job for job in jobs if (part, *job) not in results.found]
-        with ThreadPoolExecutor(args.jobs) as pool, \
-                tqdm(total=len(jobs), desc=part, disable=None) as bar:
-            folders = pool.map(lambda job: finetune(args, part, *job, steps), jobs)
-            for job, folder in zip(jobs, folders, strict=True):
-                results.add(part, *job, **measure_run(args, part, folder, final))
+        with tqdm(total=len(jobs), desc=part, disable=None) as bar:
+            for job, (folder, measured) in in_parallel(finish, jobs, args.jobs):
+                results.add(part, *job, **measured)
                 shutil.rmtree(folder)  # 2 GB and more
                 bar.update()
 

@@ -89,6 +89,23 @@ def models_and_text(args, even=False):
                                                                      args.windows)))
 
 
+def in_parallel(function, jobs, at_once):
+    """(job, function(job)) of each job as it ends, at_once of them at a time. If one fails, those
+    that have not begun are left out. UserError after Ctrl-C, which the jobs' own processes get too:
+    they save what they have."""
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = {pool.submit(function, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except KeyboardInterrupt as error:
+            pool.shutdown(cancel_futures=True)
+            raise UserError("interrupted; the same command continues") from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 class Study:
     """Runs in folders under `out` on one dataset, and the file of their lines.
 
@@ -116,19 +133,10 @@ class Study:
         if left:
             print(f"{len(left)} of {len(runs)} runs, {self.jobs} at a time; each one's log is "
                   f"{os.path.join(self.out, 'RUN', 'output.txt')}", flush=True)
-        with ThreadPoolExecutor(self.jobs) as pool:
-            futures = {pool.submit(self.train, run, dataset): run for run in left}
-            try:
-                for done, future in enumerate(as_completed(futures), 1):
-                    future.result()
-                    each = (time.monotonic() - start) / done
-                    self.tell(futures[future], runs, f"{each * (len(left) - done) / 60:.1f}")
-            except KeyboardInterrupt as error:  # train.py gets it too: it finishes its step, saves
-                pool.shutdown(cancel_futures=True)
-                raise UserError("interrupted; the same command continues") from error
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        for done, (run, _) in enumerate(in_parallel(
+                lambda run: self.train(run, dataset), left, self.jobs), 1):
+            each = (time.monotonic() - start) / done
+            self.tell(run, runs, f"{each * (len(left) - done) / 60:.1f}")
 
     def tell(self, run, runs, minutes):
         """A row of the table that grows: a finished run, minus the baseline of the same seed."""
