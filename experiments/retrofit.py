@@ -147,8 +147,7 @@ def read_held_out(model, path):
 
 
 def held_out(scorer, args, name):
-    """Of one of the held-out files, for a Scorer's model: the loss of each example and of all their
-    tokens."""
+    """A Scorer's losses on one of the held-out files: of each example, and of all tokens."""
     examples = read_held_out(args.model, os.path.join(args.out, name + "-held.jsonl"))
     alone, loss = losses(scorer.model.model, examples)
     return dict(losses=alone, loss=loss)
