@@ -126,7 +126,8 @@ def seed_strips(panel, rows, limit, never="never"):
 
 def write(figure, path):
     """Save figure as an SVG that depends on nothing but what it shows (no date, no random ids)."""
-    import matplotlib
+    import matplotlib.pyplot as plt
 
-    with matplotlib.rc_context(STYLE):
+    with plt.rc_context(STYLE):
         figure.savefig(path, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    plt.close(figure)
