@@ -327,7 +327,7 @@ def plot(plt, results):
     after.axvline(0, color="#666666", lw=0.8)
     rows(after, names, title="after training on text", xlabel="loss minus the control's")
     layers.set(title="learnt gates", xlabel="layer")
-    if names:
+    if layers.lines:
         layers.legend(fontsize=7)
     return figure
 
