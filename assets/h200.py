@@ -1,11 +1,12 @@
 """
-What one H200 measured: the tables of docs/results/gpu.md, printed, and assets/h200.svg, both from
+What two H200 measured: the tables of docs/results/gpu.md, printed, and assets/h200.svg, both from
 docs/results/h200.jsonl.
 
     python assets/h200.py
 """
 
 import json
+import math
 import os
 import sys
 
@@ -19,7 +20,8 @@ from nanonexus.cli import Parser, run_script  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "docs", "results", "h200.jsonl")
 NAMES = {"key-shift": "key shift", "nanogpt": "nanoGPT's model", "neox": "transformers' GPT-NeoX",
-         "self": "`self`", "past": "`past`", "cross": "`cross`",
+         "self": "`self`", "past": "`past`", "cross": "`cross`", "shared": "`shared`",
+         "separate": "`separate`",
          "cross,documents": "`cross`, FlexAttention with document masks"}
 # Row of the time table: a part of the names of its kernels. The first that matches counts.
 KERNELS = {"attention, backward": "_bprop_", "attention, forward": "_fprop_",
@@ -38,20 +40,26 @@ def read(path=RESULTS):
 
 
 def runs(kinds):
-    """{variant: {kind: its lines}} of the training runs, the copying ones in order of tokens."""
+    """{(variant, seed): {kind: its lines}} of the trained models, copying in order of tokens."""
     found = {}
     for kind in ("curve", "copying", "scores"):
-        for line in sorted(kinds[kind], key=lambda line: line.get("tokens", 0)):
-            variant = line["run"].rpartition("-")[0]
-            found.setdefault(variant, {}).setdefault(kind, []).append(line)
+        for line in sorted(kinds.get(kind, []), key=lambda line: line.get("tokens", 0)):
+            variant, _, seed = line["run"].rpartition("-")
+            run = found.setdefault((variant, int(seed)), dict(copying=[], scores=[]))
+            run.setdefault(kind, []).append(line)
     return found
 
 
-def difference(run, base):
-    """[(tokens, validation loss minus the baseline's)] at every validation of two runs."""
-    (one,), (other,) = run["curve"], base["curve"]
-    return [(step * one["tokens_per_step"], loss - start) for (step, loss), (_, start)
-            in zip(one["val"], other["val"], strict=True)]
+def difference(found, run):
+    """{tokens: validation loss minus that of the baseline with the same seed} of a run."""
+    (one,), (other,) = found[run]["curve"], found["baseline", run[1]]["curve"]
+    base = dict(other["val"])
+    return {step * one["tokens_per_step"]: loss - base[step] for step, loss in one["val"]}
+
+
+def row_of(run, *cells):
+    """A row of a table: the variant, the seed, the cells."""
+    return [NAMES.get(run[0], run[0]), str(run[1]), *cells]
 
 
 def markdown(rows):
@@ -132,42 +140,46 @@ def time_of(lines):
 
 
 def trained(found):
-    rows = [["", "validation loss", "minus baseline", "repeated", "changed", "new",
+    rows = [["", "seed", "steps", "validation loss", "minus baseline", "repeated", "changed", "new",
              "copying head", "random, repeated"]]
-    for name, run in found.items():
-        last = run["copying"][-1]
-        rows.append([NAMES.get(name, name), f"{run['curve'][0]['val'][-1][1]:.4f}",
-                     f"{difference(run, found['baseline'])[-1][1]:+.3f}"
-                     if name != "baseline" else "",
-                     *(f"{last[part]:.3f}" for part in ("repeated", "changed", "new")),
-                     f"{last['head']:.2f}", f"{last['twice']:.1f}"])
+    for run, lines in found.items():
+        step, loss = lines["curve"][0]["val"][-1]
+        gap = [*difference(found, run).values()][-1]
+        last = lines["copying"][-1] if lines["copying"] else None
+        rows.append(row_of(
+            run, f"{step:,}", f"{loss:.4f}", "" if run[0] == "baseline" else f"{gap:+.3f}",
+            *(f"{last[part]:.3f}" if last else "" for part in ("repeated", "changed", "new")),
+            f"{last['head']:.2f}" if last else "", f"{last['twice']:.1f}" if last else ""))
     return rows
 
 
 def scored(found):
     tasks = {"sciq": "SciQ", "arc_easy": "ARC-Easy", "piqa": "PIQA"}
-    rows = [["accuracy, normalised, in %", *tasks.values()]]
-    for name, run in found.items():
-        of = run["scores"][0]["tasks"]
-        rows.append([NAMES.get(name, name), *(
-            f"{100 * of[t]['acc']:.1f}, {100 * of[t]['acc_norm']:.1f}" for t in tasks)])
-    of = found["baseline"]["scores"][0]["tasks"]
-    return rows + [["questions (standard error of an accuracy)",
+    rows = [["accuracy, normalised, in %", "seed", *tasks.values()]]
+    for run, lines in found.items():
+        for of in (line["tasks"] for line in lines["scores"]):
+            rows.append(row_of(run, *(f"{100 * of[t]['acc']:.1f}, {100 * of[t]['acc_norm']:.1f}"
+                                      if t in of else "" for t in tasks)))
+    of = found["baseline", 1]["scores"][0]["tasks"]
+    return rows + [["questions (standard error of an accuracy)", "",
                     *(f"{of[t]['n']:,} ({100 * of[t]['se']:.1f})" for t in tasks)]]
 
 
 def over_tokens(found):
-    """The copying head, then the differences in loss, after so many million tokens."""
-    heads = {name: [(line["tokens"], line["head"]) for line in run["copying"]]
-             for name, run in found.items()}
-    yield [["copying head after", *(f"{n / 1e6:.0f}M" for n, _ in heads["baseline"])],
-           *([NAMES.get(name, name), *(f"{y:.2f}" for _, y in points)]
-             for name, points in heads.items())]
-    curves = {name: [difference(run, found["baseline"])[i] for i in (1, 3, 5, 7, 10, 14, -1)]
-              for name, run in found.items() if name != "baseline"}
-    yield [["loss minus baseline after", *(f"{n / 1e6:.0f}M" for n, _ in curves["self"])],
-           *([NAMES.get(name, name), *(f"{y:+.3f}" for _, y in points)]
-             for name, points in curves.items())]
+    """The copying head, the differences in loss, the norms of the gradient, over tokens."""
+    heads = {run: [(line["tokens"], line["head"]) for line in lines["copying"]]
+             for run, lines in found.items() if lines["copying"]}
+    yield [["copying head after", "seed", *(f"{n / 1e6:.0f}M" for n, _ in heads["baseline", 0])],
+           *(row_of(run, *(f"{y:.2f}" for _, y in points)) for run, points in heads.items())]
+    curves = {run: difference(found, run) for run in found if run[0] != "baseline"}
+    at = [step * 65536 for step in (100, 300, 500, 700, 1000, 1400, 1700)]
+    yield [["loss minus baseline after", "seed", *(f"{n / 1e6:.0f}M" for n in at)],
+           *(row_of(run, *(f"{points[n]:+.3f}" for n in at)) for run, points in curves.items())]
+    norms = {run: dict(lines["curve"][0].get("norms", ())) for run, lines in found.items()}
+    at = [20, 100, 200, 300, 400, 600, 1000, 1400, 1740]
+    yield [["norm of the gradient at step", "seed", *(f"{step:,}" for step in at)],
+           *(row_of(run, *(f"{points[step]:,.2f}" for step in at))
+             for run, points in norms.items() if points)]
 
 
 def tables(kinds):
@@ -179,25 +191,38 @@ def tables(kinds):
 
 
 def plot(plt, found):
-    """Left the validation loss minus the baseline's, right the strongest copying head, over tokens;
-    found: as runs gives it."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(figures.WIDTH, 2.9))
-    ends = [{}, {}]
-    for name, run in found.items():
-        heads = [(line["tokens"], line["head"]) for line in run["copying"]]
-        for panel, points, end, marker in ((left, difference(run, found["baseline"])[1:], ends[0],
-                                            None), (right, heads, ends[1], "o")):
-            x, y = zip(*((tokens / 1e6, value) for tokens, value in points), strict=True)
-            panel.plot(x, y, marker=marker, ms=3, **figures.style(name))
-            end[name] = x[-1], y[-1]
-    uniform = found["baseline"]["copying"][0]["uniform"]
-    right.axhline(uniform, color="#666666", lw=0.8, ls=figures.DASHED)
-    right.annotate("uniform attention", (1, uniform), xytext=(3, 3), textcoords="offset points",
-                   fontsize=8, color="#666666")
-    left.set(title="validation loss minus the baseline's (lower is better)",
-             ylabel="nats per token", yticks=[-0.15, -0.1, -0.05, 0, 0.05])
-    right.set(title="strongest copying head", ylabel="share of its attention", ylim=(0, None))
-    for panel, end in zip((left, right), ends, strict=True):
+    """The validation loss minus the baseline's with each seed, the strongest copying head, and the
+    norms of the gradients, over tokens; found: as runs gives it."""
+    figure, panels = plt.subplots(2, 2, figsize=(figures.WIDTH, 5.6))
+    (seed0, seed1), (copying, gradient) = panels
+    ends = {panel: {} for panel in panels.flat}
+
+    def draw(panel, run, points, name, **how):
+        x, y = zip(*((tokens / 1e6, value) for tokens, value in points), strict=True)
+        panel.plot(x, y, **figures.style(run[0]), **how)
+        low, high = panel.get_ylim() if panel is seed1 else (-math.inf, math.inf)
+        ends[panel][name] = x[-1], min(max(y[-1], low), high)
+
+    seed0.set(title="validation loss minus the baseline's, seed 0", ylim=(-0.16, 0.16),
+              ylabel="nats per token (lower is better)")
+    seed1.set(title="the same, seed 1", ylim=(-0.16, 0.16))
+    copying.set(title="strongest copying head, seed 0", ylabel="share of its attention")
+    gradient.set(title="norm of the gradient, seed 1", yscale="log", ylabel="before clipping to 1")
+    for run, lines in found.items():
+        name, one = run[0], lines["curve"][0]
+        draw(seed1 if run[1] else seed0, run, [*difference(found, run).items()][1:], name)
+        if run[1] == 0:
+            draw(copying, run, [(line["tokens"], line["head"]) for line in lines["copying"]], name,
+                 marker="o", ms=3)
+        if "norms" in one:
+            draw(gradient, run, [(step * one["tokens_per_step"], norm)
+                                 for step, norm in one["norms"]], name)
+    uniform = found["baseline", 0]["copying"][0]["uniform"]
+    copying.axhline(uniform, color="#666666", lw=0.8, ls=figures.DASHED)
+    copying.annotate("uniform attention", (1, uniform), xytext=(3, 3), textcoords="offset points",
+                     fontsize=8, color="#666666")
+    copying.set(ylim=(0, None))
+    for panel, end in ends.items():
         panel.set(xlabel="million tokens", xlim=(0, None), xticks=range(0, 101, 25))
         figures.name_lines(panel, end)
     return figure

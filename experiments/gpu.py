@@ -62,6 +62,7 @@ from nanonexus.device import check_device
 from nanonexus.files import new_folder, output_folder, read_json, read_lines, write_json, write_text
 from nanonexus.flags import PRESETS, preset_config
 from nanonexus.scoring import compare
+from nanonexus.tokenizer import get_tokenizer
 
 PARTS = ["parity", "train", "scores", "copying", "tests", "speed"]
 SAVING = 15  # seconds that a stopped training has for its last step and its checkpoint
@@ -231,6 +232,7 @@ class Session:
             log = read_lines(self.path("runs", run, "log.jsonl"))
             if val := [(e["step"], e["val_loss"]) for e in log if e["val_loss"] is not None]:
                 yield dict(kind="curve", run=run, seed=int(run.rpartition("-")[2]), val=val,
+                           norms=[(e["step"], e["grad_norm"]) for e in log if e["grad_norm"]],
                            tokens_per_step=self.args.windows * self.T,
                            tokens_per_sec_last=log[-1]["tokens_per_sec"])
             for lines in read(f"copying-{run}.json"):
@@ -347,9 +349,11 @@ def main():
                TORCHINDUCTOR_COMPILE_THREADS="6",
                TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD="1",
                TORCHINDUCTOR_CACHE_DIR=os.path.abspath(os.path.join(args.work, "inductor")))
-    if os.path.isdir(cache := os.path.join(args.data or "", "tiktoken")):
-        env["TIKTOKEN_CACHE_DIR"] = cache
     os.environ.update(env | os.environ)
+    if os.path.isdir(cache := os.path.join(args.data or "", "tiktoken")):
+        os.environ["TIKTOKEN_CACHE_DIR"] = cache  # the machine's own may be empty
+    if "scores" in args.parts:
+        get_tokenizer(tokens.tokenizer, tokens.tokenizer_json)  # fail now, not after a training
     session = Session(args, given, extra, began)
     session.say(f"{args.machine['device']}; logs and checkpoints in {args.work}")
     session.execute()

@@ -92,7 +92,7 @@ def of_retrofit(plt):
 
 def of_h200(plt):
     found = h200.runs(h200.read())
-    return h200.plot(plt, found), list(found)
+    return h200.plot(plt, found), [variant for variant, _ in found]
 
 
 @pytest.mark.parametrize("draw", [of_compare, of_recall, of_rank, of_findings, of_induction,
