@@ -200,8 +200,10 @@ def plot(plt, found):
     def draw(panel, run, points, name, **how):
         x, y = zip(*((tokens / 1e6, value) for tokens, value in points), strict=True)
         panel.plot(x, y, **figures.style(run[0]), **how)
-        low, high = panel.get_ylim() if panel is seed1 else (-math.inf, math.inf)
-        ends[panel][name] = x[-1], min(max(y[-1], low), high)
+        high = panel.get_ylim()[1] if panel is seed1 else math.inf
+        if y[-1] > high:  # where it is, beyond the panel
+            name += f", {y[-1]:+.2f}"
+        ends[panel][name] = x[-1], min(y[-1], high)
 
     seed0.set(title="validation loss minus the baseline's, seed 0", ylim=(-0.16, 0.16),
               ylabel="nats per token (lower is better)")

@@ -27,7 +27,7 @@ import sys
 from dataclasses import fields, replace
 
 import figures
-from runs import Study, TrainingRun
+from runs import Study, TrainingRun, check_settings
 
 from common import INNERS, parse, pyplot, save, table
 
@@ -35,7 +35,7 @@ from model import GPTConfig
 from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
 from nanonexus.controls import CONTROLS, build, replaces_loops
 from nanonexus.data import TokenSet, pydocs
-from nanonexus.files import output_file, read_json, read_lines, write_json
+from nanonexus.files import output_file, read_lines
 from nanonexus.flags import PRESETS, build_parser, preset_config
 from nanonexus.stats import holm, mean_spread, paired, paired_text
 
@@ -61,6 +61,7 @@ EQUAL = {  # see equals: to the FLOPs of order 2, of order 2 on k, to the parame
     "larger": "--nexus_order 1 --n_layer {larger}",
     "shift-longer": "--control key-shift --nexus_order 1",
 }
+ANY = dict.fromkeys(EQUAL, 1)  # where the name of a variant counts, not its size
 SCALES = {  # defaults of flags not given
     "tiny": dict(dataset="pydocs", max_steps=100, eval_interval=50, seeds=3,
                  flags="--eval_windows 1024 --save_interval 100"),
@@ -76,11 +77,21 @@ PARSER = build_parser(__doc__)  # of train.py's flags
 
 
 def read_variant(name, equal=None):
-    """The flags of train.py of a variant; equal: what equals() returns. UserError if there is no
-    such variant."""
-    if name not in VARIANTS | EQUAL:
-        raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS | EQUAL)}")
-    return (VARIANTS | EQUAL)[name].format(**equal or dict.fromkeys(EQUAL, 0)).split()
+    """The flags of train.py of a variant; equal: what equals() returns, without it those of EQUAL
+    are unknown. UserError if there is no such variant."""
+    known = VARIANTS | (EQUAL if equal else {})
+    if name not in known:
+        raise UserError(f"no variant {name!r}: choose from {', '.join(known)}")
+    return known[name].format(**equal or {}).split()
+
+
+def check_extra(extra, variants):
+    """UserError if flags of train.py after -- are unknown, or are those that a variant sets."""
+    PARSER.parse_args(extra)
+    given = {word.partition("=")[0] for word in extra if word.startswith("--")}
+    for name in variants:
+        if both := given & {*read_variant(name, ANY)} - {"--n_layer"}:
+            raise UserError(f"the variant {name} sets {min(both)} itself: leave it out after --")
 
 
 def model_fields(flags):
@@ -209,7 +220,8 @@ def parse_args(argv):
     if args.variants == ["all"]:
         args.variants = list(VARIANTS | EQUAL)
     for name in args.variants + args.against:
-        read_variant(name)  # all are known, before any of them is run
+        read_variant(name, ANY)  # all are known, before any of them is run
+    check_extra(extra, args.variants)
     args.results = args.results or os.path.join(args.out, "results.jsonl")
     return args, extra
 
@@ -252,15 +264,6 @@ class Plan:
                     (self.args.lrs or [None])[0]
                 chosen[variant] = [self.run(variant, seed, lr) for seed in seeds]
         return chosen
-
-
-def check_settings(out, settings):
-    """UserError if the folder holds runs with other settings than these."""
-    path = os.path.join(out, "settings.json")
-    if os.path.exists(path) and read_json(path) != settings:
-        raise UserError(f"{out} holds runs with other settings (settings.json): choose another "
-                        "--out, or remove it")
-    write_json(path, settings)
 
 
 def data_of(path):

@@ -32,8 +32,10 @@ For a machine without a network, pack about 60 MB into a folder:
 Arguments after -- are passed to train.py. --device cpu --preset tiny tries it without a GPU.
 """
 
+import argparse
 import glob
 import json
+import lzma
 import math
 import os
 import shutil
@@ -49,11 +51,11 @@ from concurrent.futures import ThreadPoolExecutor
 import induction
 import numpy as np
 import torch
-from compare import check_settings, read_variant
+from compare import VARIANTS, check_extra, read_variant
 from compare import split as split_argv
-from runs import commit
+from runs import check_settings, commit
 
-from common import ROOT, table
+from common import ROOT, one_of, table
 
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script, whole
@@ -62,6 +64,7 @@ from nanonexus.device import check_device
 from nanonexus.files import new_folder, output_folder, read_json, read_lines, write_json, write_text
 from nanonexus.flags import PRESETS, preset_config
 from nanonexus.scoring import compare
+from nanonexus.tasks import TASKS, read_task
 from nanonexus.tokenizer import get_tokenizer
 
 PARTS = ["parity", "train", "scores", "copying", "tests", "speed"]
@@ -79,7 +82,7 @@ def copying(args, run):
     half = torch.randint(min(50_000, args.vocab_size), (16, T // 2),
                          generator=torch.Generator().manual_seed(1))
     tokens, twice = tokens.to(args.device), torch.cat([half, half], 1).to(args.device)
-    for path in glob.glob(os.path.join(args.work, "runs", run, "ckpt*.pt")):
+    for path in sorted(glob.glob(os.path.join(args.work, "runs", run, "ckpt*.pt")), reverse=True):
         model, saved = load_checkpoint(path, args.device, attention="manual")
         loss = induction.losses(model, tokens, rows=4).cpu()
         head, uniform = induction.copying(model, tokens[:: 1 + count // 7, :-1])
@@ -99,7 +102,7 @@ class Session:
     def __init__(self, args, given, extra, began):
         self.args, self.given, self.extra = args, given, extra
         self.T = preset_config(args.preset).block_size
-        self.began, self.said, self.lock = began, [], threading.Lock()
+        self.began, self.said, self.failed, self.lock = began, [], [], threading.Lock()
         self.end = began + args.deadline - SAVING - 5
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, self.stop)
@@ -144,10 +147,11 @@ class Session:
         with open(log, encoding="utf-8", errors="replace") as f:
             last = (f.read().strip().splitlines() or [""])[-1]
         if failed and os.path.exists(result):
-            os.remove(result)
+            os.replace(result, result + ".partial")  # what was finished still counts
         elif not failed and not os.path.exists(result):
             write_text(result, last)  # train.py and pytest write none
         how = "done" if not failed else "stopped" if stopped else "FAILED"
+        self.failed += [name] * (how == "FAILED")
         self.say(f"{name}: {how} after {time.monotonic() - start:.0f} s: {last[:160]}")
 
     def script(self, name, *flags):
@@ -176,7 +180,7 @@ class Session:
             env["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{share:.2f}"
         if "scores" in a.parts:
             self.job(f"scores-{run}", self.script(
-                "eval_sciq.py", "--checkpoint", f"{folder}/ckpt.pt", "--tasks", a.tasks,
+                "eval_sciq.py", "--checkpoint", f"{folder}/ckpt.pt", "--tasks", ",".join(a.tasks),
                 "--save_docs", "--json", scores, *(["--data", a.data] if a.data else [])), scores,
                 **env)
         if "copying" in a.parts:
@@ -212,7 +216,8 @@ class Session:
     def results(self):
         """Every measurement so far, a dict each."""
         def read(*names):
-            if os.path.exists(path := self.path(*names)):
+            path = self.path(*names)
+            if path := next(filter(os.path.exists, (path, path + ".partial")), None):
                 yield read_json(path)
 
         yield dict(kind="machine") | self.args.machine
@@ -238,10 +243,10 @@ class Session:
             for lines in read(f"copying-{run}.json"):
                 yield from (dict(kind="copying") | line for line in lines)
             if run in scores:
-                base = scores.get("baseline-" + run.rpartition("-")[2])
+                base = scores.get("baseline-" + run.rpartition("-")[2], {})
                 yield dict(kind="scores", run=run, step=log[-1]["step"], tasks={
                     name: dict(n=t["n"], acc=t["acc"], acc_norm=t["acc_norm"], se=t["acc_stderr"],
-                               minus_baseline=base and compare(base[name], t))
+                               minus_baseline=compare(base[name], t) if name in base else None)
                     for name, t in scores[run].items()})
 
     def write(self):
@@ -282,10 +287,14 @@ def token_set(path, work):
         return path
     folder = os.path.join(work, "tokens")
     if not os.path.exists(os.path.join(folder, "meta.json")):
-        with new_folder(folder) as unpacked, tarfile.open(path) as packed:
-            for member in filter(tarfile.TarInfo.isfile, packed):
-                member.name = os.path.basename(member.name)
-                packed.extract(member, unpacked, filter="data")
+        try:
+            with tarfile.open(path) as packed, new_folder(folder) as unpacked:
+                for member in filter(tarfile.TarInfo.isfile, packed):
+                    member.name = os.path.basename(member.name)
+                    packed.extract(member, unpacked, filter="data")
+        except (tarfile.TarError, lzma.LZMAError, OSError, EOFError) as error:
+            raise UserError(f"{path} cannot be unpacked ({error}): pack the folder of a dataset "
+                            "with tar -cJf") from error
     return folder
 
 
@@ -294,31 +303,32 @@ def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--tokens", required=True, help="a dataset's folder, or FOLDER.tar.xz")
-    add("--data", help="folder of the tasks' files (default: the hub); may hold "
-        "tiktoken, its cache, and commit, the code's")
+    add("--data", help="folder of the tasks' files (default: the hub); may hold tiktoken, its "
+        "cache, and commit, a file that names the code's where git cannot")
     add("--parts", type=listed(str), default=PARTS, help=f"of {','.join(PARTS)} (default: all)")
-    add("--variants", type=listed(str), default="baseline,self,separate,shared",
+    add("--variants", type=listed(one_of(VARIANTS)), default="baseline,self,separate,shared",
         help="of compare.py, the baseline first (default: baseline,self,separate,shared)")
-    add("--seeds", type=listed(whole), default="1", help="(default: 1)")
+    add("--seeds", type=listed(whole), default="1", help="a list, such as 1,2 (default: 1)")
     add("--steps", type=positive_int, default=1760, help="steps of each run (default: 1760)")
     add("--windows", type=positive_int, default=32, help="sequences per step (default: 32)")
     add("--preset", choices=PRESETS, default="pythia-70m", help="(default: pythia-70m)")
-    add("--tasks", default="sciq,arc_easy,piqa", help="(default: sciq,arc_easy,piqa)")
-    add("--deadline", type=number(float, 30), default=math.inf, help="in seconds (default: none)")
+    add("--tasks", type=listed(one_of(TASKS)), default="sciq,arc_easy,piqa",
+        help=f"of {', '.join(TASKS)} (default: sciq,arc_easy,piqa)")
+    add("--deadline", type=number(float, 30), default=math.inf, help="seconds, 30 at least; work "
+        "ends 20 s before, to save what there is (default: none)")
     add("--jobs", type=positive_int, default=2, help="training runs at a time (default: 2)")
-    add("--device", default="cuda", choices=["cuda", "cpu"])
+    add("--device", default="cuda", choices=["cuda", "cpu"], help="(default: cuda)")
     add("--out", default="out/gpu", help="folder for the results (default: out/gpu)")
     add("--work", help="folder of checkpoints, 5 GB a run (default: nanonexus-gpu in /dev/shm if "
         "30 GB are free there, else where temporary files are)")
-    add("--copying", metavar="RUN", help="only this run's copying, in this process")
+    add("--copying", metavar="RUN", help=argparse.SUPPRESS)  # only this run's, in this process
     args = parser.parse_args(given)
     if args.work is None:
         large = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 30e9
         args.work = os.path.join("/dev/shm" if large else tempfile.gettempdir(), "nanonexus-gpu")
     if wrong := set(args.parts) - set(PARTS):
         raise UserError(f"no part {min(wrong)!r}: choose from {', '.join(PARTS)}")
-    for variant in args.variants:
-        read_variant(variant)
+    check_extra(extra, args.variants)
     return args, given, extra
 
 
@@ -335,9 +345,9 @@ def main():
         return copying(args, args.copying)
     args.machine = dict(preset=args.preset, data=tokens.fingerprint, steps=args.steps, extra=extra,
                         windows=args.windows, tasks=args.tasks, device=args.device)
-    check_settings(args.work, args.machine)
+    check_settings(args.work, args.machine, "--work")
     source = commit()
-    if os.path.exists(path := os.path.join(args.data or "", "commit")):
+    if source is None and os.path.exists(path := os.path.join(args.data or "", "commit")):
         with open(path, encoding="utf-8") as f:
             source = f.read().strip()
     args.machine |= dict(commit=source, torch=str(torch.__version__),
@@ -352,8 +362,10 @@ def main():
     os.environ.update(env | os.environ)
     if os.path.isdir(cache := os.path.join(args.data or "", "tiktoken")):
         os.environ["TIKTOKEN_CACHE_DIR"] = cache  # the machine's own may be empty
-    if "scores" in args.parts:
-        get_tokenizer(tokens.tokenizer, tokens.tokenizer_json)  # fail now, not after a training
+    if "scores" in args.parts:  # fail now, not after a training
+        get_tokenizer(tokens.tokenizer, tokens.tokenizer_json)
+        for task in args.tasks:
+            read_task(task, args.data)
     session = Session(args, given, extra, began)
     session.say(f"{args.machine['device']}; logs and checkpoints in {args.work}")
     session.execute()
@@ -362,6 +374,9 @@ def main():
         for pattern in ("log/*", "runs/*/log.jsonl", "*.json"):
             for path in glob.glob(os.path.join(args.work, pattern)):
                 packed.add(path, os.path.relpath(path, args.work))
+    if session.failed:
+        raise UserError(f"failed: {', '.join(session.failed)}; see {args.work}/log and repeat the "
+                        "command")
 
 
 if __name__ == "__main__":

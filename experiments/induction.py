@@ -33,7 +33,7 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from compare import read_variant
+from compare import ANY, read_variant
 from figures import WIDTH, mean_bar, name_lines, name_rows, style
 from runs import commit, model_flags, models_and_text
 from tqdm import tqdm
@@ -190,7 +190,7 @@ def measure_all(args, name, found):
             raise UserError(f"{variant}, seed {seed}, has no checkpoint of step {step}: choose "
                             f"from {', '.join(map(str, sorted(at)))}")
     todo = [(*run, step) for step in steps for run in runs if (*run, step) not in found]
-    version = commit()
+    version = commit(found.values())
     for variant, seed, step in tqdm(todo, leave=False, disable=None):
         found[variant, seed, step] = line = dict(
             runs=name, variant=variant, seed=seed, step=step, match=args.match, shares=shares,
@@ -218,7 +218,7 @@ def main():
     if len(args.variants) < 2:
         raise UserError("--variants needs the baseline and at least one more")
     for variant in args.variants:
-        read_variant(variant)  # all are known, before any of them is trained
+        read_variant(variant, ANY)  # all are known, before any of them is trained
     if args.show and not args.results:
         raise UserError("--show needs --results, a file with lines")
     plt = pyplot(args.out)

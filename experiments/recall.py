@@ -157,9 +157,10 @@ class Results:
     """The lines of finished runs, in memory and in a file."""
 
     def __init__(self, path):
-        self.path, self.commit = path, commit()
+        self.path = path
         self.lines = {RecallRun(*(line[field] for field in RecallRun._fields)): line
                       for line in read_lines(path, *RecallRun._fields, "curve", "parameters")}
+        self.commit = commit(self.lines.values())
 
     def finish(self, run):
         """Train the run if its line is missing, and append that."""

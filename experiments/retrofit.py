@@ -163,12 +163,13 @@ class Results:
     """The file of lines, {(part, variant, seed, lr): line} of those with today's settings."""
 
     def __init__(self, args):
-        self.args, self.path, self.commit, self.found = args, args.results, commit(), {}
+        self.args, self.path, self.found = args, args.results, {}
         for line in read_lines(args.results, "part", "variant", "seed", "lr", "settings"):
             if args.show or line["settings"] == self.settings(line["part"]):
                 key = line["part"], line["variant"], line["seed"], line["lr"]
                 if self.found.setdefault(key, line)["settings"] != line["settings"]:
                     raise UserError(f"{self.path} has lines of several settings: keep only one's")
+        self.commit = commit(() if args.show else self.found.values())
 
     def settings(self, part):
         values = {name: getattr(self.args, name) for name in IDENTITY[part]}
@@ -384,8 +385,7 @@ def main():
         keep_freed_memory()
         output_file(args.results)
         if is_gpt(fetch(args.model)):
-            raise UserError(f"{args.model} is a GPT-NeoX, or no model: this study is of other "
-                            "decoders, such as a Llama or a Qwen2")
+            raise UserError(f"{args.model} is a GPT-NeoX, or no model: choose a Llama or a Qwen2")
         write_data(args)
         for part in args.parts:
             (measure_changes if part in ("loss", "scores") else tune)(args, results, part)

@@ -2,6 +2,8 @@
 Runs of train.py: in parallel, resumable, each appending one line to a file of results.
 """
 
+import glob
+import hashlib
 import os
 import platform
 import statistics
@@ -21,7 +23,7 @@ from nanonexus.checkpoint import newest_checkpoint, read_checkpoint
 from nanonexus.cli import UserError, listed, positive_int
 from nanonexus.controls import build
 from nanonexus.data import TokenSet, read_windows, val_indices, windows
-from nanonexus.files import append_line, read_lines
+from nanonexus.files import append_line, read_json, read_lines, sha256, write_json
 
 
 class TrainingRun(NamedTuple):
@@ -32,15 +34,38 @@ class TrainingRun(NamedTuple):
     flags: list  # of train.py, all but the data and the folder: they identify the run
 
 
-def commit():
-    """The checked-out commit, with a + if files were changed since; None outside of git."""
+def commit(lines=()):
+    """The checked-out commit, with a + if files were changed since; None outside of git. A note
+    says how many of these lines of results may be from other code."""
     def git(*words):
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout
     try:
-        return (git("rev-parse", "--short=12", "HEAD").strip()
-                + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))) or None
+        version = (git("rev-parse", "--short=12", "HEAD").strip()
+                   + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))) or None
     except OSError:
-        return None
+        version = None
+    others = {str(line["commit"]) for line in lines
+              if line["commit"] != version or str(version).endswith("+")}
+    if others:
+        print(f"note: results of commit {', '.join(sorted(others))} are kept, and this is {version}"
+              ": after a change of the code give another --out", file=sys.stderr, flush=True)
+    return version
+
+
+def check_settings(folder, settings, flag="--out"):
+    """UserError if the folder holds runs with other settings than these, or of other code; flag:
+    what names the folder."""
+    digest = hashlib.sha256()
+    for path in sorted(glob.glob(os.path.join(ROOT, "nanonexus", "*.py"))) + [
+            os.path.join(ROOT, "model.py"), os.path.join(ROOT, "train.py")]:
+        digest.update(sha256(path).encode())
+    settings = settings | dict(code=digest.hexdigest()[:16])
+    path = os.path.join(folder, "settings.json")
+    saved = read_json(path) if os.path.exists(path) else settings
+    if wrong := [key for key in saved.keys() | settings if saved.get(key) != settings.get(key)]:
+        raise UserError(f"{folder} holds runs with other settings ({', '.join(sorted(wrong))}): "
+                        f"choose another {flag} (code: of model.py, train.py and nanonexus)")
+    write_json(path, settings)
 
 
 def compare(out, variants, seeds, quick):

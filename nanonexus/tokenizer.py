@@ -4,6 +4,7 @@ the dataset's own text, stored as tokenizer.json in the dataset and in every che
 """
 
 import json
+import os
 
 from nanonexus.cli import UserError
 from nanonexus.files import reading
@@ -39,8 +40,9 @@ def get_tokenizer(name, source=None):
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors
         raise UserError(
-            "GPT-2's vocabulary could not be downloaded. Set TIKTOKEN_CACHE_DIR to a folder in "
-            "which tiktoken has cached it, or use --tokenizer bytes") from error
+            "GPT-2's vocabulary could not be downloaded, and TIKTOKEN_CACHE_DIR "
+            f"({os.environ.get('TIKTOKEN_CACHE_DIR') or 'not set'}) is no folder in which tiktoken "
+            "has cached it; or use a dataset with --tokenizer bytes") from error
 
 
 def bpe_size(name):

@@ -106,7 +106,10 @@ def test_compare_continue_and_show(tmp_path, tokens):  # noqa: F811
     assert "minus baseline" in first and f"{gap:+.4f}" in again  # minus key-shift
     assert "<svg" in (out / "compare.svg").read_text()
 
-    assert "other settings" in refused(compare.main, "--out", out, "--max_steps", 5, *SMALL)
+    assert "(dataset, max_steps)" in refused(compare.main, "--out", out, "--max_steps", 5, *SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "sha256", lambda path: "as if it were edited")
+        assert "other settings (code)" in refused(compare.main, "--out", out, *argv, *SMALL)
     # an existing line is a finished run, wherever the folders are; --show runs nothing
     argv, before = ["--out", tmp_path / "elsewhere", "--show", *argv, *SMALL], kept.read_text()
     shown = done(compare.main, *argv).split("wrote")[0]
@@ -276,3 +279,14 @@ def test_checkpoints_are_those_of_the_seeds(tmp_path):
     assert found == [str(tmp_path / f"past-seed{seed}" / "ckpt.pt") for seed in (0, 1)]
     with pytest.raises(UserError, match="past-seed2"):
         runs.checkpoints(tmp_path, "past", 3)
+
+
+def test_results_of_other_code_are_told(monkeypatch, capsys):
+    said = {"rev-parse": "abc\n", "status": ""}
+    monkeypatch.setattr(subprocess, "run", lambda argv, **kwargs: SimpleNamespace(
+        stdout=said[argv[3]]))
+    assert runs.commit([dict(commit="abc")]) == "abc" and not capsys.readouterr().err
+    runs.commit([dict(commit="abc"), dict(commit="012")])
+    assert "results of commit 012 are kept, and this is abc:" in capsys.readouterr().err
+    said["status"] = " M model.py\n"  # what was edited when is not known
+    assert runs.commit([dict(commit="abc+")]) == "abc+" and "abc+ are" in capsys.readouterr().err
