@@ -11,6 +11,8 @@
 # VARIANTS: of compare.py, the first is the one that the others are compared with.
 # STEPS: of 524,288 tokens each (default 3000); the learning rate is decayed over all of them.
 # DATA: a folder with the tasks' files, for a machine without access to the hub. TASKS: default all six.
+# With 65,536 tokens a step, a rate of 1e-3 and 115M tokens `self` diverged with one of two seeds
+# (docs/results/gpu.md): watch `norm` in its log.
 # TOKENIZER (gpt2), PRESET (pythia-70m): to try the script with `bytes` and `tiny` in a minute.
 set -euo pipefail
 : "${OUT:?give a folder: OUT=out/70m experiments/reproduce_70m.sh}"
