@@ -201,9 +201,11 @@ class Study:
         config, args = GPTConfig(**saved["config"]), saved["args"]
         curve = [(event["tokens"], event["val_loss"]) for event in log
                  if event["val_loss"] is not None]
+        norms = [event["grad_norm"] for event in log if event["grad_norm"] is not None]
         return dict(
             variant=run.variant, seed=run.seed, lr=args["lr"], steps=saved["step"],
             tokens=saved["tokens"], val_loss=curve[-1][1], curve=curve,
+            largest_norm=max(norms[len(norms) // 2:]),  # of the second half: has it diverged?
             parameters=sum(w.numel() for w in saved["model"].values()),
             flops_per_token=build(config).flops_per_token(config.block_size),
             tokens_per_sec=statistics.median(

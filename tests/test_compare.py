@@ -98,6 +98,9 @@ def test_compare_continue_and_show(tmp_path, tokens):  # noqa: F811
         assert r["val_loss"] == [log[-1]["val_loss"] for log in logs] and r["seeds"] == [0, 1]
         assert f"{statistics.mean(r['val_loss']):.4f} ±" in again
         assert r["tokens"] == [0, 512, 1024]
+        norms = [event["grad_norm"] for event in logs[0] if event["grad_norm"]]
+        line = next(x for x in found if (x["variant"], x["seed"]) == (name, 0))
+        assert line["largest_norm"] == max(norms[len(norms) // 2:])
         saved = torch.load(out / f"{name}-seed0/ckpt.pt")
         assert saved["config"]["control"] == ("" if name == "baseline" else name)
         assert r["parameters"] == sum(p.numel() for p in saved["model"].values())
