@@ -25,13 +25,15 @@ def peak_flops():
     return PEAK_FLOPS.get(torch.cuda.get_device_name())
 
 
-def check_device(name):
-    """Raises UserError if this machine has no device of that name."""
+def use_device(name):
+    """Prepares to compute on a device. UserError if this machine has none of that name."""
     try:
         torch.zeros(1, device=name).item()  # "meta" has no numbers
         assert name == "cpu" or not name.startswith("cpu")  # there is no second one
     except (RuntimeError, AssertionError) as error:  # the second: torch without CUDA
         raise UserError(f"no device {name!r} here: use --device cpu") from error
+    if name == "cpu":
+        keep_freed_memory()
 
 
 def pick_device(kind, local_rank=0):
