@@ -305,7 +305,8 @@ def parse_args():
     add("--tokens", required=True, help="a dataset's folder, or FOLDER.tar.xz")
     add("--data", help="folder of the tasks' files (default: the hub); may hold tiktoken, its "
         "cache, and commit, a file that names the code's where git cannot")
-    add("--parts", type=listed(str), default=PARTS, help=f"of {','.join(PARTS)} (default: all)")
+    add("--parts", type=listed(one_of(PARTS)), default=PARTS,
+        help=f"of {','.join(PARTS)} (default: all)")
     add("--variants", type=listed(one_of(VARIANTS)), default="baseline,self,separate,shared",
         help="of compare.py, the baseline first (default: baseline,self,separate,shared)")
     add("--seeds", type=listed(whole), default="1", help="a list, such as 1,2 (default: 1)")
@@ -326,8 +327,6 @@ def parse_args():
     if args.work is None:
         large = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 30e9
         args.work = os.path.join("/dev/shm" if large else tempfile.gettempdir(), "nanonexus-gpu")
-    if wrong := set(args.parts) - set(PARTS):
-        raise UserError(f"no part {min(wrong)!r}: choose from {', '.join(PARTS)}")
     check_extra(extra, args.variants)
     return args, given, extra
 

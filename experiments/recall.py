@@ -156,11 +156,11 @@ def every(steps):
 class Results:
     """The lines of finished runs, in memory and in a file."""
 
-    def __init__(self, path):
+    def __init__(self, path, show):
         self.path = path
         self.lines = {RecallRun(*(line[field] for field in RecallRun._fields)): line
                       for line in read_lines(path, *RecallRun._fields, "curve", "parameters")}
-        self.commit = commit(self.lines.values())
+        self.commit = commit(() if show else self.lines.values())
 
     def finish(self, run):
         """Train the run if its line is missing, and append that."""
@@ -320,7 +320,8 @@ def main():
         "baseline", *INNERS, "key-shift", "two-layers-fan-in"])
     plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are so small that two threads wait for each other
-    results, found = Results(args.results or os.path.join(args.out, "results.jsonl")), {}
+    results = Results(args.results or os.path.join(args.out, "results.jsonl"), args.show)
+    found = {}
     if not args.show:
         output_file(results.path)
     runs = len(args.tasks) * len(args.variants) * (args.seeds + len(to_try(args.lrs)))

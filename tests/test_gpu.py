@@ -93,7 +93,8 @@ def test_mistakes_are_answered_before_any_work(tokens_on_disk, tmp_path):  # noq
             (["--tokens", "none"], "none"), (["--tokens", tmp_path / "bad.tar.xz"], "unpacked"),
             (["--tasks", "nope"], "choose from sciq"), (["--data", tmp_path, "--tasks", "sciq"],
                                                        "no file .*sciq_test.jsonl"),
-            (["--parts", "nope"], "no part"), (["--variants", "longer"], "choose from baseline"),
+            (["--parts", "nope"], "choose from parity"),
+            (["--variants", "longer"], "choose from baseline"),
             (["--", "--nope"], "--nope"), (["--", "--nexus_order=3"], "sets --nexus_order itself")):
         said = refused(gpu.main, "--tokens", tokens_on_disk, *argv, *wrong)
         assert re.search(message, said), said
