@@ -305,7 +305,7 @@ def main():
         add("--model", required=True, help="a folder, or NAME or NAME@REVISION on the hub")
         add("--streams", default="qk", choices=["qk", "q", "k"], help="to refine (default: qk)")
         add("--inner", default="self", choices=INNERS, help="the map of an inner loop, see "
-            "nanonexus/retrofit.py (default: self, the paper's)")
+            "nanonexus/retrofit.py (default: self, as in model.py)")
         add("--layers", type=whole, nargs="+", help="indices of the layers (default: all)")
         add("--gate", type=number(float, -100, 100), help="initial value of a gate per head; 0 "
             "starts as the original model (default: no gate)")
@@ -324,7 +324,7 @@ def main():
     add("--accumulate", type=positive_int, default=1, help="micro-steps per step (1)")
     add("--lr", type=non_negative, default=1e-5)
     add("--gate_lr", type=non_negative, default=1e-2,
-        help="of the gates, which move further (1e-2)")
+        help="for the gates, which take larger steps (1e-2)")
     add("--warmup", type=non_negative, default=0.03, help="steps or, if < 1, a fraction (0.03)")
     add("--weight_decay", type=non_negative, default=0.0)
     add("--max_length", type=positive_int, default=4096,

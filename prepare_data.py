@@ -8,9 +8,10 @@ Turn text into a dataset of tokens: python prepare_data.py --dataset NAME --out 
 
 A plain text is one document, or several with a line that holds only <|endoftext|> between them; in
 .jsonl, .ndjson, .json, .csv and .parquet a row is one. Each goes to training or to validation as a
-whole, unless there are fewer than ten or it is more than a tenth of the text. Datasets from the hub
-are streamed, never held in memory or on disk. bpe:N first trains a tokenizer, on the training part
-alone, at most its first 2^27 characters; the dataset keeps it as tokenizer.json.
+whole; if there are fewer than ten, or one is more than a tenth of the text so far, it is split.
+Datasets from the hub are streamed, never held in memory or on disk. bpe:N first trains a
+tokenizer, on the training part alone, at most its first 2^27 characters; the dataset keeps it as
+tokenizer.json.
 """
 
 import collections

@@ -8,10 +8,10 @@ how do they score, when do they learn to copy, and how fast are they?
 
 It needs a CUDA device of 40 GB (less with --jobs 1 and fewer --windows), a dataset of GPT-2's
 tokenizer and, without a network, the tasks' files in --data (see eval_sciq.py). What is finished is
-kept in --work and never repeated, an interrupted training continues: on a machine that is lent for
-minutes, repeat the command. Whatever ends it (--deadline, SIGTERM, Ctrl-C), --out has summary.txt,
-results.jsonl (a line for each measurement, as in docs/results/h200.jsonl) and details.tar.gz, all
-logs and answers. The parts, the most important first; none can stop another:
+kept in --work and never repeated, and an interrupted training run continues: on a machine that is
+lent for minutes, repeat the command. Whatever ends it (--deadline, SIGTERM, Ctrl-C), --out has
+summary.txt, results.jsonl (a line for each measurement, as in docs/results/h200.jsonl) and
+details.tar.gz, all logs and answers. The parts, the most important first; none can stop another:
 
 parity   parity.py: is attention right, how fast are its kernels; 15% of the time at most
 train    train.py for each of --variants and --seeds, --jobs at a time, so that the start of one is
@@ -303,8 +303,8 @@ def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--tokens", required=True, help="a dataset's folder, or FOLDER.tar.xz")
-    add("--data", help="folder of the tasks' files (default: the hub); may hold tiktoken, its "
-        "cache, and commit, a file that names the code's where git cannot")
+    add("--data", help="folder of the tasks' files (default: the hub); it may also have tiktoken, "
+        "tiktoken's cache, and commit, a file with the code's commit for a machine without git")
     add("--parts", type=listed(one_of(PARTS)), default=PARTS,
         help=f"of {','.join(PARTS)} (default: all)")
     add("--variants", type=listed(one_of(VARIANTS)), default="baseline,self,separate,shared",

@@ -60,8 +60,8 @@ def build_parser(doc):
     comments |= dict(vocab_size="default: the dataset's", nexus_order="1 is the baseline, 2 "
                      "refines once, 3 twice, ... (default: 2; with a control that has no inner "
                      "loop 1)", nexus_inner="how they are refined, see inner_step (default: self, "
-                     "the paper's formula)", control="instead of, or besides, Nexus: "
-                     + ", ".join(CONTROLS))
+                     "the formula that two accounts of the paper give)",
+                     control="instead of, or besides, Nexus: " + ", ".join(CONTROLS))
     for f in fields(GPTConfig):
         choices = CONTROLS if f.name == "control" else get_args(f.type)
         kind = dict(choices=choices, metavar="NAME") if f.name == "control" else dict(
@@ -92,8 +92,8 @@ def build_parser(doc):
         "e.g. before a job's time limit (default: never)")
     add("--on_nan", default="stop", choices=["stop", "skip"], help="if a gradient is not finite: "
         "stop (default), or skip that step")
-    add("--deterministic", action="store_true", help="bit-identical runs on the same device, "
-        "slower on CUDA")
+    add("--deterministic", action="store_true", help="bit-identical runs on the same device; "
+        "may be slower on CUDA")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of "
         "the matrix products (default: bfloat16 on CUDA, float16 on a GPU without it, else "

@@ -11,8 +11,8 @@ model's own attention (same mask, scaling and backend). All else is the model's 
 
 A loop refines the queries and keys s into h_s, which begins as s, by one of five maps:
 
-    self     h_s <- Attn(h_s, h_s, s)          the paper's, as a formula
-    tokens   h <- Attn(h_q, h_k, v)            the paper's, in words: what the heads have gathered,
+    self     h_s <- Attn(h_s, h_s, s)          accounts of the paper, as a formula
+    tokens   h <- Attn(h_q, h_k, v)            another, in words: what the heads have gathered,
              h_q, h_k <- h W_q, h W_k          (B, T, C), is projected in place of the input
     past     h_s <- s + Attn_<(h_s, h_s, s)    Attn_< sees only earlier tokens; the first of a
     cross    h_s <- s + Attn_<(h_q, h_k, s)    document keeps s

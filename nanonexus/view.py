@@ -6,7 +6,7 @@ loop. It needs no network and no server; any browser opens it.
     python -m nanonexus.view --checkpoint out/ckpt.pt --baseline base/ckpt.pt --prompt "The class"
     python -m nanonexus.view --checkpoint EleutherAI/pythia-160m --layers 1,6 --prompt "The class"
 
-The weights are those of manual attention in float32, to within 0.00025: two characters each.
+Each attention weight is stored in two characters, to within 0.00025 of manual attention in float32.
 """
 
 import json
