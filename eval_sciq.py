@@ -27,7 +27,7 @@ import sys
 import torch
 
 from nanonexus.cli import Parser, UserError, positive_int, run_script
-from nanonexus.device import use_device
+from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import output_file, read_json, reading, write_json
 from nanonexus.processes import Stop
 from nanonexus.scoring import Scorer, compare, evaluate, summary
@@ -73,9 +73,11 @@ def parse_args():
 
 def main():
     args = parse_args()
-    use_device(args.device)
+    check_device(args.device)
     if args.save_docs and not args.json:
         raise UserError("--save_docs adds to the file of --json FILE: give one")
+    if args.device == "cpu":
+        keep_freed_memory()
     names = BENCHMARKS if args.tasks == "all" else args.tasks.split(",")
     for path in filter(None, (args.json, args.versus and args.plot)):
         output_file(path, args.checkpoint, args.versus, *names)

@@ -23,7 +23,7 @@ from nanonexus.cli import (
     whole,
 )
 from nanonexus.decoder import describe, pretrained
-from nanonexus.device import use_device
+from nanonexus.device import check_device
 from nanonexus.files import output_file, output_folder, read_json, sha256, write_json
 from nanonexus.flags import agree
 from nanonexus.harness import check_tasks, run_tasks
@@ -354,7 +354,7 @@ def main():
         args = parser.parse_args()
     elif args.order is None:
         test.refuse(args, ["streams", "inner", "layers", "gate"], "without --order")
-    use_device(args.device)
+    check_device(args.device)
     try:
         (sft if args.command == "sft" else evaluate)(args)
     except ImportError as error:

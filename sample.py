@@ -16,7 +16,7 @@ import torch
 
 from nanonexus.cli import Parser, UserError, non_negative, number, positive_int, run_script, whole
 from nanonexus.controls import describe
-from nanonexus.device import use_device
+from nanonexus.device import check_device
 from nanonexus.generate import generate_stream
 from nanonexus.hf import open_model
 from nanonexus.tokenizer import read_prompt
@@ -43,7 +43,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    use_device(args.device)
+    check_device(args.device)
     if args.prompt is None and sys.stdin.isatty():
         raise UserError("no prompt: give --prompt TEXT, or text on standard input")
     model, tokenizer, _ = open_model(args.checkpoint, args.device)

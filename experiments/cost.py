@@ -39,7 +39,7 @@ from common import parse, pyplot, save, table
 from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
 from nanonexus.controls import build
-from nanonexus.device import peak_flops, use_device
+from nanonexus.device import keep_freed_memory, peak_flops
 from nanonexus.files import output_folder
 from nanonexus.flags import PRESETS, preset_config
 from nanonexus.generate import KVCache, generate
@@ -357,7 +357,9 @@ def main():
     output_folder(args.out)
     plt = None if args.profile or args.variants else pyplot(args.out)
     args.compile = args.device == "cuda"
-    use_device(args.device)
+    if args.device == "cpu":
+        keep_freed_memory()
+
     args.peak = peak_flops() if args.device == "cuda" else None
     training, generated = {}, {}
     for preset in args.presets:

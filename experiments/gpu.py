@@ -60,7 +60,7 @@ from common import ROOT, one_of, table
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script, whole
 from nanonexus.data import TokenSet, windows
-from nanonexus.device import use_device
+from nanonexus.device import check_device
 from nanonexus.files import new_folder, output_folder, read_json, read_lines, write_json, write_text
 from nanonexus.flags import PRESETS, preset_config
 from nanonexus.scoring import compare
@@ -336,7 +336,7 @@ def main():
     args, given, extra = parse_args()
     for folder in (args.out, os.path.join(args.work, "log"), os.path.join(args.work, "runs")):
         output_folder(folder)
-    use_device(args.device)
+    check_device(args.device)
     args.tokens = token_set(args.tokens, args.work)
     tokens = TokenSet(args.tokens)
     args.vocab_size = tokens.vocab_size

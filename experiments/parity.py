@@ -27,7 +27,7 @@ import common  # noqa: F401
 from model import AttnContext, attend, rotary_table
 from nanonexus.cli import Parser, listed, positive_int, run_script
 from nanonexus.controls import build
-from nanonexus.device import use_device
+from nanonexus.device import check_device
 from nanonexus.files import output_folder, write_json
 from nanonexus.flags import PRESETS, preset_config
 
@@ -125,7 +125,7 @@ def main():
     add("--out", default="out/parity", help="folder (default: out/parity)")
     args = parser.parse_args()
     output_folder(args.out)
-    use_device(args.device)
+    check_device(args.device)
     torch.manual_seed(0)
     config, found, bad = preset_config(args.preset), {}, []
     for name, value, limit in itertools.chain(attention(config, args.device), models(

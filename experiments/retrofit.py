@@ -44,7 +44,7 @@ from common import ROOT, one_of, parse, pyplot, save, table
 from finetune import read_examples
 from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
 from nanonexus.decoder import is_gpt
-from nanonexus.device import use_device
+from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import append_line, output_file, read_json, read_lines
 from nanonexus.hf import fetch
 from nanonexus.retrofit import INNERS
@@ -381,7 +381,8 @@ def main():
         if not args.text and {"loss", "text"} & {*args.parts}:
             raise UserError("the parts loss and text need --text FILE: books of plain text, a "
                             "document each")
-        use_device(args.device)
+        check_device(args.device)
+        keep_freed_memory()
         output_file(args.results)
         if is_gpt(fetch(args.model)):
             raise UserError(f"{args.model} is a GPT-NeoX, or no model: choose a Llama or a Qwen2")

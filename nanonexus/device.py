@@ -25,15 +25,13 @@ def peak_flops():
     return PEAK_FLOPS.get(torch.cuda.get_device_name())
 
 
-def use_device(name):
-    """Prepares to compute on a device. UserError if this machine has none of that name."""
+def check_device(name):
+    """Raises UserError if this machine has no device of that name."""
     try:
         torch.zeros(1, device=name).item()  # "meta" has no numbers
         assert name == "cpu" or not name.startswith("cpu")  # there is no second one
     except (RuntimeError, AssertionError) as error:  # the second: torch without CUDA
         raise UserError(f"no device {name!r} here: use --device cpu") from error
-    if name == "cpu":
-        keep_freed_memory()
 
 
 def pick_device(kind, local_rank=0):
@@ -53,7 +51,8 @@ def pick_device(kind, local_rank=0):
 
 def keep_freed_memory():
     """Let glibc keep freed memory: otherwise every step on a CPU returns its activations to the
-    kernel and gets them back page by page, which cost a third of the time (measured, 70M shape)."""
+    kernel and gets them back page by page, which cost a third of the time (measured, 70M shape).
+    Not for training on examples of varying length, whose sizes leave holes: twice the memory."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc (the last: Windows)
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim
