@@ -1,8 +1,12 @@
-"""What several tests score: rows of every task, a small random GPT-NeoX folder, two checkpoints of
-ours, a choice's log-likelihood without cache or batch, and the harness's of the same rows."""
+"""What several tests use: scripts in this process, rows of every task, a small random GPT-NeoX
+folder, two checkpoints of ours, a choice's log-likelihood without cache or batch, and the harness's
+of the same rows."""
 
+import contextlib
+import io
 import json
 import os
+import sys
 from dataclasses import asdict, replace
 from typing import Literal, get_args
 
@@ -11,6 +15,7 @@ import torch
 
 from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.checkpoint import probe, save_checkpoint
+from nanonexus.cli import run_script
 from nanonexus.harness import run_tasks
 from nanonexus.tasks import TASKS
 from nanonexus.tokenizer import EOT
@@ -50,6 +55,33 @@ ROWS = {
     "piqa": [dict(goal="Open a jar", sol1="twist the lid", sol2="sing to it", label=0),
              dict(goal="Dry hair", sol1="use a fork", sol2="use a towel ", label=1)],
 }
+
+
+def call(main, *argv):
+    """(exit status, stdout, stderr) of a script, in this process."""
+    out, errors, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), \
+            pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+        try:
+            run_script(main)
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), errors.getvalue()
+
+
+def done(main, *argv):
+    """What a script prints that ends well."""
+    status, out, errors = call(main, *argv)
+    assert status == 0, errors
+    return out
+
+
+def refused(main, *argv):
+    """What a script says, in one line, of a mistake before its work."""
+    status, _, errors = call(main, *argv)
+    assert status == 2 and errors.count("\n") == 1
+    return errors
 
 
 def write_rows(folder, rows):

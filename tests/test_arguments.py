@@ -2,10 +2,8 @@
 
 import argparse
 import contextlib
-import io
 import os
 import shutil
-import sys
 
 import pytest
 from test_train import TINY, run, tokens  # noqa: F401
@@ -16,12 +14,11 @@ import prepare_data
 import sample
 import train
 from nanonexus import view
-from nanonexus.cli import run_script
 
 hypothesis = pytest.importorskip("hypothesis")
 transformers = pytest.importorskip("transformers")
 from hypothesis import given, settings, strategies  # noqa: E402
-from questions import byte_tokenizer  # noqa: E402
+from questions import byte_tokenizer, call  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -47,19 +44,6 @@ def flags_of(main):
     return {a.option_strings[0]: a.nargs == 0 or isinstance(a, argparse.BooleanOptionalAction)
             for a in found if a.option_strings
             and a.dest not in ("help", "wandb", "tensorboard", "compile")}
-
-
-def call(main, name, argv):
-    """(exit status, stderr) of a script, in this process."""
-    errors, status = io.StringIO(), 0
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), \
-            pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *argv])
-        try:
-            run_script(main)
-        except SystemExit as end:
-            status = end.code
-    return status, errors.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +96,7 @@ def test_any_arguments(name, place, tokens, monkeypatch):  # noqa: F811
         argv = base(place, tokens)
         for option, value in pairs:
             argv += [option] if known[option] else [f"{option}={value}"]
-        status, errors = call(main, name, argv)
+        status, _, errors = call(main, *argv)
         assert status in (0, 2), (argv, errors)
         assert status == 0 or errors.count("\n") == 1 and "Traceback" not in errors, (argv, errors)
         left = [f for _, _, files in os.walk(place) for f in files if "partial" in f]

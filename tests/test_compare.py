@@ -1,7 +1,5 @@
 """compare.py trains what it says and continues where it was; its table is the lines' arithmetic."""
 
-import contextlib
-import io
 import itertools
 import json
 import math
@@ -21,10 +19,11 @@ import figures
 import pytest
 import runs
 import torch
+from questions import done, refused
 from test_train import ROOT, read_log, tokens  # noqa: F401
 
 import train
-from nanonexus.cli import UserError, run_script
+from nanonexus.cli import UserError
 from nanonexus.controls import build
 from nanonexus.files import read_lines
 from nanonexus.flags import PRESETS, preset_config
@@ -48,33 +47,6 @@ def here(monkeypatch):
             return 0
 
     monkeypatch.setattr(runs, "subprocess", SimpleNamespace(Popen=Popen, run=subprocess.run))
-
-
-def call(main, *argv):
-    """(exit status, stdout, stderr) of a script, in this process."""
-    out, errors, status = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), \
-            pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script.py", *map(str, argv)])
-        try:
-            run_script(main)
-        except SystemExit as end:
-            status = end.code
-    return status, out.getvalue(), errors.getvalue()
-
-
-def done(main, *argv):
-    """What a script prints that ends well."""
-    status, out, errors = call(main, *argv)
-    assert status == 0, errors
-    return out
-
-
-def refused(main, *argv):
-    """What a script says, in one line, of a mistake before its work."""
-    status, _, errors = call(main, *argv)
-    assert status == 2 and errors.count("\n") == 1
-    return errors
 
 
 @pytest.mark.usefixtures("plots", "here")
@@ -260,17 +232,6 @@ def test_what_other_studies_let_it_train(tmp_path, monkeypatch):
     assert (args.variants, args.seeds, args.quick) == (["baseline", "past"], 2, True)
     with pytest.raises(UserError, match="compare.py stopped with status 1"):
         runs.compare(str(tmp_path), ["baseline"], 1, quick=False)
-
-
-@pytest.mark.usefixtures("plots")
-def test_mistakes(tmp_path):
-    (tmp_path / "results.jsonl").write_text('{"task": "one-hop"}\n')  # recall.py's
-    for argv, message in (
-            (["--variants", "nexus2"], "no variant 'nexus2'"), (["--seeds", "0"], "--seeds"),
-            (["--lrs", "0"], "--lrs"), (["--jobs", "0"], "--jobs"), (["--show"], "is damaged"),
-            (["--scale", "text"], "needs --dataset"),
-            (["--show", "--results", tmp_path / "none"], "has lines of 0 token sets")):
-        assert message in refused(compare.main, "--out", tmp_path, *argv)
 
 
 def test_checkpoints_are_those_of_the_seeds(tmp_path):

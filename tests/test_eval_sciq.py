@@ -1,4 +1,4 @@
-"""eval_sciq.py as a command: its table, its JSON file, its chart, and one line for a mistake."""
+"""eval_sciq.py as a command: its table, its JSON file and its chart."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 from questions import ROWS, save, write_rows
 
 import eval_sciq
-from model import GPTConfig, ModelError
+from model import GPTConfig
 from nanonexus.cli import UserError
 from nanonexus.controls import build
 from nanonexus.files import write_json
@@ -137,26 +137,3 @@ def test_saved_scores_serve_as_a_model(checkpoints, call, capsys):
         write_json("c.json", content)
         with pytest.raises(UserError, match=message):
             call("c.json", *nine)
-
-
-@pytest.mark.parametrize("argv, message", [
-    ("--tasks sciqq", "did you mean sciq"), ("--tasks zz", "choose from sciq"),
-    ("--tasks sciq --data none", "sciq_test.jsonl: task sciq needs it, with the columns"),
-    ("--data . --tasks piqa", "piqa_validation.jsonl, line 2: no column 'sol2'"),
-    ("--data . --tasks arc_easy", "has no rows"), ("--checkpoint no.pt", "no checkpoint at"),
-    ("--checkpoint file.pt", "damaged"), ("--limit 0", "--limit"),
-    ("--batch_size 0", "must be auto or a number from 1, got 0"),
-    ("--plot a.png", "no effect without --versus"), ("--versus none.pt", "no checkpoint at"),
-    ("--versus ours.pt --plot v.xyz", "--plot v.xyz: no such kind of picture.* png,"),
-    ("--checkpoint file.pt --json file.pt", "file.pt is read as file.pt:"),
-    ("--versus file.pt --plot ./file.pt", "file.pt is read as file.pt:")])
-def test_mistakes_are_one_line_before_anything_is_scored(checkpoints, call, monkeypatch, argv,
-                                                         message, tmp_path):
-    (tmp_path / "file.pt").write_text("no checkpoint")
-    (tmp_path / "arc_easy_test.jsonl").write_text("\n")
-    write_rows(".", dict(piqa=[ROWS["piqa"][0], dict(goal="a", sol1="b", label=1)]))
-    monkeypatch.setattr(eval_sciq, "evaluate", None)
-    before = os.listdir()
-    with pytest.raises((UserError, ModelError), match=message) as caught:
-        call(checkpoints[0], *argv.split())
-    assert "\n" not in str(caught.value) and os.listdir() == before

@@ -12,8 +12,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from questions import add_inner_step, save
-from test_compare import done, refused
+from questions import add_inner_step, done, refused, save
 from test_tokenizer import WORDS, varied
 
 from common import INNERS

@@ -11,12 +11,10 @@ import torch
 transformers = pytest.importorskip("transformers", reason="extra retrofit: transformers")
 pytest.importorskip("accelerate", reason="extra retrofit: accelerate, which its Trainer needs")
 pytest.importorskip("jinja2", reason="extra retrofit: jinja2, for chat templates")
-from test_compare import refused  # noqa: E402
 from test_retrofit import make  # noqa: E402
 
 import finetune  # noqa: E402
 from finetune import read_examples  # noqa: E402
-from model import ModelError  # noqa: E402
 from nanonexus.cli import UserError  # noqa: E402
 from nanonexus.retrofit import load  # noqa: E402
 from train import warmup_cosine  # noqa: E402
@@ -233,17 +231,6 @@ def test_scores_that_are_no_numbers_are_not_paired(capsys):
     assert "t f1 none: not paired, a document has no number" in capsys.readouterr().out
 
 
-def test_eval_refuses_before_it_scores(base, monkeypatch):
-    pytest.importorskip("lm_eval.tasks", reason="extra retrofit: lm-eval")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(finetune, "score", None)
-    for flags, message in ((["--versus", "nowhere/at-all"], "no file or folder nowhere/at-all"),
-                           (["--layers", 0, "--streams", "q", "--inner", "cross", "--gate", 0],
-                            "no effect without --order: --streams, --inner, --layers, --gate")):
-        with pytest.raises((UserError, ModelError), match=message):
-            command("eval", "--model", base / "model", *flags)
-
-
 def test_data_with_a_wrong_line(tokenizer, tmp_path):
     for line, message in (
             ("nonsense", "line 2: not JSON"), ("[1]", "row 1: not a JSON object"),
@@ -265,6 +252,8 @@ def test_rows_without_a_text_are_skipped_and_counted(tokenizer, tmp_path, capsys
     assert [tokenizer.decode(example["input_ids"]) for example in examples] == [
         "<|user|>a<|end|><|assistant|><|end|>", "ab</s>"]
     assert capsys.readouterr().out.startswith("4 rows without messages")
+    with pytest.raises(UserError, match="no example with an answer of up to 2 tokens"):
+        read_examples(data, tokenizer, 2)
 
 
 def test_a_damaged_model_is_one_line(base, tmp_path):
@@ -280,18 +269,3 @@ def test_a_damaged_model_is_one_line(base, tmp_path):
             sft(tmp_path, tmp_path / "out")
         assert "\n" not in str(e.value)
         (model / name).write_bytes(whole)
-
-
-def test_mistakes_are_one_line_and_data_is_looked_at_before_a_model(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (tmp_path / "a.jsonl").write_text("nonsense")
-    argv = ["--model", base / "model", "--data", base / "plain.jsonl", "--out", tmp_path / "out"]
-    for wrong, message in ((["--order", 0], "--order"), (["--model", "nowhere/at-all"], "nowhere"),
-                           (["--max_length", 1], "up to 1 tokens"), (["--streams", "v"], "'v'")):
-        assert message in refused(finetune.main, "sft", *argv, *wrong)
-    monkeypatch.setattr(finetune, "fetch", None)
-    for name, message in (("none.jsonl", "cannot be read: No such file"), ("a.txt", "plain text"),
-                          ("a.jsonl", "line 1: not JSON")):
-        said = refused(finetune.main, "sft", *argv, "--data", tmp_path / name)
-        assert name in said and message in said
-    assert "sfd" in refused(finetune.main, "sfd") and refused(finetune.main)

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from types import SimpleNamespace
 import gpu
 import h200
 import pytest
-from test_compare import refused
 from test_train import ROOT
 from test_train import tokens as tokens_on_disk  # noqa: F401
 
@@ -83,22 +81,6 @@ def test_every_part_yields_its_numbers_and_none_is_repeated(tokens_on_disk, tmp_
     with tarfile.open(tmp_path / "out" / "details.tar.gz") as tar:
         assert {"log/parity.log", f"scores-{RUNS[0]}.json"} <= set(tar.getnames())
     assert call(packed, tmp_path, *parts) == []
-
-
-def test_mistakes_are_answered_before_any_work(tokens_on_disk, tmp_path):  # noqa: F811
-    (tmp_path / "bad.tar.xz").write_text("no archive")
-    argv = ["--device", "cpu", "--preset", "tiny", "--out", tmp_path / "out", "--work",
-            tmp_path / "work", "--tasks", "demo"]
-    for wrong, message in (
-            (["--tokens", "none"], "none"), (["--tokens", tmp_path / "bad.tar.xz"], "unpacked"),
-            (["--tasks", "nope"], "choose from sciq"), (["--data", tmp_path, "--tasks", "sciq"],
-                                                       "no file .*sciq_test.jsonl"),
-            (["--parts", "nope"], "choose from parity"),
-            (["--variants", "longer"], "choose from baseline"),
-            (["--", "--nope"], "--nope"), (["--", "--nexus_order=3"], "sets --nexus_order itself")):
-        said = refused(gpu.main, "--tokens", tokens_on_disk, *argv, *wrong)
-        assert re.search(message, said), said
-    assert os.listdir(tmp_path / "work" / "runs") == os.listdir(tmp_path / "work" / "log") == []
 
 
 def test_a_failed_jobs_finished_part_is_kept_and_it_is_done_again(tmp_path):

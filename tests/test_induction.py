@@ -3,19 +3,17 @@
 import json
 import math
 import os
-import sys
 
 import induction
 import pytest
 import runs
 import torch
 from compare import QUICK, read_variant
-from questions import save
+from questions import done, refused, save
 from test_train import prepare
 
 import train
 from model import GPTConfig
-from nanonexus.cli import run_script
 from nanonexus.controls import build
 
 
@@ -95,12 +93,10 @@ def one_step(out, variants, seeds, quick):
 
 
 @pytest.mark.usefixtures("plots")
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "compare", one_step)
-    monkeypatch.setattr(sys, "argv", ["induction.py", "--quick", "--seeds", "1", "--variants",
-                                      "baseline,key-shift", "--out", str(tmp_path)])
-    induction.main()
-    printed = capsys.readouterr().out
+    printed = done(induction.main, "--quick", "--seeds", 1, "--variants", "baseline,key-shift",
+                   "--out", tmp_path)
     results = json.loads((tmp_path / "induction.json").read_text())["results"]
     assert sum(results["shares"].values()) == pytest.approx(2)  # all, and its parts
     (run,) = results["runs"]["key-shift"]
@@ -112,39 +108,20 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("plots")
-def test_a_line_is_measured_once_and_shown_without_models(tmp_path, monkeypatch, capsys):
+def test_a_line_is_measured_once_and_shown_without_models(tmp_path, monkeypatch):
     one_step(tmp_path / "models", ["baseline", "key-shift"], 1, quick=True)
-    capsys.readouterr()
     measured, measure = [], induction.measure
     monkeypatch.setattr(induction, "measure", lambda path, *rest: [
         measured.append(path), measure(path, *rest)][1])
 
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", [
-            "induction.py", "--runs", "models", "--seeds", "1", "--windows", "8", "--variants",
-            "baseline,key-shift", "--results", "lines.jsonl", "--out", "out", *flags])
-        run_script(induction.main)
-        return capsys.readouterr().out
-
+    argv = ("--runs models --seeds 1 --windows 8 --variants baseline,key-shift --results "
+            "lines.jsonl --out out").split()
     monkeypatch.chdir(tmp_path)
-    first = run()
+    first = done(induction.main, *argv)
     assert len(measured) == 2
-    assert run() == first and len(measured) == 2
-    assert run("--steps", "1", "--show") == first
-    with pytest.raises(SystemExit):
-        run("--steps", "7")
-    assert "choose from 1\n" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run("--show", "--match", "2")
-    assert "no line of models with these settings" in capsys.readouterr().err
+    assert done(induction.main, *argv) == first and len(measured) == 2
+    assert done(induction.main, *argv, "--steps", 1, "--show") == first
+    assert "choose from 1\n" in refused(induction.main, *argv, "--steps", 7)
+    assert "no line of models with these settings" in refused(induction.main, *argv, "--show",
+                                                              "--match", 2)
     assert len(measured) == 2
-
-
-@pytest.mark.parametrize("wrong", ["--runs nowhere", "--variants baseline,keyshift", "--seeds 0",
-                                   "--variants baseline"])
-@pytest.mark.usefixtures("plots")
-def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["induction.py", "--out", str(tmp_path), *wrong.split()])
-    with pytest.raises(SystemExit) as end:
-        run_script(induction.main)
-    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import sys
 from types import SimpleNamespace
 
 import puzzles
 import pytest
 import recall
 import torch
-
-from nanonexus.cli import run_script
+from questions import done
 
 RUN = recall.RecallRun("one-hop", "baseline", seed=0, lr=1e-2, pairs=3, steps=160, width=32,
                        heads=2, batch=32)
@@ -163,20 +161,15 @@ def test_steps_to_an_accuracy():
     assert [recall.steps_to(line, *level) for level in ((), (0.96,), (1,))] == [40, 80, None]
 
 
-def call(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["recall.py", *map(str, argv)])
-    run_script(recall.main)
-
-
 @pytest.mark.usefixtures("plots")
-def test_the_command_continues_and_show_trains_nothing(tmp_path, monkeypatch, capsys):
+def test_the_command_continues_and_show_trains_nothing(tmp_path, monkeypatch):
     argv = ("--pairs 2 --width 16 --steps 4 --seeds 2 --lrs 1e-3,1e-2 --tasks one-hop,two-hops "
             "--variants baseline,past --maps past").split() + ["--out", tmp_path]
     trained = []
     monkeypatch.setattr(recall, "train", lambda run, train=recall.train:
                         trained.append(run) or train(run))
-    call(monkeypatch, *argv)
-    text, said = (tmp_path / "results.jsonl").read_text(), capsys.readouterr().out
+    said = done(recall.main, *argv)
+    text = (tmp_path / "results.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     keys = {(x["task"], x["variant"], x["seed"], x["lr"]) for x in lines}
     assert len(keys) == len(lines) == 2 * 2 * (2 + 2)
@@ -197,22 +190,13 @@ def test_the_command_continues_and_show_trains_nothing(tmp_path, monkeypatch, ca
     del argv[at:at + 2]
     runs = list(trained)
     (tmp_path / "results.jsonl").write_text("".join(text.splitlines(True)[:4]))  # as if stopped
-    call(monkeypatch, *argv, "--show")
+    done(recall.main, *argv, "--show")
     assert trained == runs
-    call(monkeypatch, *argv)
+    done(recall.main, *argv)
     again = (tmp_path / "results.jsonl").read_text().splitlines()
     assert [json.loads(line) | dict(cpu_seconds=0) for line in again] == [
         line | dict(cpu_seconds=0) for line in lines]
 
     trained.clear()
-    call(monkeypatch, *argv, "--lrs", "3e-3")  # nothing to choose
+    done(recall.main, *argv, "--lrs", "3e-3")  # nothing to choose
     assert {(run.seed, run.lr) for run in trained} == {(0, 3e-3), (1, 3e-3)}
-
-
-@pytest.mark.parametrize("wrong", ["--pairs 17", "--variants nexus-2", "--tasks three-hops",
-                                   "--lrs 0", "--seeds 0", "--show"])
-@pytest.mark.usefixtures("plots")
-def test_wrong_flags_are_one_line(wrong, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as end:
-        call(monkeypatch, *wrong.split(), "--out", tmp_path)
-    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1

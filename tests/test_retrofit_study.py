@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from questions import ROWS, byte_tokenizer, write_rows
-from test_compare import call, done, refused
+from questions import ROWS, byte_tokenizer, call, done, refused, write_rows
 
 pytest.importorskip("transformers", reason="extra retrofit: transformers")
 import retrofit  # noqa: E402

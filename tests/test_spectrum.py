@@ -8,7 +8,7 @@ import pytest
 import runs
 import spectrum
 import torch
-from test_compare import done, refused
+from questions import done
 from test_induction import one_step
 
 from model import GPT, GPTConfig, attend
@@ -123,6 +123,3 @@ def test_the_command(tmp_path, monkeypatch):
                  if (x["inner"], x["D"], x["T"]) == ("past", 16, 64)]
     assert f"{before:.3f} ±" in printed.split("trained, mean")[1]
     assert os.path.getsize(tmp_path / "spectrum.svg") > 1000
-    for wrong in ("--runs nowhere", "--seeds 0", "--tol 1", "--contexts 4"):
-        assert refused(spectrum.main, "--contexts", 8, "--widths", 4, "--out", tmp_path,
-                       *wrong.split())

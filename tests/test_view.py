@@ -1,5 +1,4 @@
-"""view.py: the page holds manual attention's weights, and a real browser shows them, accessibly;
-mistakes are one line."""
+"""view.py: the page holds manual attention's weights, and a real browser shows them, accessibly."""
 
 import json
 import re
@@ -9,9 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from questions import add_inner_step
+from questions import add_inner_step, done
 from questions import save as save_model
-from test_compare import done, refused
 
 from common import INNERS
 
@@ -20,7 +18,6 @@ from nanonexus import view
 from nanonexus.controls import CONTROLS, build, describe, replaces_loops
 from nanonexus.files import write_text
 from nanonexus.hf import open_model
-from nanonexus.tokenizer import train_bpe
 
 PROMPT = "The naïve </script><!-- &amp; “river”\n"
 T = len(PROMPT.encode())
@@ -159,26 +156,6 @@ def test_invisible_characters_are_spelt_and_a_token_cannot_end_the_data(tmp_path
                                           "⟨U+0000⟩⟨U+202E⟩a⟨U+2028⟩"]
     write_text(tmp_path / "view.html", view.page(dict(tokens=EVIL)))
     assert read(tmp_path / "view.html") == dict(tokens=EVIL)
-
-
-def test_mistakes_are_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = dict(tokenizer="bpe:300", source=train_bpe(["a b c " * 9], 300))  # "a" is 97, too
-    for name, change in dict(ckpt={}, long=dict(block_size=512), short=dict(block_size=8),
-                             heads=dict(n_head=4), words=words).items():
-        save(f"{name}.pt", **change)
-    for argv, message in (
-            ("--prompt=", "--prompt: expected"), (f"--prompt {'x' * 65}", "context is 64"),
-            (f"--prompt {'x' * 257} --checkpoint long.pt", "257 tokens, a page shows at most 256"),
-            ("--layers 0", "--layers"), ("--layers 3", "has 2 layers, there is no 3"),
-            ("--out ckpt.pt/view.html", "ckpt.pt"),
-            ("--baseline heads.pt --out heads.pt", "is read as heads.pt"),
-            ("--baseline heads.pt", "heads.pt has n_head 4, the checkpoint 2"),
-            ("--baseline words.pt", "words.pt has a different tokenizer"),
-            ("--prompt xxxxxxxxx --baseline short.pt", "9 tokens, the context of short.pt is 8")):
-        assert message in refused(view.main, "--checkpoint", "ckpt.pt", "--prompt", "a",
-                                  *argv.split())
-    assert not (tmp_path / "view.html").exists()
 
 
 # --- in a browser ---------------------------------------------------------------------------------
