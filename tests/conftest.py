@@ -1,6 +1,7 @@
 import os
 import signal
 
+import figures
 import pytest
 import torch
 from questions import checkpoints, neox  # noqa: F401
@@ -12,10 +13,18 @@ if hasattr(signal, "SIGHUP"):  # nohup has them ignored, and tests send it
 
 
 @pytest.fixture
-def plots():
-    """Skips a test of what needs the extra plots."""
+def plots(monkeypatch):
+    """Skips a test of what needs the extra plots; each panel with lines must say what it shows."""
     for name in ("matplotlib", "scipy"):
         pytest.importorskip(name, reason=f"extra plots: {name}")
+
+    def titled(figure, path, write=figures.write):
+        for panel in figure.axes:
+            if panel.axison and panel.lines:
+                assert panel.get_title() and (panel.get_xlabel() or figure._supxlabel), path
+        write(figure, path)
+
+    monkeypatch.setattr(figures, "write", titled)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
-"""What several tests use: scripts in this process, rows of every task, a small random GPT-NeoX
-folder, two checkpoints of ours, a choice's log-likelihood without cache or batch, and the harness's
-of the same rows."""
+"""What several tests use: scripts in this process, what a figure must have, rows of every task, a
+small random GPT-NeoX folder, two checkpoints of ours, a choice's log-likelihood without cache or
+batch, and the harness's of the same rows."""
 
 import contextlib
 import io
@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, replace
 from typing import Literal, get_args
 
+import figures
 import pytest
 import torch
 
@@ -82,6 +83,16 @@ def refused(main, *argv):
     status, _, errors = call(main, *argv)
     assert status == 2 and errors.count("\n") == 1
     return errors
+
+
+def drawn(path, variants):
+    """The SVG, which has the name and the colour of each of these variants, and no pictures."""
+    svg = path.read_text()
+    assert "<image" not in svg  # lines and text alone
+    for name in variants:
+        assert f">{name}<" in svg, f"no label says {name}"
+        assert figures.style(name.removesuffix("-gated"))["color"] in svg, f"{name} has no line"
+    return svg
 
 
 def write_rows(folder, rows):

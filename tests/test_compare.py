@@ -19,7 +19,7 @@ import figures
 import pytest
 import runs
 import torch
-from questions import done, refused
+from questions import done, drawn, refused
 from test_train import ROOT, read_log, tokens  # noqa: F401
 
 import train
@@ -79,7 +79,7 @@ def test_compare_continue_and_show(tmp_path, tokens):  # noqa: F811
     base, shift = results["baseline"], results["key-shift"]
     gap = statistics.mean(b - s for b, s in zip(base["val_loss"], shift["val_loss"], strict=True))
     assert "minus baseline" in first and f"{gap:+.4f}" in again  # minus key-shift
-    assert "<svg" in (out / "compare.svg").read_text()
+    assert "nats per byte" in drawn(out / "compare.svg", results)
 
     assert "(dataset, max_steps)" in refused(compare.main, "--out", out, "--max_steps", 5, *SMALL)
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ import puzzles
 import pytest
 import recall
 import torch
-from questions import done
+from questions import done, drawn
 
 RUN = recall.RecallRun("one-hop", "baseline", seed=0, lr=1e-2, pairs=3, steps=160, width=32,
                        heads=2, batch=32)
@@ -184,7 +184,7 @@ def test_the_command_continues_and_show_trains_nothing(tmp_path, monkeypatch):
         accuracies = " ".join(f"{x['curve'][-1]:.2f}" for x in counted)
         assert any(row.split()[0] == variant and accuracies in row
                    for row in said.split(f"\n{task} (")[1].split("\n\n")[0].splitlines()[1:])
-    assert (tmp_path / "maps.svg").exists() and (tmp_path / "recall.svg").exists()
+    assert (tmp_path / "maps.svg").exists() and drawn(tmp_path / "recall.svg", found["one-hop"])
 
     at = argv.index("--maps")
     del argv[at:at + 2]

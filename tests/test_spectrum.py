@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 
 import pytest
 import runs
 import spectrum
 import torch
-from questions import done
+from questions import done, drawn
 from test_induction import one_step
 
 from model import GPT, GPTConfig, attend
@@ -122,4 +121,4 @@ def test_the_command(tmp_path, monkeypatch):
     (before,) = [x["shares"][0][1] for x in results["untrained"]
                  if (x["inner"], x["D"], x["T"]) == ("past", 16, 64)]
     assert f"{before:.3f} ±" in printed.split("trained, mean")[1]
-    assert os.path.getsize(tmp_path / "spectrum.svg") > 1000
+    drawn(tmp_path / "spectrum.svg", ["baseline", "past"])
