@@ -1,4 +1,4 @@
-"""docs/change_it.md: each diff applies, and reaches training, scores, samples and the export."""
+"""docs/change_it.md: each diff applies, and reaches training, scores, samples and exports."""
 
 import contextlib
 import importlib
@@ -63,11 +63,12 @@ def call(script, *argv):
 
 def use(out, *flags):
     """What a project makes with train.py's flags: (validation losses, the scores'
-    log-likelihoods, the sample), of which nothing is lost."""
+    log-likelihoods, the sample), of which nothing is lost; and a page of attention."""
     call("train", *TINY, "--max_steps", 3, "--lr", 1e-2, "--out", out, *flags)
     checkpoint = ["--checkpoint", out / "ckpt.pt"]
     call("eval_sciq", *checkpoint, "--tasks", "demo", "--limit", 2, "--json", out / "scores.json",
          "--save_docs")
+    call("nanonexus.view", *checkpoint, "--prompt", "The", "--out", out / "view.html")
     scores = json.loads((out / "scores.json").read_text())["tasks"]["demo"]["docs"]
     return ([event["val_loss"] for event in read_log(out)], [doc["lls"] for doc in scores],
             call("sample", *checkpoint, "--prompt", "The", "--max_new_tokens", 100))

@@ -233,7 +233,7 @@ def test_scores_that_are_no_numbers_are_not_paired(capsys):
 
 def test_data_with_a_wrong_line(tokenizer, tmp_path):
     for line, message in (
-            ("nonsense", "line 2: not JSON"), ("[1]", "row 1: not a JSON object"),
+            ("nonsense", "line 2: not JSON"),
             ('{"prompt": 1, "answer": "b"}', "line 2: needs messages"),
             ('{"messages": [{"content": "a"}]}', "line 2: needs .*role"),
             ('{"messages": "a"}', "line 2"),

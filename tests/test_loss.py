@@ -1,5 +1,5 @@
-"""model.py's loss: torch's cross-entropy in value and gradients, whatever the parts; and the output
-layer, of which there is one: what stands there reaches training, scoring and sampling."""
+"""model.py's loss: torch's cross-entropy in value and gradients, whatever the parts and whatever
+the output layer is."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,6 @@ from cost import tracked_memory
 import model as ours
 from model import GPT, SumCrossEntropy
 from nanonexus.flags import preset_config
-from nanonexus.generate import KVCache
 
 ROWS = pytest.mark.parametrize("rows", [1, 3, 10**6])
 
@@ -84,37 +83,16 @@ def test_the_logits_are_never_all_in_memory():
     assert peaks[0] > 2 * logits and peaks[1] < peaks[0] - logits
 
 
-class Scaled(GPT):
-    """What a student writes into output_layer and output_weights: a learned scale."""
+@ROWS
+def test_weights_that_an_edit_adds_to_the_output_layer_learn(rows, monkeypatch):
+    """As in the soft-cap with a learned scale, which tests/test_change_it.py puts to every use."""
+    def capped(h, weight, scale):
+        return 2 * torch.tanh(scale * F.linear(h, weight) / 2)
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.scale = torch.nn.Parameter(torch.tensor(1.7))
-
-    def output_weights(self):
-        return self.head.weight, self.scale
-
-
-def capped(h, weight, scale):
-    return 2 * torch.tanh(scale * F.linear(h, weight) / 2)
-
-
-def test_a_learned_scale_and_a_cap_reach_everything(monkeypatch):
-    torch.manual_seed(0)
-    gpt = Scaled(preset_config("tiny", n_layer=1, n_embd=16, block_size=16)).double()
-    for p in gpt.parameters():
-        torch.nn.init.normal_(p, std=0.5)
-    idx, gpt.scale.data[...] = torch.randint(320, (3, 16)), 1.7
-    want = 2 * torch.tanh(gpt.scale * gpt.hidden_states(idx) @ gpt.head.weight.T / 2)
     monkeypatch.setattr(ours, "output_layer", capped)
-    torch.testing.assert_close(gpt(idx), want)  # scoring, and sampling without a cache
-    mine, theirs = gpt(idx, idx), F.cross_entropy(want.mT, idx)  # training
-    grads = [torch.autograd.grad(loss, list(gpt.parameters())) for loss in (mine, theirs)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    assert dict(zip(dict(gpt.named_parameters()), grads[0], strict=True))["scale"].abs() > 1e-3
-    with torch.no_grad():
-        torch.testing.assert_close(gpt(idx, idx), theirs)  # validation
-        cache = KVCache(16)
-        parts = [gpt(part, cache=cache) for part in idx.split([5, 11], 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), want)  # sampling with one
+    (targets, h, w), _ = problem()
+    given = h, w, torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    want = F.cross_entropy(capped(*given), targets, ignore_index=-1, reduction="sum")
+    got = SumCrossEntropy.apply(True, rows, targets, *given)
+    grads = [torch.autograd.grad(loss, given) for loss in (got, want)]
+    torch.testing.assert_close((got, *grads[0]), (want, *grads[1]), rtol=0, atol=1e-12)

@@ -7,7 +7,6 @@ from typing import get_args
 
 import pytest
 import torch
-from questions import add_inner_step
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import (
@@ -193,27 +192,6 @@ def test_maps_cache_and_flops_are_those_of_every_attention(variant):
     attn, x = gpt.blocks[0].attn, gpt.blocks[0].norm1(gpt.embed(idx))
     y = merge_heads(maps[0, "outer"] @ attn.project(x, "v")[0])  # the outer map makes the output
     torch.testing.assert_close(attn.proj(y), attn(x, context(gpt, T)))
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "manual", "flex"])
-def test_an_added_step_has_all_that_past_has(monkeypatch, backend):
-    """Its strict mask, in documents and in a cache, its maps and its FLOPs, with nothing else to
-    write than the step itself."""
-    add_inner_step(monkeypatch, "again")
-    models = [make(attention=backend, n_layer=1, nexus_order=3, nexus_inner=inner)
-              for inner in ("past", "again")]
-    models[1].load_state_dict(models[0].state_dict())
-    idx, docs = tokens(2, 20), (torch.arange(20) > 6).long().expand(2, -1)
-    found = []
-    for gpt in models:
-        maps, cache = {} if backend == "manual" else None, KVCache(24)
-        with torch.no_grad():
-            outputs = [gpt(idx), gpt(idx, docs=docs), gpt(idx, maps=maps)]
-            outputs += [gpt(part, cache=cache) for part in idx.split([7, 1, 12], 1)]
-        found.append((outputs, list(maps or {}), list(cache.entries), gpt.flops_per_token(24)))
-    assert all(map(torch.equal, found[0][0], found[1][0])) and found[0][1:] == found[1][1:]
-    with pytest.raises(ModelError, match="self, .*, cross, again"):
-        make(nexus_inner="another")
 
 
 def test_attentions_of_one_name_are_told_apart(monkeypatch):

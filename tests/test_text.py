@@ -1,4 +1,4 @@
-"""The user's text, in every kind of file, reads alike for prepare_data, finetune and eval_sciq."""
+"""The user's text, in every kind of file: what it holds, and where it cannot be read."""
 
 import bz2
 import collections
@@ -12,7 +12,6 @@ from functools import partial
 import pytest
 
 from nanonexus.cli import UserError
-from nanonexus.tasks import read_task
 from nanonexus.text import PLAIN, READERS, TABLES, UNPACK, check, find, read_files, rows
 from nanonexus.tokenizer import EOT
 
@@ -130,7 +129,12 @@ def damaged(data, at=None):
     ("a.csv", b"a,b\n1,2\n", "a.csv has no field 'text' but a, b: choose with --text_field"),
     ("a.parquet", encode(".parquet", TEXTS, "body"), "no field 'text' but n, body"),
     ("a.jsonl", b'{"body": "a"}\n\n{}\n{"body": null}\n', "no field 'text' but body"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": 5}', "line 2: the field 'text' is not text: 5")])
+    ("a.jsonl", b'{"text": "a"}\n{"text": 5}', "line 2: the field 'text' is not text: 5"),
+    ("a.jsonl", b'{"text": "a"}\n\nnonsense\n', "line 3: not JSON"),
+    ("a.jsonl", b'{"text": "a"}\n5\n', "line 2: not a JSON object: 5"),
+    ("a.jsonl", b'["a list"]', "row 1: not a JSON object: 'a list'"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xef"}', r"line 2, byte 24: .*iconv"),
+    ("a.jsonl", b'{"text": "a"}\n{"a": ' + b"[" * 100_000, "line 2: not JSON")])
 def test_what_cannot_be_read_is_named_with_its_place(name, data, message, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message) as caught:
@@ -138,76 +142,20 @@ def test_what_cannot_be_read_is_named_with_its_place(name, data, message, tmp_pa
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-# --- one rule for all who read rows ---------------------------------------------------------------
-
-class Letters:
-    """A tokenizer, as much of it as finetune.py needs."""
-
-    eos_token, eos_token_id, chat_template = "end", 0, None
-
-    def __call__(self, text, add_special_tokens=True):
-        return dict(input_ids=[[*map(ord, one)] for one in text] if isinstance(text, list)
-                    else [*map(ord, text)])
-
-
-def by_prepare_data(path):
-    return read(path)[0]
-
-
-def by_finetune(path):
-    return ["".join(chr(i) for i in example["labels"] if i > 0) for example in
-            pytest.importorskip("finetune").read_examples(path, Letters(), 100)]
-
-
-def by_eval_sciq(path):
-    return [doc.context[10:-8] for doc in read_task("piqa", path.parent)[0]]
-
-
-def row(text):
-    """A row for all of them; text is its JSON."""
-    return f'{{"text": {text}, "prompt": "?", "answer": {text}, "goal": {text}, "sol1": "a", ' \
-           '"sol2": "b", "label": 0}'
-
-
-USERS = [by_prepare_data, by_finetune, by_eval_sciq]
-A, B = row('"a"'), row('"é🙂"')
-
-
-@pytest.mark.parametrize("user", USERS)
-def test_rows_that_can_be_read(user, tmp_path):
-    path = tmp_path / "piqa_validation.jsonl"
+def test_rows_that_can_be_read(tmp_path):
+    path, a, b = tmp_path / "a.jsonl", '{"text": "a"}', '{"text": "é🙂"}'
     for data, texts in [
-            (f"\ufeff\n \r\n{A}\r\n\n{B}\n\n\n", ["a", "é🙂"]),  # blank lines
-            (f"{A}\n\ufeff{B}", ["a", "é🙂"]),  # two files joined, the second with a mark
-            (f"\ufeff[{A},\n{B}]", ["a", "é🙂"]), (f"[\n  {A}\n]\n", ["a"]),
-            (row(r'"x\ud83d y\uDE42"'), ["x\ufffd y\ufffd"]), (row(r'"\ud83d\ude42"'), ["🙂"])]:
+            (f"\ufeff\n \r\n{a}\r\n\n{b}\n\n\n", ["a", "é🙂"]),  # blank lines
+            (f"{a}\n\ufeff{b}", ["a", "é🙂"]),  # two files joined, the second with a mark
+            (f"\ufeff[{a},\n{b}]", ["a", "é🙂"]), (f"[\n  {a}\n]\n", ["a"]),
+            (r'{"text": "x\ud83d y\uDE42"}', ["x\ufffd y\ufffd"]),
+            (r'{"text": "\ud83d\ude42"}', ["🙂"])]:
         path.write_bytes(data.encode())
-        assert user(path) == texts, data
+        assert read(path)[0] == texts, data
 
 
-@pytest.mark.parametrize("user", USERS)
-def test_rows_that_cannot_be_read(user, tmp_path):
-    path = tmp_path / "piqa_validation.jsonl"
-    for data, message in [
-            (f"{A}\n\nnonsense\n".encode(), "line 3: not JSON"),
-            (f"{A}\n5\n".encode(), "line 2: not a JSON object: 5"),
-            (b'["a list"]', "row 1: not a JSON object: 'a list'"),
-            (f"{A}\n".encode() + row('"\xef"').encode("latin-1"), r"line 2, byte 105: .*iconv"),
-            ((f"{A}\n" + '{"a": ' + "[" * 100_000).encode(), "line 2: not JSON"),
-            (f"{A}\n{row('5')}\n".encode(), "line 2"),
-            (b'{"no": "such"}\n{"field": "here"}\n', "has no|no column")]:
-        path.write_bytes(data)
-        with pytest.raises(UserError, match=message) as caught:
-            user(path)
-        assert path.name in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("empty", [row("null"), row("NaN"), '{"prompt": "?"}'])
-def test_a_row_without_text_is_skipped_and_counted_but_no_question(empty, tmp_path, capsys):
-    path = tmp_path / "piqa_validation.jsonl"
-    path.write_text("\n".join([A, empty, B, empty]))
-    texts, state = read(path)
-    assert texts == ["a", "é🙂"] == by_finetune(path) and state["skipped"] == 2
-    assert "2 rows without messages, or prompt and answer, are skipped" in capsys.readouterr().out
-    with pytest.raises(UserError, match="line 2"):  # fewer questions would be another benchmark
-        by_eval_sciq(path)
+@pytest.mark.parametrize("empty", ['{"text": null}', '{"text": NaN}', '{"prompt": "?"}'])
+def test_a_row_without_text_is_skipped_and_counted(empty, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(['{"text": "a"}', empty, '{"text": "b"}', empty]))
+    texts, state = read(tmp_path / "a.jsonl")
+    assert texts == ["a", "b"] and state["skipped"] == 2

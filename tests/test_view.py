@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from questions import add_inner_step, done
+from questions import done
 from questions import save as save_model
 
 from common import INNERS
 
-from model import CausalSelfAttention, GPTConfig, ModelError, attend
+from model import GPTConfig, ModelError
 from nanonexus import view
 from nanonexus.controls import CONTROLS, build, describe, replaces_loops
 from nanonexus.files import write_text
@@ -113,28 +113,26 @@ def test_the_legend_is_read_from_the_maps(names, words):
     assert re.search(words, view.explain(maps))
 
 
-def test_an_added_inner_step_is_shown(tmp_path, monkeypatch):
-    """With a name of its own; in the second layer alone: in the first its map is 0."""
-    add_inner_step(monkeypatch, "new")
-    monkeypatch.setattr(CausalSelfAttention, "inner_step", lambda self, n, h, s, ctx, name: (
-        s + attend(h[n], h[n], s, ctx, f"{n} to all") if ctx.layer else s))
-    path = save(tmp_path / "ckpt.pt", nexus_order=2, nexus_inner="new")
-    data, maps = run(path, tmp_path / "view.html"), {}
-    open_model(path, attention="manual")[0](torch.tensor([list(PROMPT.encode())]), maps=maps)
-    titles, zero = ["q to all", "k to all", "outer"], torch.zeros(1, 2, T, T)
-    check(data, torch.stack([torch.cat([maps.get((layer, name), zero) for name in titles])
-                             for layer in (0, 1)]).double())
-    assert [m["title"] for m in data["maps"]] == titles and data["about"].startswith("order 2, new")
+def model_of(found, layers=1):
+    """What attention_maps needs of a model whose maps are these."""
+    return SimpleNamespace(config=GPTConfig(n_layer=layers, n_head=2),
+                           hidden_states=lambda idx, maps: maps.update(found))
+
+
+def test_a_map_that_a_layer_lacks_is_0_there():
+    outer, own = torch.full((2, 1, 2, 3, 3), 1 / 3), torch.eye(3).expand(1, 2, 3, 3)
+    maps = view.attention_maps(model_of({(0, "outer"): outer[0], (1, "own q"): own,
+                                         (1, "outer"): outer[1]}, layers=2), [1, 2, 3])
+    assert list(maps) == ["own q", "outer"]
+    assert torch.equal(maps["own q"], torch.stack([torch.zeros(2, 3, 3), own[0]]))
 
 
 def test_weights_that_cannot_be_shown_are_refused():
     for found, message in (({(0, "outer"): torch.full((1, 2, 3, 3), -0.1)}, "a weight from 0 to 1"),
                            ({(0, "outer"): torch.zeros(1, 2, 3, 4)}, "each pair of 3 tokens"),
                            ({}, "nothing to show")):
-        model = SimpleNamespace(config=GPTConfig(n_layer=1, n_head=2), hidden_states=(
-            lambda idx, maps, found=found: maps.update(found)))
         with pytest.raises(ModelError, match=message):
-            view.attention_maps(model, [1, 2, 3])
+            view.attention_maps(model_of(found), [1, 2, 3])
 
 
 def test_chosen_layers_and_the_baseline(tmp_path):
