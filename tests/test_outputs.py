@@ -17,12 +17,13 @@ from model import GPT, GPTConfig
 from nanonexus.cli import UserError
 from nanonexus.tokenizer import train_bpe
 
+HF = ("finetune", "nanonexus.export", "retrofit")
 PLOTS = ("compare", "cost", "induction", "rank", "recall", "retrofit", "spectrum", "stability")
 
 
 def script(name, argv):
     """main of the script of this name; the test is skipped if its packages are missing."""
-    for package in ["transformers"] * (name in ("finetune", "retrofit")) + [
+    for package in ["transformers"] * (name in HF) + [
             "matplotlib", "scipy"] * (name in PLOTS or "--plot" in argv):
         pytest.importorskip(package)
     return importlib.import_module(name).main
@@ -121,6 +122,7 @@ def place(tokens, tmp_path_factory):  # noqa: F811
     ("eval_sciq --versus long.pt --plot v.xyz", "--plot v.xyz: no such kind of picture.* png,"),
     ("eval_sciq --checkpoint file.pt --json file.pt", "file.pt is read as file.pt:"),
     ("eval_sciq --versus file.pt --plot ./file.pt", "file.pt is read as file.pt:"),
+    ("nanonexus.export --checkpoint ckpt.pt --out set", "set exists and is not empty"),
     ("finetune", "required: sft.eval"), ("finetune sfd", "sfd"),
     ("finetune sft --model no/model --data a.jsonl --out out", "a.jsonl, line 1: not JSON"),
     ("finetune sft --model no/model --data no.jsonl --out out", "no.jsonl cannot be read: No such"),
