@@ -8,10 +8,7 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from test_train import ROOT, TINY, command, read_log, run, tokens, weights  # noqa: F401
-
-from model import GPT, GPTConfig
 
 FLAGS = [*TINY, "--decay_steps", "20", "--micro_batch", "1", "--nexus_inner", "past"]
 # train.py, which says at its end how often gradients were exchanged
@@ -96,34 +93,3 @@ def test_a_killed_process_ends_the_run_and_one_process_continues_it(tokens, tmp_
     assert saved >= 6 and saved % 3 == 0
     resumed = run(tokens, tmp_path, *flags, "--resume", "--max_steps", saved + 2)
     check_same(run(tokens, tmp_path / "one", *flags, "--max_steps", saved + 2), resumed)
-
-
-@pytest.mark.parametrize("backend", [None, "aot_eager"], ids=["eager", "compiled"])
-def test_gradients_travel_during_backward(backend):
-    """In buckets: the last layer's are on their way before the first layer's exist."""
-    gpt = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=6, n_head=4, n_embd=128,
-                        nexus_order=2))  # 5 MB
-    events = []
-    gpt.embed.weight.register_post_accumulate_grad_hook(lambda p: events.append("embedding"))
-    model = gpt
-    if backend:
-        torch._dynamo.reset()
-        model = torch.compile(gpt, fullgraph=True, dynamic=False, backend=backend)
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1,
-                                         store=torch.distributed.HashStore())
-    try:
-        ddp = torch.nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)  # 25 by default
-
-        def travel(state, bucket):
-            events.append("bucket")
-            return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(
-                lambda future: future.value()[0])
-
-        ddp.register_comm_hook(None, travel)
-        idx = torch.randint(64, (2, 16))
-        for _ in range(2):  # DDP orders its buckets after the first backward
-            events.clear()
-            ddp(idx, idx).backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    assert len(events) >= 4 and events.index("embedding") >= 2 and events[-1] == "bucket"

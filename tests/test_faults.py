@@ -4,21 +4,8 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 
-from test_train import (  # noqa: F401
-    ROOT,
-    command,
-    numbers,
-    prepare,
-    run,
-    same,
-    shell,
-    tokens,
-    weights,
-)
-
-from nanonexus.data import TokenSet
+from test_train import command, numbers, run, same, shell, tokens, weights  # noqa: F401
 
 
 def test_a_killed_run_resumes_to_the_same_result(tokens, tmp_path):  # noqa: F811
@@ -62,15 +49,6 @@ def test_a_full_disk_leaves_the_old_checkpoint(tokens, tmp_path):  # noqa: F811
     assert sorted(os.listdir(tmp_path / "run")) == [".lock", "ckpt.pt", "log.jsonl"]
     log = run(tokens, tmp_path / "run", "--resume", "--max_steps", 4)  # and the run continues
     assert [event["step"] for event in log] == [0, 1, 2, 3, 4]
-
-
-def test_a_full_disk_leaves_no_half_token_set(tmp_path):
-    flags = ["--max_tokens", "80000", "--out", str(tmp_path / "set")]
-    argv = [sys.executable, os.path.join(ROOT, "prepare_data.py"), *flags]
-    assert "File too large" in on_a_full_disk(argv, 30_000)
-    assert os.listdir(tmp_path) == []
-    TokenSet(str(prepare(tmp_path / "set", "--max_tokens", 80000)), verify=True)
-    assert os.listdir(tmp_path) == ["set"]
 
 
 def test_the_newest_whole_checkpoint_is_used_and_that_is_said(tokens, tmp_path, capsys):  # noqa: F811

@@ -101,26 +101,20 @@ def test_only_optional_packages_are_imported_inside_functions():
         assert inner <= LAZY | {"torch", "fcntl", "pydoc_data"}, (name, inner)
 
 
-def test_nothing_runs_text_as_code_and_text_is_utf8_on_every_system():
-    """No eval, exec or compile of text, no pickle, no trust_remote_code; and no open() without an
-    encoding, which reads and writes text as the system's locale says."""
-    opened = 0
+def test_nothing_loaded_is_trusted_and_text_is_utf8_on_every_system():
+    """No compile of text, no trust_remote_code (pyproject.toml's rules of ruff find eval, exec,
+    pickle and a shell); and no open() that reads and writes text as the system's locale says."""
     for path in PATHS:
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call):
                 called = getattr(node.func, "id", None)
-                assert called not in ("eval", "exec", "compile", "__import__"), path
-                if called == "open":
-                    opened += 1
-                    mode = ast.unparse(node.args[1]) if len(node.args) > 1 else "r"
-                    assert "b" in mode or any(k.arg == "encoding" for k in node.keywords) or \
+                assert called not in ("compile", "__import__"), path
+                if called == "open" and not any(k.arg == "encoding" for k in node.keywords):
+                    assert any("b" in ast.unparse(mode) for mode in node.args[1:]) or \
                         "devnull" in ast.unparse(node), (path, node.lineno)
             if isinstance(node, ast.keyword):
-                assert node.arg not in ("trust_remote_code", "shell"), path
+                assert node.arg != "trust_remote_code", path
                 assert node.arg != "weights_only" or node.value.value is True, path
-        names = set().union(*IMPORTS[module(path)])
-        assert not {"pickle", "marshal", "shelve", "dill"} & names, path
-    assert opened > 20
 
 
 def test_no_file_is_long():

@@ -5,9 +5,7 @@ import json
 import lzma
 import os
 import shutil
-import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,19 +201,3 @@ def test_bad_input_is_one_line_before_the_work_and_leaves_nothing(run, monkeypat
     with pytest.raises(UserError, match=message):
         run(command)
     assert sorted(os.listdir()) == before
-
-
-def test_killed_preparation_leaves_no_token_set(run):
-    write("a.txt", many(200_000))
-    process = subprocess.Popen([sys.executable, prepare_data.__file__, "--dataset", "text",
-                                "--input", "a.txt", "--out", "set", "--workers", "1"])
-    deadline = time.monotonic() + 60
-    while not os.path.exists("set.partial/train.bin"):  # until it is well under way
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    with pytest.raises(UserError, match="no token set"):
-        TokenSet("set")
-    run("--max_tokens 50000")
-    assert sorted(os.listdir()) == ["a.txt", "set"] and len(TokenSet("set", verify=True).train)
