@@ -1,9 +1,8 @@
-"""What the experiments share: aligned tables, results with what they need to be repeated, and the
-inner steps of model.py, an added one included."""
+"""What the experiments share: aligned tables, folders, and the inner steps of model.py with those
+that are added."""
 
 import argparse
 import importlib
-import json
 import sys
 from types import SimpleNamespace
 
@@ -23,18 +22,6 @@ from nanonexus.cli import run_script
 
 def test_table():
     assert common.table([["", "x"], ["long name", 1]]) == "           x\nlong name  1"
-
-
-@pytest.mark.usefixtures("plots")
-def test_save_writes_settings_seeds_and_versions(tmp_path, capsys):
-    figure, _ = common.pyplot(tmp_path / "new").subplots()
-    args = SimpleNamespace(out=str(tmp_path / "new"), seeds=3)
-    common.save(args, "name", {"a": [1, 2]}, figure)
-    with open(tmp_path / "new" / "name.json") as f:
-        saved = json.load(f)
-    assert saved["results"] == {"a": [1, 2]} and saved["settings"]["seeds"] == 3
-    assert {"python", "torch"} <= saved["versions"].keys()
-    assert "<svg" in (tmp_path / "new" / "name.svg").read_text()
 
 
 @pytest.mark.usefixtures("plots")

@@ -234,17 +234,6 @@ def test_what_other_studies_let_it_train(tmp_path, monkeypatch):
         runs.compare(str(tmp_path), ["baseline"], 1, quick=False)
 
 
-def test_checkpoints_are_those_of_the_seeds(tmp_path):
-    for name in ("past-seed1", "past-seed0", "past-k-seed0", "past-seed1000-lr0.004", "past-seed2"):
-        (tmp_path / name).mkdir()
-        if name != "past-seed2":  # not finished
-            (tmp_path / name / "ckpt.pt").touch()
-    found = runs.checkpoints(tmp_path, "past", 2)
-    assert found == [str(tmp_path / f"past-seed{seed}" / "ckpt.pt") for seed in (0, 1)]
-    with pytest.raises(UserError, match="past-seed2"):
-        runs.checkpoints(tmp_path, "past", 3)
-
-
 def test_results_of_other_code_are_told(monkeypatch, capsys):
     said = {"rev-parse": "abc\n", "status": ""}
     monkeypatch.setattr(subprocess, "run", lambda argv, **kwargs: SimpleNamespace(

@@ -93,9 +93,8 @@ def test_only_the_files_that_belong_to_the_model_are_read(neox, folder):
     (dict(rope_scaling=dict(rope_type="default", factor=4.0)), "rope_scaling factor 4.0"),
     (dict(head_dim=8), "head_dim 8"), (dict(quantization_config=dict(bits=4)), "quantization"),
     # and whatever else a file may hold
-    (dict(num_attention_heads=5), None), (dict(num_attention_heads=0), None),
-    (dict(hidden_size="64"), None), (dict(vocab_size=10**11), None), (dict(nexus="no"), None),
-    (dict(rope_parameters=3), None), (dict(hidden_dropout=10**400), None)])
+    (dict(num_attention_heads=0), None), (dict(hidden_size="64"), None), (dict(nexus="no"), None),
+    (dict(vocab_size=10**11), None), (dict(rope_parameters=3), None)])
 def test_models_that_ours_cannot_represent_are_refused_in_one_line(folder, change, message):
     with pytest.raises(ModelError, match=message) as caught:
         load_neox(folder(change))
