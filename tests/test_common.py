@@ -13,11 +13,9 @@ import recall
 import spectrum
 import stability
 import torch
-from questions import add_inner_step
+from questions import add_inner_step, refused
 
 import common
-
-from nanonexus.cli import run_script
 
 
 def test_table():
@@ -25,8 +23,7 @@ def test_table():
 
 
 @pytest.mark.usefixtures("plots")
-def test_an_added_inner_step_is_in_the_studies_or_refused_in_one_line(monkeypatch, capsys,
-                                                                       tmp_path):
+def test_an_added_inner_step_is_in_the_studies_or_refused_in_one_line(monkeypatch, tmp_path):
     add_inner_step(monkeypatch)  # "again", which is `past`
     for name in ("common", "compare", *(m.__name__ for m in (rank, recall, spectrum, stability))):
         assert name in sys.modules
@@ -42,12 +39,8 @@ def test_an_added_inner_step_is_in_the_studies_or_refused_in_one_line(monkeypatc
                         gpt(idx).sum().item(), new["stability"].largest_logit(gpt, idx)))
     assert results[0] == results[1] and "again" in new["stability"].FORMS
     assert figures.style("again") != figures.style("again-k") != figures.style("past-k")
-    monkeypatch.setattr(sys, "argv", ["rank.py", "--quick", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as end:
-        run_script(new["rank"].main)
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and "no formula of the inner step 'again'" in error
-    assert error.count("\n") == 1
+    said = refused(new["rank"].main, "--quick", "--out", tmp_path)
+    assert "no formula of the inner step 'again'" in said
 
 
 def test_a_quick_run_has_a_folder_of_its_own():

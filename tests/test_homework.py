@@ -12,14 +12,12 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # an exercise, a line of its solution, what a student might write instead, what the check says then
 WRONG = [
     ("exercise-1", "attn(h, h, s) if", "attn(h, h, h) if", "order=3: the logits are not"),
-    ("exercise-1", "else s + attn(", "else attn(", "inner='past', order=2: the logits are not"),
     ("exercise-1", "return h", "return h + s.mean(2, keepdim=True) * (order > 1)", "not causal"),
     ("exercise-1", "h = s\n", "h = s.detach()\n", "wrong gradient"),
     ("exercise-2", "return not torch.equal(*said)", "return not gpt.config.parallel_residual",
      "measure, do not read the config"),
     ("exercise-2", "    replaced.remove()\n", "", "remove your hooks"),
     ("exercise-2", '"parallel_residual": False', '"nexus_inner": "past"', "still does not see"),
-    ("exercise-3", "1 + maps", "2 * maps", "'nexus_order': 1"),
     ("exercise-3", "2 * attentions", "(1 + attentions)", "the cache keeps 48 floats"),
     ("exercise-4", 'previous(v, ctx, "v", first_stays=True)',
      "torch.cat([v[:, :, :1], v[:, :, :-1]], 2)", "with a cache it says something else"),
