@@ -37,7 +37,7 @@ from train import warmup_cosine
 # A resumed run must agree with these, which it wrote to this file in --out, or it would be another.
 FIXED = ["model", "data", "order", "streams", "layers", "gate", "inner", "epochs", "max_steps",
          "batch", "accumulate", "lr", "gate_lr", "warmup", "weight_decay", "max_length", "lora",
-         "seed"]
+         "dtype", "seed"]
 RUN = "run.json"
 
 

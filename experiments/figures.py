@@ -34,7 +34,7 @@ STYLES = {  # variant: its colour, its dash; others have their inner step's and 
     "key-shift": ("#cc79a7", SOLID), "kv-shift": ("#cc79a7", DASHED),
     "canon": ("#cc79a7", DASH_DOT), "shift-longer": ("#cc79a7", DOTTED),
     "shift-past-k": ("#56b4e9", SOLID), "shift-past": ("#56b4e9", DASHED),
-    "shift-cross-k": ("#56b4e9", DASH_DOT), "shift-cross": ("#56b4e9", DOTTED),
+    "shift-cross-k": ("#56b4e9", DASH_DOT),
     "mlp": ("#332288", SOLID), "mlp-1.5x": ("#332288", DASHED), "mlp-4x": ("#332288", DASH_DOT),
     "free": ("#332288", DOTTED),
 }

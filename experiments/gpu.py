@@ -224,7 +224,7 @@ class Session:
         for found in read("parity.json"):
             yield dict(kind="parity", found=found)
         for saved in read("speed", "cost.json"):
-            (models,) = saved["results"]["training"].values()
+            (models,) = saved["results"].values()
             for name, r in models.items():
                 yield dict(kind="speed", name=name, windows=self.args.windows, ms=r["ms"][1],
                            ms_quartiles=r["ms"][::2], tokens_per_sec=r["rate"], mfu=r["mfu"],
