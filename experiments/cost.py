@@ -37,7 +37,7 @@ from tqdm import tqdm
 from common import parse, save, table
 
 from model import GPT
-from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
+from nanonexus.cli import Parser, UserError, listed, number, one_of, positive_int, run_script
 from nanonexus.controls import build
 from nanonexus.device import keep_freed_memory, peak_flops
 from nanonexus.files import output_folder
@@ -274,10 +274,12 @@ def rows(results):
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--presets", type=listed(str), default="tiny", help=f"of {', '.join(PRESETS)} (tiny)")
+    add("--presets", type=listed(one_of(PRESETS)), default="tiny",
+        help=f"of {', '.join(PRESETS)} (tiny)")
     add("--contexts", type=listed(positive_int), default="256,1024,4096", help="(256,1024,4096)")
     add("--orders", type=listed(positive_int), default="1,2,3,4", help="1 first (default: 1,2,3,4)")
-    add("--variants", type=listed(str), help="these of compare.py instead of orders, or all")
+    add("--variants", type=listed(one_of(["all", *compare.VARIANTS])), help="these of "
+        "compare.py instead of orders, or all")
     add("--vocab_size", type=positive_int, help="(default: the preset's)")
     add("--profile", action="store_true", help="where the time of a step goes")
     add("--tokens", type=positive_int, default=4096, help="per step, or a sequence (default: 4096)")
@@ -292,15 +294,9 @@ def main():
         args.contexts, args.orders, args.rounds, args.tokens = [64, 128], [1, 2, 3], 3, 256
     if args.orders[0] != 1:
         raise UserError(f"--orders must begin with 1, the baseline; got {args.orders[0]}")
-    known = list(compare.VARIANTS)
     if args.variants:
-        names = known if args.variants == ["all"] else args.variants
+        names = compare.VARIANTS if "all" in args.variants else args.variants
         args.variants = list(dict.fromkeys(["baseline", *names]))
-    for kind, names, choices in (("preset", args.presets, PRESETS),
-                                 ("variant", args.variants or (), known)):
-        for name in names:
-            if name not in choices:
-                raise UserError(f"no {kind} {name!r}: choose from {', '.join(choices)}")
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
     output_folder(args.out)

@@ -55,10 +55,19 @@ from compare import VARIANTS, check_extra, read_variant
 from compare import split as split_argv
 from runs import check_settings, commit
 
-from common import ROOT, one_of, table
+from common import ROOT, table
 
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script, whole
+from nanonexus.cli import (
+    Parser,
+    UserError,
+    listed,
+    number,
+    one_of,
+    positive_int,
+    run_script,
+    whole,
+)
 from nanonexus.data import TokenSet, windows
 from nanonexus.device import check_device
 from nanonexus.files import new_folder, output_folder, read_json, read_lines, write_json, write_text

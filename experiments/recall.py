@@ -49,10 +49,19 @@ from puzzles import SYMBOLS, TASKS, one_hop
 from runs import commit
 from tqdm import tqdm
 
-from common import INNERS, one_of, parse, pyplot, save, table
+from common import INNERS, parse, pyplot, save, table
 
 from model import GPTConfig, output_layer
-from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
+from nanonexus.cli import (
+    Parser,
+    UserError,
+    listed,
+    number,
+    one_of,
+    positive_int,
+    rate,
+    run_script,
+)
 from nanonexus.controls import build as build_model
 from nanonexus.files import append_line, output_file, read_lines
 

@@ -140,12 +140,12 @@ def test_saved_scores_serve_as_a_model(checkpoints, call, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--tasks sciqq", "did you mean sciq"), ("--tasks zz", "choose from sciq"),
+    ("--tasks zz", "choose from all, sciq"),
     ("--tasks sciq --data none", "sciq_test.jsonl: task sciq needs it, with the columns"),
     ("--data . --tasks piqa", "piqa_validation.jsonl, line 2: no column 'sol2'"),
     ("--data . --tasks arc_easy", "has no rows"), ("--checkpoint no.pt", "no checkpoint at"),
     ("--checkpoint file.pt", "damaged"), ("--limit 0", "--limit"),
-    ("--batch_size 0", "must be auto or a number from 1, got 0"),
+    ("--batch_size 0", "must be a number from 1"),
     ("--plot a.png", "no effect without --versus"), ("--versus none.pt", "no checkpoint at"),
     ("--versus ours.pt --plot v.xyz", "--plot v.xyz: no such kind of picture.* png,"),
     ("--checkpoint file.pt --json file.pt", "file.pt is read as file.pt:"),
