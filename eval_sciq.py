@@ -18,29 +18,19 @@ its rows are named; it is an error (exit status 2) if no task is left. If scorin
 --json has the tasks that were finished.
 """
 
-import argparse
-import difflib
 import os
 import platform
 import sys
 
 import torch
 
-from nanonexus.cli import Parser, UserError, positive_int, run_script
+from nanonexus.cli import Parser, UserError, listed, one_of, positive_int, run_script
 from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import output_file, read_json, reading, write_json
 from nanonexus.processes import Stop
 from nanonexus.scoring import Scorer, compare, evaluate, summary
 from nanonexus.tasks import BENCHMARKS, TASKS, read_task
 from nanonexus.tokenizer import printable
-
-
-def batch_size(text):
-    """The type of --batch_size."""
-    try:
-        return text if text == "auto" else positive_int(text)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise argparse.ArgumentTypeError(f"must be auto or a number from 1, got {text}") from error
 
 
 def parse_args():
@@ -52,12 +42,12 @@ def parse_args():
         "out/ckpt.pt)")
     add("--versus", metavar="CHECKPOINT", help="a second model: paired differences on the same "
         "documents, with their p-values, and a bar chart")
-    add("--tasks", default="sciq", help=f"a list of {', '.join(TASKS)}, or all for the first six "
-        "(default: sciq)")
+    add("--tasks", type=listed(one_of(["all", *TASKS])), default="sciq",
+        help=f"a list of {', '.join(TASKS)}, or all for the first six (default: sciq)")
     add("--data", metavar="DIR", help="folder with <task>_<split>.jsonl files (default: the hub)")
     add("--limit", type=positive_int, help="only the first N documents of each task")
-    add("--batch_size", type=batch_size, default="auto",
-        help="prompts per batch, or auto: bounded memory (default)")
+    add("--batch_size", type=positive_int, help="prompts per batch (default: as many as a bounded "
+        "memory holds)")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of matrix products; "
         "bfloat16 shifts log-likelihoods by up to 0.2 and causes ties (default: float32)")
     add("--nexus_order", type=positive_int, help="run the model at this order instead of its own")
@@ -78,10 +68,9 @@ def main():
         raise UserError("--save_docs adds to the file of --json FILE: give one")
     if args.device == "cpu":
         keep_freed_memory()
-    names = BENCHMARKS if args.tasks == "all" else args.tasks.split(",")
+    names = BENCHMARKS if "all" in args.tasks else args.tasks
     for path in filter(None, (args.json, args.versus and args.plot)):
-        output_file(path, args.checkpoint, args.versus, *names)
-    check_names(names)
+        output_file(path, args.checkpoint, args.versus)
     plt = pyplot(args.plot) if args.versus else None  # fail before scoring
     data = {name: read_task(name, args.data, args.limit) for name in names}
     paths = [args.checkpoint, args.versus] if args.versus else [args.checkpoint]
@@ -99,15 +88,6 @@ def main():
     if args.versus:
         print_gaps(result["paired"], args)
         plot(plt, entries, args.plot)
-
-
-def check_names(names):
-    """Raises UserError for a name that is not in TASKS."""
-    for name in names:
-        if name not in TASKS:
-            near = difflib.get_close_matches(name, TASKS, n=1)
-            raise UserError(f"no task {name!r}: " + (f"did you mean {near[0]}?" if near else
-                            f"choose from {', '.join(TASKS)}"))
 
 
 def load(path, args):

@@ -26,7 +26,6 @@ from nanonexus.decoder import describe, pretrained
 from nanonexus.device import check_device
 from nanonexus.files import output_file, output_folder, read_json, sha256, write_json
 from nanonexus.flags import agree
-from nanonexus.harness import check_tasks, run_tasks
 from nanonexus.hf import commit_of, fetch
 from nanonexus.processes import Stop
 from nanonexus.retrofit import INNERS, load, nexus
@@ -37,7 +36,7 @@ from train import warmup_cosine
 # A resumed run must agree with these, which it wrote to this file in --out, or it would be another.
 FIXED = ["model", "data", "order", "streams", "layers", "gate", "inner", "epochs", "max_steps",
          "batch", "accumulate", "lr", "gate_lr", "warmup", "weight_decay", "max_length", "lora",
-         "seed"]
+         "dtype", "seed"]
 RUN = "run.json"
 
 
@@ -232,8 +231,19 @@ def saved_run(args):
 
 # --- scores ---------------------------------------------------------------------------------------
 
-def score(path, folder, tokenizer, args):
+def task_manager(args):
+    """lm-eval's tasks, only those of --include_path if given. UserError if it lacks one."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=args.include_path, include_defaults=not args.include_path)
+    if unknown := set(args.tasks) - set(manager.all_tasks):
+        raise UserError(f"lm-evaluation-harness has no such task: {', '.join(sorted(unknown))}")
+    return manager
+
+
+def score(path, folder, tokenizer, manager, args):
     """{(task, metric, filter): a list of one score per document}, and lm-eval's own results."""
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     model = pretrained(load, folder, dtype=args.dtype).to(args.device).eval()
@@ -241,9 +251,10 @@ def score(path, folder, tokenizer, args):
         nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
     print(f"{path}: {describe(model)}")
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch)
-    results = run_tasks(harness, args.tasks, args.include_path, args.limit,
-                        num_fewshot=args.fewshot, apply_chat_template=args.chat, log_samples=True,
-                        bootstrap_iters=0) | dict(revision=commit_of(folder))
+    results = simple_evaluate(
+        model=harness, tasks=args.tasks, limit=args.limit, task_manager=manager,
+        num_fewshot=args.fewshot, apply_chat_template=args.chat, log_samples=True,
+        bootstrap_iters=0) | dict(revision=commit_of(folder))
     documents = {}
     for task, samples in results["samples"].items():
         for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
@@ -262,12 +273,11 @@ def evaluate(args):
     paths = [args.model, args.versus] if args.versus else [args.model]
     folders = [fetch(path) for path in paths]
     tokenizers = [pretrained(AutoTokenizer.from_pretrained, folder) for folder in folders]
-    check_tasks(args.tasks, args.include_path)
-    documents, report = [], {"revisions": {}}
+    manager, documents, report = task_manager(args), [], {"revisions": {}}
     with Stop():
         try:
             for path, folder, tokenizer in zip(paths, folders, tokenizers, strict=True):
-                scores, results = score(path, folder, tokenizer, args)
+                scores, results = score(path, folder, tokenizer, manager, args)
                 print(make_table(results))
                 documents.append(scores)
                 report[path] = results["results"]

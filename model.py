@@ -154,7 +154,7 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 class Block(nn.Module):
-    def __init__(self, config, attention=CausalSelfAttention):
+    def __init__(self, config, attention):
         super().__init__()
         self.parallel = config.parallel_residual
         self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
@@ -215,18 +215,18 @@ def output_layer(h, weight):
     return F.linear(h, weight)
 
 class GPT(nn.Module):
-    """A language model: tokens (B, T) in, logits (B, T, V) for each next token out. attention and
-    block are the classes to build it from: nanonexus.controls.build gives a control's."""
+    """A language model: tokens (B, T) in, logits (B, T, V) for each next token out. attention: the
+    class of its attention; nanonexus.controls.build gives a control's."""
 
-    def __init__(self, config, attention=CausalSelfAttention, block=Block):
+    def __init__(self, config, attention=CausalSelfAttention):
         super().__init__()
-        check(not config.control or (attention, block) != (CausalSelfAttention, Block),
+        check(not config.control or attention is not CausalSelfAttention,
               f"the control {config.control!r} is built by nanonexus.controls.build")
         self.config = config
         with torch.random.fork_rng(devices=[]):
             self.embed = nn.Embedding(config.vocab_size, config.n_embd)
             self.dropout = nn.Dropout(config.dropout)
-            self.blocks = nn.ModuleList(block(config, attention) for _ in range(config.n_layer))
+            self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.n_layer))
             self.norm = nn.LayerNorm(config.n_embd)
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.register_buffer("rope", rotary_table(config), persistent=False)

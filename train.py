@@ -11,7 +11,6 @@ Everything is written to --out: ckpt.pt, and log.jsonl with a line per log step.
 step, saves and stops; --resume continues as if nothing had happened, bit for bit.
 """
 
-import itertools
 import math
 import os
 import sys
@@ -155,9 +154,6 @@ def train(args, config, tokens, world, saved, stop, log):
                        grad_norm=None, tokens_per_sec=None, mfu=None))
     peak = peak_flops() if device.type == "cuda" and dtype != torch.float32 else None
     flops = gpt.flops_per_token(T) if peak else None
-    parts = (part for later in itertools.count(step)
-             for part in data.split(windows_of(later), micro_batch))
-    batches = data.ahead(lambda part: tokens.load("train", T, part, device), parts)
     first, norms, timer, timed_from = step + 1, [], None, None  # the first step is not timed
     agree_every = 1  # steps between processes' agreements on stopping
     while step < args.max_steps:
@@ -167,8 +163,8 @@ def train(args, config, tokens, world, saved, stop, log):
         # dropout too is a pure function of seed, step and rank: resuming needs no RNG state
         torch.manual_seed((args.seed * 1_000_003 + step) * world.size + world.rank)
         total = torch.zeros((), device=device)
-        for micro_step in range(1, micro_steps + 1):
-            x, y = next(batches)
+        for micro_step, part in enumerate(data.split(windows_of(step), micro_batch), 1):
+            x, y = tokens.load("train", T, part, device)
             if world.size > 1:  # must be set before the forward pass
                 model.require_backward_grad_sync = micro_step == micro_steps
             loss = loss_of(x, y)
@@ -223,7 +219,6 @@ def train(args, config, tokens, world, saved, stop, log):
             timer, timed_from = time.perf_counter(), step
         if stopping:
             break
-    batches.close()
     return gpt, step
 
 

@@ -5,7 +5,6 @@ What the experiments share: the import path, the inner steps, tables and saved r
 import os
 import platform
 import sys
-from argparse import ArgumentTypeError
 from typing import get_args
 
 import figures
@@ -19,15 +18,6 @@ from nanonexus.cli import UserError  # noqa: E402
 from nanonexus.files import output_folder, write_json  # noqa: E402
 
 INNERS = get_args(GPTConfig.__annotations__["nexus_inner"])  # model.py's inner steps
-
-
-def one_of(names):
-    """The argparse type of one of several names."""
-    def read(text):
-        if text not in names:
-            raise ArgumentTypeError(f"choose from {', '.join(names)}, not {text!r}")
-        return text
-    return read
 
 
 def table(rows):

@@ -34,15 +34,15 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from common import parse, pyplot, save, table
+from common import parse, save, table
 
 from model import GPT
-from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script
+from nanonexus.cli import Parser, UserError, listed, number, one_of, positive_int, run_script
 from nanonexus.controls import build
 from nanonexus.device import keep_freed_memory, peak_flops
 from nanonexus.files import output_folder
 from nanonexus.flags import PRESETS, preset_config
-from nanonexus.generate import KVCache, generate
+from nanonexus.generate import KVCache
 
 STEPS = 3  # in a profile
 
@@ -106,12 +106,6 @@ def allocated_memory(model, step):
     step()
     own = 3 * sum(p.nbytes for p in model.parameters())  # weights and moments, all float32
     return torch.cuda.max_memory_allocated() - before + own
-
-
-def largest_batch(batch, peak, twice, gib):
-    """How many sequences fit into gib GiB at once: memory is linear in the batch, so the peaks of
-    `batch` sequences and of twice as many determine it."""
-    return max(0, int(batch + (gib * 2**30 - peak) * batch / (twice - peak)))
 
 
 def cache_bytes(model):
@@ -226,16 +220,13 @@ def at_context(preset, T, args):
         return tracked_memory(name, configs[name], times * tokens // T, args)
 
     peaks = {name: peak(name, 1) for name in configs}
-    fits = {name: largest_batch(tokens // T, peaks[name], peak(name, 2), args.gib)
-            for name in configs if args.gib}
     results = speeds(interleave(jobs, args.rounds, f"{preset}, context {T}"), "baseline", tokens)
     base = models["baseline"].flops_per_token(T)
     for name in configs:
         flops = models[name].flops_per_token(T)
         results[name] |= dict(
             parameters=models[name].num_params(), flops=flops, peak=peaks[name],
-            predicted=base / flops, fits=fits.get(name),
-            cache=cache_bytes(models[name].eval()),
+            predicted=base / flops, cache=cache_bytes(models[name].eval()),
             mfu=results[name]["rate"] * flops / args.peak if args.peak else None)
     if args.profile:
         for name, job in jobs.items():
@@ -266,72 +257,33 @@ def kernel_rows(found):
         yield name[:70], f"{ms:.3f}", f"{ms / busy:.1%}", calls
 
 
-def generation(preset, args):
-    """Speeds of cached and recomputed generation, at the preset's own context."""
-    torch.manual_seed(0)
-    config = preset_config(preset)
-    prompt = torch.randint(config.vocab_size, (1, 16), device=args.device)
-    new, jobs = min(args.new_tokens, config.block_size - 16), {}
-    for m in args.orders:
-        model = build(replace(config, nexus_order=m)).to(args.device).eval()
-        for cached in (True, False):
-            def job(model=model, cached=cached):
-                generate(model, prompt, new, use_cache=cached)
-            jobs[order(m) + ("" if cached else ", recomputed")] = job
-    seconds = interleave(jobs, max(2, args.rounds // 2), f"{preset}, generation")
-    return speeds(seconds, "baseline", new)
-
-
 def rows(results):
-    ours = "flops" in results["baseline"]  # training, or generation
-    yield ["", *(["parameters", "FLOPs/token", "cache bytes/token", "peak memory",
-                   "largest micro-batch"] if ours else []), "tokens/s", "speed ratio (quartiles)",
-           *(["FLOPs predict", "MFU"] if ours else [])]
+    yield ("", "parameters", "FLOPs/token", "cache bytes/token", "peak memory", "tokens/s",
+           "speed ratio (quartiles)", "FLOPs predict", "MFU")
     for name, r in results.items():
         low, high = r["quartiles"]
-        speed = [f"{r['rate']:,.0f}", f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})"]
+        speed = f"{r['rate']:,.0f}", f"{r['ratio']:.3f} ({low:.3f} to {high:.3f})"
         if "flops" in r:
-            yield [name, f"{r['parameters']:,}", f"{r['flops'] / 1e6:,.2f} M",
-                   f"{r['cache']:,}", f"{r['peak'] / 2**20:,.0f} MiB",
-                   "" if r["fits"] is None else r["fits"],
-                   *speed, f"{r['predicted']:.3f}", f"{r['mfu']:.1%}" if r["mfu"] else ""]
-        else:
-            yield [name, *[""] * 5 * ours, *speed, *[""] * 2 * ours]
-
-
-def plot(plt, training, orders):
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
-    names = [order(m) for m in orders]
-    for i, ((preset, T), results) in enumerate(training.items()):
-        for panel, key in ((panels[0], "rate"), (panels[1], "peak")):
-            panel.plot(orders, [results["baseline"][key] / results[name][key] if key == "rate" else
-                                results[name][key] / results["baseline"][key] for name in names],
-                       ".-", color=f"C{i}", label=f"{preset}, context {T}")
-        panels[0].plot(orders, [1 / results[name]["predicted"] for name in names], ":",
-                       color=f"C{i}")
-    panels[0].set(title="time of a training step; dotted: by FLOPs", ylabel="relative to baseline")
-    panels[1].set(title="peak memory of a training step")
-    for panel in panels:
-        panel.set(xlabel="order", xticks=orders)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
-    return figure
+            yield (name, f"{r['parameters']:,}", f"{r['flops'] / 1e6:,.2f} M", f"{r['cache']:,}",
+                   f"{r['peak'] / 2**20:,.0f} MiB", *speed, f"{r['predicted']:.3f}",
+                   f"{r['mfu']:.1%}" if r["mfu"] else "")
+        else:  # not our model
+            yield name, "", "", "", "", *speed, "", ""
 
 
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--presets", type=listed(str), default="tiny", help=f"of {', '.join(PRESETS)} (tiny)")
+    add("--presets", type=listed(one_of(PRESETS)), default="tiny",
+        help=f"of {', '.join(PRESETS)} (tiny)")
     add("--contexts", type=listed(positive_int), default="256,1024,4096", help="(256,1024,4096)")
     add("--orders", type=listed(positive_int), default="1,2,3,4", help="1 first (default: 1,2,3,4)")
-    add("--variants", type=listed(str), help="these of compare.py instead of orders, or all")
+    add("--variants", type=listed(one_of(["all", *compare.VARIANTS])), help="these of "
+        "compare.py instead of orders, or all")
     add("--vocab_size", type=positive_int, help="(default: the preset's)")
     add("--profile", action="store_true", help="where the time of a step goes")
     add("--tokens", type=positive_int, default=4096, help="per step, or a sequence (default: 4096)")
     add("--rounds", type=number(int, 2, 10**6), default=10, help="steps per model (default: 10)")
-    add("--gib", type=number(float, 0, 1e6, above=True), help="also print how many sequences fit "
-        "at once into this many GiB of memory (default: not printed)")
-    add("--new_tokens", type=positive_int, default=200, help="tokens to generate (default: 200)")
     add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure with ours")
     add("--neox", action="store_true", help="also measure transformers' GPT-NeoX")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -339,45 +291,30 @@ def main():
     add("--out", default="out/cost", help="folder (default: out/cost)")
     args = parse(parser)
     if args.quick:
-        args.contexts, args.orders, args.rounds, args.tokens, args.new_tokens = \
-            [64, 128], [1, 2, 3], 3, 256, 20
+        args.contexts, args.orders, args.rounds, args.tokens = [64, 128], [1, 2, 3], 3, 256
     if args.orders[0] != 1:
         raise UserError(f"--orders must begin with 1, the baseline; got {args.orders[0]}")
-    known = list(compare.VARIANTS)
     if args.variants:
-        names = known if args.variants == ["all"] else args.variants
+        names = compare.VARIANTS if "all" in args.variants else args.variants
         args.variants = list(dict.fromkeys(["baseline", *names]))
-    for kind, names, choices in (("preset", args.presets, PRESETS),
-                                 ("variant", args.variants or (), known)):
-        for name in names:
-            if name not in choices:
-                raise UserError(f"no {kind} {name!r}: choose from {', '.join(choices)}")
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
     output_folder(args.out)
-    plt = None if args.profile or args.variants else pyplot(args.out)
     args.compile = args.device == "cuda"
     if args.device == "cpu":
         keep_freed_memory()
 
     args.peak = peak_flops() if args.device == "cuda" else None
-    training, generated = {}, {}
+    results = {}
     for preset in args.presets:
         for T in args.contexts:
             print(f"\ntraining {preset}, context {T}, {max(args.tokens, T)} tokens per step, "
                   f"{args.device}")
-            training[preset, T] = at_context(preset, T, args)
-            print(table(rows(training[preset, T])), flush=True)
-            for name, r in training[preset, T].items() if args.profile else ():
+            results[f"{preset}, {T}"] = found = at_context(preset, T, args)
+            print(table(rows(found)), flush=True)
+            for name, r in found.items() if args.profile else ():
                 print(f"\n{name}\n{table(kernel_rows(r['kernels']))}")
-        if args.profile or args.variants:
-            continue
-        generated[preset] = generation(preset, args)
-        print(f"\n{preset}: generation of {args.new_tokens} tokens after 16\n"
-              f"{table(rows(generated[preset]))}", flush=True)
-    results = {f"{p}, {T}": r for (p, T), r in training.items()}
-    save(args, "cost", dict(training=results, generation=generated),
-         plot(plt, training, args.orders) if generated else None)
+    save(args, "cost", results)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ STYLES = {  # variant: its colour, its dash; others have their inner step's and 
     "two-layers-fan-in": ("#606060", (0, (8, 2))), "key-shift-0.02": ("#cc79a7", (0, (8, 2))),
     "key-shift-0.12": ("#cc79a7", (0, (1, 4))), "key-shift-0.95": ("#cc79a7", (0, (8, 2, 1, 2))),
     "deeper": ("#606060", DASHED), "larger": ("#606060", (0, (8, 1, 1, 1))),
-    "longer": ("#606060", DASH_DOT), "twice": ("#606060", SOLID),
+    "longer": ("#606060", DASH_DOT),
     "mean": ("#000000", DASHED), "bias": ("#000000", DASH_DOT),
     "self": ("#d55e00", SOLID), "past": ("#0072b2", SOLID), "cross": ("#009e73", SOLID),
     "shared": ("#e69f00", SOLID), "separate": ("#99cc33", SOLID), "tokens": ("#7f00ff", SOLID),
@@ -34,7 +34,7 @@ STYLES = {  # variant: its colour, its dash; others have their inner step's and 
     "key-shift": ("#cc79a7", SOLID), "kv-shift": ("#cc79a7", DASHED),
     "canon": ("#cc79a7", DASH_DOT), "shift-longer": ("#cc79a7", DOTTED),
     "shift-past-k": ("#56b4e9", SOLID), "shift-past": ("#56b4e9", DASHED),
-    "shift-cross-k": ("#56b4e9", DASH_DOT), "shift-cross": ("#56b4e9", DOTTED),
+    "shift-cross-k": ("#56b4e9", DASH_DOT),
     "mlp": ("#332288", SOLID), "mlp-1.5x": ("#332288", DASHED), "mlp-4x": ("#332288", DASH_DOT),
     "free": ("#332288", DOTTED),
 }

@@ -55,10 +55,19 @@ from compare import VARIANTS, check_extra, read_variant
 from compare import split as split_argv
 from runs import check_settings, commit
 
-from common import ROOT, one_of, table
+from common import ROOT, table
 
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, UserError, listed, number, positive_int, run_script, whole
+from nanonexus.cli import (
+    Parser,
+    UserError,
+    listed,
+    number,
+    one_of,
+    positive_int,
+    run_script,
+    whole,
+)
 from nanonexus.data import TokenSet, windows
 from nanonexus.device import check_device
 from nanonexus.files import new_folder, output_folder, read_json, read_lines, write_json, write_text
@@ -224,7 +233,7 @@ class Session:
         for found in read("parity.json"):
             yield dict(kind="parity", found=found)
         for saved in read("speed", "cost.json"):
-            (models,) = saved["results"]["training"].values()
+            (models,) = saved["results"].values()
             for name, r in models.items():
                 yield dict(kind="speed", name=name, windows=self.args.windows, ms=r["ms"][1],
                            ms_quartiles=r["ms"][::2], tokens_per_sec=r["rate"], mfu=r["mfu"],

@@ -14,10 +14,8 @@ the key up; a refined key can carry its neighbour within one layer. The tasks:
   one-hop   the value comes right after its key, and the questions right after the pairs
   gapped    0 to 3 fillers between a key and its value, 0 to 12 before the questions: out of reach
             of a shift by any fixed number of tokens; gapped-12: 0 to 12 between key and value
-  two-hops  pairs a b and pairs b c, mixed; asked a, it must name c (it is also trained to name c
-            when asked b, half of the way; only the former counts)
-  mqar-T    multi-query associative recall (Arora et al. 2023, https://arxiv.org/abs/2312.04927) in
-            T tokens with T/16 pairs and 8,192 symbols; the data are as in HazyResearch/zoology,
+  mqar-64   multi-query associative recall (Arora et al. 2023, https://arxiv.org/abs/2312.04927) in
+            64 tokens with 4 pairs and 8,192 symbols; the data are as in HazyResearch/zoology,
             zoology/experiments/paper_configs/iclr24_zoology_figure2/configs.py and
             zoology/data/multiquery_ar.py, the model and its training are those of this file
   hops-K-L-layers  K hops of induction (Sanford et al. 2024, https://arxiv.org/abs/2402.09268) among
@@ -25,7 +23,7 @@ the key up; a refined key can carry its neighbour within one layer. The tasks:
             chsanford/hop-induction-heads, src/tasks.py
 
 Blocks are sequential; with -parallel they are Pythia's, whose MLP never sees what attention
-found. mqar-T-two-layers gives every variant two layers; mqar-64-v64, -v512 and -v2048 have that
+found. mqar-64-two-layers gives every variant two layers; mqar-64-v64, -v512 and -v2048 have that
 many symbols instead of 8,192. The variant two-layers is a baseline with a second layer;
 two-layers-small and two-layers-fan-in are the same from other initialisations, and key-shift-0.02,
 -0.12 and -0.95 a key shift whose a is initially not 1/2.
@@ -47,14 +45,23 @@ import torch
 import torch.nn.functional as F
 from compare import LR_SEED, model_fields, read_variant
 from figures import WIDTH, seed_strips, write
-from puzzles import SYMBOLS, TASKS, chains
+from puzzles import SYMBOLS, TASKS, one_hop
 from runs import commit
 from tqdm import tqdm
 
-from common import INNERS, one_of, parse, pyplot, save, table
+from common import INNERS, parse, pyplot, save, table
 
 from model import GPTConfig, output_layer
-from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
+from nanonexus.cli import (
+    Parser,
+    UserError,
+    listed,
+    number,
+    one_of,
+    positive_int,
+    rate,
+    run_script,
+)
 from nanonexus.controls import build as build_model
 from nanonexus.files import append_line, output_file, read_lines
 
@@ -111,15 +118,15 @@ def initialise(model, variant):
             block.attn.shift.fill_(torch.tensor(float(variant[10:])).logit())
 
 
-def logits_and_answers(model, idx, targets, asked):
-    """The model's logits where a question counts, (n, V), and the right answers, (n,)."""
-    counts = (targets >= 0) & (idx < asked)
-    return output_layer(model.hidden_states(idx)[counts], *model.output_weights()), targets[counts]
+def logits_and_answers(model, idx, targets):
+    """The model's logits at the questions, (n, V), and the right answers, (n,)."""
+    asked = targets >= 0
+    return output_layer(model.hidden_states(idx)[asked], *model.output_weights()), targets[asked]
 
 
 @torch.no_grad()
-def accuracy(model, idx, targets, asked=SYMBOLS):
-    logits, answers = logits_and_answers(model, idx, targets, asked)
+def accuracy(model, idx, targets):
+    logits, answers = logits_and_answers(model, idx, targets)
     return (logits.argmax(-1) == answers).float().mean().item()
 
 
@@ -137,13 +144,13 @@ def train(run):
         for group in optimizer.param_groups:
             group["lr"] = run.lr * min(step / 20, 1)
         problems = task.problems(run.batch, run.pairs, generator)
-        loss = F.cross_entropy(*logits_and_answers(model, *problems, task.vocab))
+        loss = F.cross_entropy(*logits_and_answers(model, *problems))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % every(run.steps) == 0:
-            curve.append(accuracy(model, *fresh, task.asked))
+            curve.append(accuracy(model, *fresh))
             if sum(curve[-2:]) > 2 * 0.999:
                 break
     return curve + curve[-1:] * (run.steps // every(run.steps) - len(curve)), model
@@ -260,7 +267,7 @@ def plot(plt, found):
 def plot_maps(plt, run, path):
     """The last inner loop and the outer attention of the head that looks up best, one problem."""
     _, model = train(run)
-    idx, targets = chains(1, run.pairs, torch.Generator().manual_seed(5))
+    idx, targets = one_hop(1, run.pairs, torch.Generator().manual_seed(5))
     manual = build(run, attention="manual")
     manual.load_state_dict(model.state_dict())
     maps, c = {}, manual.config
@@ -295,8 +302,8 @@ def main():
     add("--seeds", type=positive_int, default=5, help="seeds that count (default: 5)")
     add("--lrs", type=listed(rate), default="1e-3,3e-3,1e-2",
         help="the grid of learning rates (default: 1e-3,3e-3,1e-2)")
-    add("--pairs", type=number(int, 1, SYMBOLS), help="per problem (default: 6; gapped 5; mqar-T "
-        "T/16; of hops, the letters: 99)")
+    add("--pairs", type=number(int, 1, SYMBOLS), help="per problem (default: 6; gapped 5; mqar-64 "
+        "4; of hops, the letters: 99)")
     add("--steps", type=positive_int, help="steps of training (default: 400; mqar 1000; hops 1000 "
         "K)")
     add("--width", type=positive_int, default=64, help="width of the model (default: 64)")

@@ -39,10 +39,10 @@ from compare import LR_SEED
 from runs import commit, in_parallel
 from tqdm import tqdm
 
-from common import ROOT, one_of, parse, pyplot, save, table
+from common import ROOT, parse, pyplot, save, table
 
 from finetune import read_examples
-from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
+from nanonexus.cli import Parser, UserError, listed, one_of, positive_int, rate, run_script
 from nanonexus.decoder import is_gpt
 from nanonexus.device import check_device, keep_freed_memory
 from nanonexus.files import append_line, output_file, read_json, read_lines

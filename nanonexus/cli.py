@@ -78,6 +78,15 @@ positive, non_negative = number(float, 0, math.inf, above=True), number(float, 0
 rate = number(float, 0, 1000, above=True)  # of learning
 
 
+def one_of(names):
+    """The argparse type of one of several names."""
+    def read(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"choose from {', '.join(names)}, not {text!r}")
+        return text
+    return read
+
+
 def listed(kind):
     """The type of a flag that takes several: listed(int)("1,2,1") is [1, 2]."""
     def read(text):

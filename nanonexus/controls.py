@@ -32,10 +32,8 @@ Whether a token sees itself, in `inner_step`. Attn_< sees earlier tokens alone:
     nothing is kept   Attn(h_s, h_s, s)      self          Attn_<(h_s, h_s, s)      self-strict
     s is kept         s + Attn(h_s, h_s, s)  self-residual s + Attn_<(h_s, h_s, s)  past
   and the same of h_q and h_k: cross-plain, cross-strict, cross-residual and, of model.py, cross
-The whole sublayer:
-  twice      the attention sublayer of each block applied twice, with the same weights
 
-Those that reach across documents (all but the recursions and twice) refuse document masks.
+Those that reach across documents (all but the recursions) refuse document masks.
 """
 
 import math
@@ -46,7 +44,6 @@ import torch.nn.functional as F
 
 from model import (
     GPT,
-    Block,
     CausalSelfAttention,
     ModelError,
     apply_rotary_emb,
@@ -66,14 +63,13 @@ def build(config):
     kind = CONTROLS[config.control]
     check(config.nexus_order > 1 or not replaces_loops(config.control), f"the control "
           f"{config.control} needs nexus_order 2 or more: order 1 has no inner loop")
-    return GPT(config, **{"block" if issubclass(kind, Block) else "attention": kind})
+    return GPT(config, attention=kind)
 
 
 def replaces_loops(control):
     """Whether a control takes the place of the inner loops, and so needs order 2."""
     kind, base = CONTROLS[control], CausalSelfAttention
-    return not issubclass(kind, Block) and (kind.refine, kind.inner_step) != (
-        base.refine, base.inner_step)
+    return (kind.refine, kind.inner_step) != (base.refine, base.inner_step)
 
 
 def describe(config):
@@ -243,15 +239,6 @@ class NearGated(Near):
         return per_head(self.gate) * scores
 
 
-class Twice(Block):
-    """x <- x + attn(norm(x)) before the block, with the block's own norm and weights: its attention
-    sublayer is applied twice. It adds no parameter."""
-
-    def forward(self, x, ctx):
-        before = ctx._replace(layer=ctx.layer - 0.5)  # with a cache and maps of its own
-        return super().forward(x + self.dropout(self.attn(self.norm1(x), before)), ctx)
-
-
 class TokensResidual(CausalSelfAttention):
     """`tokens`, but each token keeps what it was: h <- x + Attn(h W_q, h W_k, x W_v), from h = x;
     then q, k = h W_q, h W_k."""
@@ -315,4 +302,4 @@ class CrossPlain(CrossResidual):
 CONTROLS = {"key-shift": KeyShift, "kv-shift": KVShift, "canon": Canon, "mean": Mean, "bias": Bias,
             "near": Near, "near-gated": NearGated, "tokens-residual": TokensResidual, "mix": Mix,
             "self-residual": SelfResidual, "self-strict": SelfStrict, "cross-plain": CrossPlain,
-            "cross-residual": CrossResidual, "cross-strict": CrossStrict, "twice": Twice}
+            "cross-residual": CrossResidual, "cross-strict": CrossStrict}

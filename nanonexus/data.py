@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -144,7 +143,7 @@ class TokenSet:
         """Identifies this set, for a checkpoint to compare on resume."""
         return "".join([self.meta["sha256"]["train"][:16], self.meta["sha256"]["val"][:16]])
 
-    @property
+    @functools.cached_property
     def eot(self):
         """The id after each document: known here, so that training needs no tokenizer files."""
         if self.tokenizer_json:
@@ -180,18 +179,6 @@ def read_windows(tokens, block_size, indices):
 def split(items, size):
     """The items in lists of at most this size."""
     return [items[i:i + size] for i in range(0, len(items), size)]
-
-
-def ahead(make, items):
-    """make(item) for each item, in order; a thread makes the next while the caller works."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for item in items:
-            waiting, ready = thread.submit(make, item), waiting
-            if ready:
-                yield ready.result()
-        if waiting:
-            yield waiting.result()
 
 
 def train_indices(n, seed, step, batch_size, rank=0, world=1):

@@ -26,11 +26,11 @@ class Scorer:
     """A model and its tokenizer, and log-likelihoods from them.
 
     path, device, overrides: as in open_model, with its errors. dtype: "float32", or "bfloat16" for
-    matrix products. batch_size: contexts at once, or "auto" for bounded memory.
+    matrix products. batch_size: contexts at once, by default as many as a bounded memory holds.
     identity: which model it is, for the results. description: the same in a few words.
     """
 
-    def __init__(self, path, device="cpu", dtype="float32", batch_size="auto", **overrides):
+    def __init__(self, path, device="cpu", dtype="float32", batch_size=None, **overrides):
         self.device, self.batch_size = torch.device(device), batch_size
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, dtype == "bfloat16")
         self.model, self.tokenizer, meta = open_model(path, device, load_any, **overrides)
@@ -102,7 +102,7 @@ class Scorer:
         with bar:
             while by_length:
                 length, batch = len(by_length[0]), []
-                most = budget // length if self.batch_size == "auto" else self.batch_size
+                most = self.batch_size or budget // length
                 while by_length and len(by_length[0]) == length and len(batch) < max(1, most):
                     batch.append(by_length.pop(0))
                 self.score_batch(batch, groups, budget)

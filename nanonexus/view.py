@@ -10,7 +10,6 @@ Each attention weight is stored in two characters, to within 0.00025 of manual a
 """
 
 import json
-import math
 import os
 import re
 
@@ -76,17 +75,14 @@ def main():
 def attention_maps(model, ids):
     """{name: weights (n_layer, H, T, T)} of a manual-attention model on T token ids, as it names
     them, the outer one last; where a layer has no such map, 0. "q1" and "k1" become "qk1" if they
-    are equal; those of an attention before a block's own get ", before". ModelError for weights
-    that cannot be shown."""
+    are equal. ModelError for weights that cannot be shown."""
     c, T, found, maps = model.config, len(ids), {}, {}
     model.hidden_states(torch.tensor([ids]), maps=found)
     for (layer, name), weights in found.items():
         check(weights.shape == (1, c.n_head, T, T) and 0 <= weights.min() <= weights.max() < 1.001,
               f"the map {name} cannot be shown: it must have a weight from 0 to 1 for each of "
               f"{c.n_head} heads and each pair of {T} tokens")
-        block = math.ceil(layer)
-        name += ", before" * (layer < block)
-        maps.setdefault(name, torch.zeros(c.n_layer, c.n_head, T, T))[block] = weights[0]
+        maps.setdefault(name, torch.zeros(c.n_layer, c.n_head, T, T))[layer] = weights[0]
     check("outer" in maps, "nothing to show: the model's outer attention is not model.attend's")
     outer = maps.pop("outer")
     for q, k in [(n, "k" + n[1:]) for n in maps if n[0] == "q" and "k" + n[1:] in maps]:
@@ -127,8 +123,6 @@ def explain(maps):
             text += f"It gathers from those before it, {'never' if apart else 'and'} from itself."
     if "qk" in streams:
         text += " Query and key have the same map."
-    if any(name.endswith(", before") for name in maps):
-        text += " “Before” is an attention that a layer applies before its own."
     return text
 
 

@@ -17,7 +17,6 @@ import torch
 from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.checkpoint import probe, save_checkpoint
 from nanonexus.cli import run_script
-from nanonexus.harness import run_tasks
 from nanonexus.tasks import TASKS
 from nanonexus.tokenizer import EOT
 
@@ -206,8 +205,13 @@ def write_tasks(tasks, data, out):
 
 def score_documents(model, tasks, folder, limit=None):
     """({task: its metrics}, {task: [(log-likelihoods, acc, acc_norm) of each document]}) of the
-    tasks that write_tasks has written into folder; model as in run_tasks."""
-    results = run_tasks(model, [f"ours_{task}" for task in tasks], folder, limit, bootstrap_iters=1)
+    tasks that write_tasks has written into folder; model: one of the harness's."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    results = simple_evaluate(
+        model=model, tasks=[f"ours_{task}" for task in tasks], limit=limit, bootstrap_iters=1,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False))
     documents = {}
     for task in tasks:
         docs = sorted(results["samples"][f"ours_{task}"], key=lambda doc: doc["doc_id"])

@@ -182,16 +182,6 @@ def test_near_is_its_formula(name, order):
     assert_is(attention, x, h_q, h_k, v)
 
 
-@pytest.mark.parametrize("parallel", [False, True])
-def test_twice_is_the_sublayer_before_the_block(parallel):
-    block = make("twice", parallel_residual=parallel).blocks[0]
-    x, ctx = torch.randn(2, 7, 32), context(make(), 7)
-    once = x + block.attn(block.norm1(x), ctx)
-    again = block.attn(block.norm1(once), ctx)
-    mlp = block.mlp(block.norm2(once if parallel else once + again))
-    assert torch.allclose(block(x, ctx), once + again + mlp, atol=1e-12)
-
-
 def joined(q, k, v, strict=False):
     """Attention of q, k, v (T, H, D) by the model's own attend, same shape."""
     q, k, v = (s.transpose(0, 1)[None] for s in (q, k, v))

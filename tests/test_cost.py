@@ -15,17 +15,15 @@ from nanonexus.generate import KVCache
 ON_CPU = SimpleNamespace(device="cpu", compile=False)
 
 
-def test_peak_memory_is_what_is_kept_and_predicts_the_largest_batch():
+def test_peak_memory_is_what_is_kept():
     def peak(batch, order):
         config = preset_config("tiny", n_layer=1, nexus_order=order)
         return cost.tracked_memory("", config, batch, ON_CPU)
 
-    small, order2, twice = peak(16, 1), peak(16, 2), peak(32, 2)
+    small, order2 = peak(16, 1), peak(16, 2)
     weights = 4 * 4 * GPT(preset_config("tiny", n_layer=1)).num_params()  # and gradient, moments
     stream = 16 * 256 * 128 * 4  # one (B, T, C) of float32; a layer keeps 2 rotated and 2 new ones
     assert weights < small and 4 * stream <= order2 - small <= 12 * stream
-    fits = cost.largest_batch(16, order2, twice, 1 / 8)
-    assert peak(fits, 2) <= 2**27 < peak(fits + 1, 2)
 
 
 def test_cache_bytes_are_the_generations():
@@ -69,23 +67,19 @@ def run(monkeypatch, tmp_path):
     return run
 
 
-@pytest.mark.usefixtures("plots")
 def test_the_command(run, tmp_path):
-    run("--orders", "1,2", "--new_tokens", 4)
+    run("--orders", "1,2")
     results = json.loads((tmp_path / "cost.json").read_text())["results"]
-    base, order2 = (results["training"]["tiny, 32"][name] for name in ("baseline", "order 2"))
+    base, order2 = (results["tiny, 32"][name] for name in ("baseline", "order 2"))
     assert order2["parameters"] == base["parameters"] == 280_448
     assert order2["predicted"] == base["flops"] / order2["flops"] < 1
-    assert "order 2, recomputed" in results["generation"]["tiny"]
-    assert (tmp_path / "cost.svg").exists()
 
 
 def test_variants_and_profiles(run, tmp_path):
-    out = run("--variants", "cross", "--vocab_size", 500, "--gib", 1)
+    out = run("--variants", "cross", "--vocab_size", 500)
     body = [line.split() for line in out.splitlines()[3:-1]]
     assert [line[:2] for line in body] == [["baseline", "326,528"], ["cross", "326,528"]]
     assert body[0][2] < body[1][2]  # FLOPs
-    assert all(100 < int(line[7]) < 10_000 for line in body)  # windows of 32 tokens in 1 GiB
     said = run("--profile", "--orders", "1,2")
     assert said.count("ms busy") == 2 and "aten::mm" in said
     trace = json.loads((tmp_path / "tiny-32-order-2.json").read_text())

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from types import SimpleNamespace
 
 import puzzles
 import pytest
@@ -24,19 +23,11 @@ def problems(task, count, n, exam=False):
             for row, wanted in zip(idx.tolist(), targets.tolist(), strict=True)]
 
 
-@pytest.mark.parametrize("task, hops", [("one-hop", 1), ("two-hops", 2)])
-def test_problems_have_the_answers_they_say(task, hops, n=5):
-    facts = 2 * hops * n
-    for row, wanted in problems(task, 30, n):
-        follows = dict(zip(row[0:facts:2], row[1:facts:2], strict=True))
-        assert len(follows) == hops * n  # no key twice
-        assert sorted(row[facts:]) == sorted(follows)  # each link is asked once
-        assert list(wanted) == list(range(facts, len(row)))
-        for t, answer in wanted.items():
-            key = row[t]
-            while key in follows:
-                key = follows[key]
-            assert key == answer
+def test_problems_have_the_answers_they_say(n=5):
+    for row, wanted in problems("one-hop", 30, n):
+        follows = dict(zip(row[0:2 * n:2], row[1:2 * n:2], strict=True))
+        assert len(follows) == n and sorted(row[2 * n:]) == sorted(follows)  # each is asked once
+        assert wanted == {t: follows[row[t]] for t in range(2 * n, len(row))}
 
 
 @pytest.mark.parametrize("task, reach", [("gapped", 3), ("gapped-12", 12)])
@@ -58,7 +49,7 @@ def test_gapped_problems_can_be_read_off_and_have_every_gap(task, reach, n=5):
     assert between == set(range(reach + 1)) and gaps == set(range(13))
 
 
-@pytest.mark.parametrize("task, n", [("mqar-128", 8), ("mqar-64-v64", 4)])
+@pytest.mark.parametrize("task, n", [("mqar-64", 4), ("mqar-64-v64", 4)])
 def test_mqar_is_zoologys(task, n):
     vocab, distances = 64 if "v64" in task else 8192, []
     assert puzzles.TASKS[task].vocab == vocab
@@ -76,7 +67,7 @@ def test_mqar_is_zoologys(task, n):
     assert first > 3 * late > 0  # a power law, not an even spread
 
 
-@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("k", [1, 2])
 def test_hops_end_where_they_say(k):
     def end(x, t, times):  # the definition, word for word
         for _ in range(times):
@@ -93,19 +84,6 @@ def test_hops_end_where_they_say(k):
             ends = {t + 1: end(x, t, first - 4) for t in range(1, len(x))}
             assert wanted == {t: x for t, x in ends.items() if x >= 0}
             assert set(x) <= {0, 1, 2, 3} and all(a != b for a, b in itertools.pairwise(x))
-
-
-def test_accuracy_counts_whole_chains_only():
-    idx, targets = puzzles.two_hops(8, 4, torch.Generator().manual_seed(0))
-
-    def right_where_an_a_is_asked(idx):
-        right = torch.where(idx < puzzles.SYMBOLS, targets, 0).clamp(min=0)
-        return torch.nn.functional.one_hot(right, 3 * puzzles.SYMBOLS).float()
-
-    model = SimpleNamespace(hidden_states=right_where_an_a_is_asked,
-                            output_weights=lambda: (torch.eye(3 * puzzles.SYMBOLS),))
-    assert recall.accuracy(model, idx, targets) == 1
-    assert recall.accuracy(model, idx, targets, 3 * puzzles.SYMBOLS) == 0.5
 
 
 def test_one_layer_that_mixes_keys_looks_up_and_one_that_does_not_cannot():
@@ -156,7 +134,7 @@ def test_steps_to_an_accuracy():
 
 @pytest.mark.usefixtures("plots")
 def test_the_command_continues_and_show_trains_nothing(tmp_path, monkeypatch):
-    argv = ("--pairs 2 --width 16 --steps 4 --seeds 2 --lrs 1e-3,1e-2 --tasks one-hop,two-hops "
+    argv = ("--pairs 2 --width 16 --steps 4 --seeds 2 --lrs 1e-3,1e-2 --tasks one-hop,gapped "
             "--variants baseline,past --maps past").split() + ["--out", tmp_path]
     trained = []
     monkeypatch.setattr(recall, "train", lambda run, train=recall.train:
@@ -167,7 +145,7 @@ def test_the_command_continues_and_show_trains_nothing(tmp_path, monkeypatch):
     keys = {(x["task"], x["variant"], x["seed"], x["lr"]) for x in lines}
     assert len(keys) == len(lines) == 2 * 2 * (2 + 2)
     found = json.loads((tmp_path / "recall.json").read_text())["results"]
-    assert list(found) == ["one-hop", "two-hops"]
+    assert list(found) == ["one-hop", "gapped"]
     for task, variant in itertools.product(found, ("baseline", "past")):
         area = {x["lr"]: sum(x["curve"]) for x in lines if x["seed"] == recall.LR_SEED
                 and (x["task"], x["variant"]) == (task, variant)}

@@ -23,7 +23,7 @@ def test_scores_are_the_harnesss(neox, tmp_path):
     write_tasks(ROWS, neox, tmp_path)
     model = HFLM(pretrained=str(neox), device="cpu", dtype="float32", batch_size=3)
     results, samples = score_documents(model, ROWS, tmp_path)
-    for task, batch_size in [*((task, "auto") for task in ROWS), ("sciq", 1)]:
+    for task, batch_size in [*((task, None) for task in ROWS), ("sciq", 1)]:
         scorer = Scorer(str(neox), batch_size=batch_size)
         ours = evaluate(scorer, task, read_task(task, neox)[0])
         for doc, (lls, acc, acc_norm) in zip(ours["docs"], samples[task], strict=True):

@@ -88,7 +88,6 @@ def test_small_weights_keep_their_digits():
 
 
 @pytest.mark.parametrize("config", [
-    dict(nexus_order=2, control="twice"),
     *(dict(nexus_order=2 + i % 2, nexus_inner=inner, nexus_streams=("qk", "k", "q")[i // 2])
       for i, inner in enumerate(INNERS)),
     *(dict(control=c, nexus_order=3 if replaces_loops(c) else 1) for c in CONTROLS)], ids=str)
@@ -106,7 +105,7 @@ def test_the_page_holds_manual_attentions_weights(config, tmp_path):
 @pytest.mark.parametrize("names, words", [
     ("", "records no others"), ("q1", "query .*before it, and from itself"),
     ("q1 K1", "query .* and its key .*In inner k, loop 1, "), ("K1", "key .*never from itself"),
-    ("qk1", "have the same map"), ("h1", "Here a token gathers"), ("q1,_before", "before its own")])
+    ("qk1", "have the same map"), ("h1", "Here a token gathers")])
 def test_the_legend_is_read_from_the_maps(names, words):
     maps = {name.lower().replace("_", " "): torch.ones(1, 1, 3, 3).tril(-name.count("K"))
             for name in [*names.split(), "outer"]}
