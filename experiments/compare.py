@@ -270,7 +270,8 @@ def data_of(path):
     """(fingerprint, vocab_size) of the one dataset in a file of results."""
     found = {(line["data"], line["vocab_size"]) for line in read_lines(path, "data", "vocab_size")}
     if len(found) != 1:
-        raise UserError(f"{path} has lines of {len(found)} token sets: one is needed")
+        raise UserError(f"{path} has lines of {len(found)} datasets: one is needed" if found else
+                        f"no finished run in {path}: give --results FILE")
     return found.pop()
 
 

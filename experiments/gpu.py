@@ -351,15 +351,14 @@ def main():
     args.vocab_size = tokens.vocab_size
     if args.copying:
         return copying(args, args.copying)
-    args.machine = dict(preset=args.preset, data=tokens.fingerprint, steps=args.steps, extra=extra,
-                        windows=args.windows, tasks=args.tasks, device=args.device)
-    check_settings(args.work, args.machine, "--work")
+    settings = dict(preset=args.preset, data=tokens.fingerprint, steps=args.steps, extra=extra,
+                    windows=args.windows, tasks=args.tasks, device=args.device)
     source = commit()
     if source is None and os.path.exists(path := os.path.join(args.data or "", "commit")):
         with open(path, encoding="utf-8") as f:
             source = f.read().strip()
-    args.machine |= dict(commit=source, torch=str(torch.__version__),
-                         date=time.strftime("%Y-%m-%d"))
+    args.machine = settings | dict(commit=source, torch=str(torch.__version__),
+                                   date=time.strftime("%Y-%m-%d"))
     if args.device == "cuda":
         args.machine |= dict(device=torch.cuda.get_device_name(),
                              cudnn=torch.backends.cudnn.version())
@@ -374,6 +373,7 @@ def main():
         get_tokenizer(tokens.tokenizer, tokens.tokenizer_json)
         for task in args.tasks:
             read_task(task, args.data)
+    check_settings(args.work, settings, "--work")
     session = Session(args, given, extra, began)
     session.say(f"{args.machine['device']}; logs and checkpoints in {args.work}")
     session.execute()

@@ -92,7 +92,7 @@ def test_compare_continue_and_show(tmp_path, tokens):  # noqa: F811
     assert kept.read_text() == before
     assert sorted(os.listdir(tmp_path / "elsewhere")) == ["compare.json", "compare.svg"]
     kept.write_text(before.replace(found[-1]["data"], "0" * 32, 1))
-    assert "lines of 2 token sets" in refused(compare.main, *argv)
+    assert "lines of 2 datasets" in refused(compare.main, *argv)
 
 
 def line(variant, seed, loss):

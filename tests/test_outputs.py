@@ -134,7 +134,7 @@ def place(tokens, tmp_path_factory):  # noqa: F811
     ("compare --variants nexus2", "no variant 'nexus2'"),
     ("compare --scale text", "needs --dataset"),
     ("compare --show --results recall.jsonl", "is damaged"),
-    ("compare --show --results none", "has lines of 0 token sets"),
+    ("compare --show --results none", "no finished run in none"),
     ("cost --orders 2", "must begin with 1, the"), ("cost --presets huge", "not 'huge'"),
     ("cost --variants longer", "not 'longer'"),
     ("cost --nanogpt nowhere.py", "no file nowhere.py"),

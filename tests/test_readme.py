@@ -167,3 +167,14 @@ def test_every_row_of_a_table_has_its_headings_cells(path):
     for cells in ([re.sub(r"`[^`]*`", "", row).count("|") for row in table.splitlines()]
                   for table in tables):
         assert len(set(cells)) == 1, cells
+
+
+@pytest.mark.parametrize("path", ["README.md", "RESULTS.md", "docs/teaching.md",
+                                  "docs/slides.html"])
+def test_a_number_is_quoted_as_a_page_of_results_has_it(path):
+    def numbers(*paths):
+        return {number for path in paths for number in re.findall(
+            r"(?<![\w./])(?:0\.\d\d+|[1-9]\.\d{3,})", open(path, encoding="utf-8").read())}
+
+    pages = glob.glob(os.path.join(ROOT, "docs", "results", "*.md"))
+    assert numbers(os.path.join(ROOT, path)) <= numbers(*pages)
