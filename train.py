@@ -287,18 +287,18 @@ def open_dataset(args, world):
     if args.dataset != "pydocs":
         if os.path.isfile(args.dataset):
             name = os.path.basename(args.dataset).split(".")[0]
-            raise UserError(f"--dataset {args.dataset} is a file: first make a token set of it, "
+            raise UserError(f"--dataset {args.dataset} is a file: first make a dataset of it, "
                             f"python prepare_data.py --dataset text --input {args.dataset} --out "
                             f"tokens/{name}, then use --dataset tokens/{name}")
         if not os.path.isdir(args.dataset):
-            raise UserError(f"no token set {args.dataset}: use pydocs, or a folder made by "
+            raise UserError(f"no dataset {args.dataset}: use pydocs, or a folder made by "
                             f"prepare_data.py --out {args.dataset}")
-        return data.TokenSet(args.dataset, verify=args.verify)
+        return data.Dataset(args.dataset, verify=args.verify)
     folder = os.path.join(args.out, "pydocs")
     if world.rank == 0:
         data.pydocs(folder)
     world.wait()
-    return data.TokenSet(folder, verify=args.verify)
+    return data.Dataset(folder, verify=args.verify)
 
 
 def main(argv=None):

@@ -34,7 +34,7 @@ from common import INNERS, parse, pyplot, save, table
 from model import GPTConfig
 from nanonexus.cli import Parser, UserError, listed, positive_int, rate, run_script
 from nanonexus.controls import CONTROLS, build, replaces_loops
-from nanonexus.data import TokenSet, pydocs
+from nanonexus.data import Dataset, pydocs
 from nanonexus.files import output_file, read_lines
 from nanonexus.flags import PRESETS, build_parser, preset_config
 from nanonexus.stats import holm, mean_spread, paired, paired_text
@@ -287,7 +287,7 @@ def main():
         dataset = args.dataset
         if dataset == "pydocs":  # one copy for all runs
             dataset = pydocs(os.path.join(args.out, "pydocs"))
-        tokens = TokenSet(dataset)
+        tokens = Dataset(dataset)
         data, vocab_size = tokens.fingerprint, tokens.vocab_size
     study = Study(args.out, args.results, data, args.jobs)
     plan, seeds = Plan(args, extra, vocab_size), range(args.seeds)

@@ -68,7 +68,7 @@ from nanonexus.cli import (
     run_script,
     whole,
 )
-from nanonexus.data import TokenSet, windows
+from nanonexus.data import Dataset, windows
 from nanonexus.device import check_device
 from nanonexus.files import new_folder, output_folder, read_json, read_lines, write_json, write_text
 from nanonexus.flags import PRESETS, preset_config
@@ -83,7 +83,7 @@ TESTS = "on_cuda and ([1- or 2-qk or 3-qk-cross or flash)"
 
 def copying(args, run):
     """How far each checkpoint of a run has learnt to copy; writes copying-RUN.json."""
-    text, T = TokenSet(args.tokens).val, preset_config(args.preset).block_size
+    text, T = Dataset(args.tokens).val, preset_config(args.preset).block_size
     count = min(96, windows(text, T))  # of a large text those of docs/results/gpu.md
     starts = np.linspace(0, len(text) - T - 2, count).astype(int)
     tokens = torch.from_numpy(np.stack([text[s:s + T + 1] for s in starts]).astype(np.int64))
@@ -290,7 +290,7 @@ class Session:
         write_text(os.path.join(self.args.out, "summary.txt"), "\n\n".join(parts) + "\n")
 
 
-def token_set(path, work):
+def unpack(path, work):
     """The folder of a dataset; one that is packed is unpacked in the folder work."""
     if not path.endswith(".tar.xz"):
         return path
@@ -346,8 +346,8 @@ def main():
     for folder in (args.out, os.path.join(args.work, "log"), os.path.join(args.work, "runs")):
         output_folder(folder)
     check_device(args.device)
-    args.tokens = token_set(args.tokens, args.work)
-    tokens = TokenSet(args.tokens)
+    args.tokens = unpack(args.tokens, args.work)
+    tokens = Dataset(args.tokens)
     args.vocab_size = tokens.vocab_size
     if args.copying:
         return copying(args, args.copying)

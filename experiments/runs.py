@@ -22,7 +22,7 @@ from model import GPTConfig
 from nanonexus.checkpoint import newest_checkpoint, read_checkpoint
 from nanonexus.cli import UserError, listed, positive_int
 from nanonexus.controls import build
-from nanonexus.data import TokenSet, read_windows, val_indices, windows
+from nanonexus.data import Dataset, read_windows, val_indices, windows
 from nanonexus.files import append_line, read_json, read_lines, sha256, write_json
 
 
@@ -109,7 +109,7 @@ def models_and_text(args, even=False):
     paths = {variant: checkpoints(out, variant, args.seeds) for variant in args.variants}
     T = read_checkpoint(paths[args.variants[0]][0])["config"]["block_size"]
     T -= T % 2 * even
-    text = TokenSet(args.dataset or os.path.join(out, "pydocs")).val
+    text = Dataset(args.dataset or os.path.join(out, "pydocs")).val
     return paths, torch.from_numpy(read_windows(text, T, val_indices(windows(text, T),
                                                                      args.windows)))
 

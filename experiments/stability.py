@@ -28,7 +28,7 @@ from common import INNERS, parse, pyplot, save, table
 
 from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
-from nanonexus.data import TokenSet, pydocs, train_indices, windows
+from nanonexus.data import Dataset, pydocs, train_indices, windows
 from nanonexus.stats import mean_spread, paired, paired_text
 
 FORMS = (*INNERS, "free")
@@ -191,7 +191,7 @@ def main():
         raise UserError("--orders must begin with 1, with which the others are compared")
     plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
-    tokens = TokenSet(pydocs(os.path.join(args.out, "pydocs")))
+    tokens = Dataset(pydocs(os.path.join(args.out, "pydocs")))
     n = windows(tokens.train, T)
 
     def batches(seed, step):

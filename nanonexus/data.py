@@ -66,32 +66,30 @@ def pydocs(folder):
     return folder
 
 
-class TokenSet:
+class Dataset:
     """The folder that prepare_data.py wrote, checked on opening.
 
     .train and .val are read-only arrays of ids mapped from disk, .meta is meta.json as a dict,
     .tokenizer_json the text of tokenizer.json, or None for a tokenizer that every machine has.
-    tokenizer: require this one. verify: read both files in full, to check their sha256 and ids.
+    verify: read both files in full, to check their sha256 and ids.
     Raises UserError, saying what is wrong and where, if the folder is not a complete dataset.
     """
 
-    def __init__(self, folder, tokenizer=None, verify=False):
+    def __init__(self, folder, verify=False):
         self.folder = folder
         path = os.path.join(folder, "meta.json")
         if not os.path.isfile(path):
-            raise UserError(f"no token set in {folder} (no meta.json): make one with "
+            raise UserError(f"no dataset in {folder} (no meta.json): make one with "
                             f"python prepare_data.py --out {folder}")
-        with reading(path, "prepare the set again"):
-            self.meta = read_json(path, "prepare the set again")
+        with reading(path, "prepare the dataset again"):
+            self.meta = read_json(path, "prepare the dataset again")
             found, _ = self.meta["version"], self.meta["dataset"]
             if found != VERSION:
-                raise UserError(f"{folder} has token-set version {found}, this code reads "
+                raise UserError(f"{folder} has dataset version {found}, this code reads "
                                 f"{VERSION}: prepare it again")
             self.tokenizer = self.meta["tokenizer"]
             if not isinstance(self.tokenizer, str) or not self.fingerprint:
                 raise TypeError("the tokenizer is not a name")
-            if tokenizer and self.tokenizer != tokenizer:
-                raise UserError(f"{folder} was tokenised with {self.tokenizer}, not {tokenizer}")
             dtype = {"uint16": np.uint16, "uint32": np.uint32}[self.meta["dtype"]]
             self.vocab_size = int(self.meta["vocab_size"])
             self.tokenizer_json = self._own_tokenizer()
@@ -101,7 +99,7 @@ class TokenSet:
     def _open(self, split, dtype, verify):
         path = os.path.join(self.folder, f"{split}.bin")
         if not os.path.isfile(path):
-            raise UserError(f"{path} is missing: prepare the token set again")
+            raise UserError(f"{path} is missing: prepare the dataset again")
         expect = self.meta["tokens"][split] * np.dtype(dtype).itemsize
         if os.path.getsize(path) != expect:
             raise UserError(f"{path} has {os.path.getsize(path)} bytes, meta.json says {expect}: "
@@ -122,7 +120,7 @@ class TokenSet:
         if "tokenizer" not in self.meta["sha256"]:
             return None
         if not os.path.isfile(path) or sha256(path) != self.meta["sha256"]["tokenizer"]:
-            raise UserError(f"{path} is missing or was changed: prepare the token set again")
+            raise UserError(f"{path} is missing or was changed: prepare the dataset again")
         with open(path, encoding="utf-8") as f:
             return f.read()
 

@@ -165,7 +165,7 @@ def make_config(args, tokens, device, saved):
     if args.doc_mask and config.attention != "flex" and device.type == "cuda":
         raise UserError("--doc_mask on CUDA needs --attention flex: others would store T x T masks")
     if config.vocab_size < tokens.vocab_size:
-        raise UserError(f"--vocab_size {config.vocab_size} is less than the token set's "
+        raise UserError(f"--vocab_size {config.vocab_size} is less than the dataset's "
                         f"{tokens.vocab_size}")
     if saved:
         if unknown := saved["config"].keys() - asdict(config):
@@ -173,7 +173,7 @@ def make_config(args, tokens, device, saved):
                             "lacks: it was trained with another model.py")
         agree(asdict(config), saved["config"], saved["config"].keys() - {"attention"})
         if saved["data"] != tokens.fingerprint:
-            raise UserError(f"{tokens.folder} is not the token set that the checkpoint was "
+            raise UserError(f"{tokens.folder} is not the dataset that the checkpoint was "
                             "trained on")
     return config
 

@@ -10,7 +10,7 @@ from nanonexus.cli import UserError
 from nanonexus.files import reading
 
 EOT = "<|endoftext|>"
-AGAIN = f"it has no {EOT}, or no byte-level vocabulary: prepare the token set again"
+AGAIN = f"it has no {EOT}, or no byte-level vocabulary: prepare the dataset again"
 # GPT-2's: a word with the space before it, a number, other symbols, or white space
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -29,7 +29,7 @@ def get_tokenizer(name, source=None):
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
     if bpe_size(name):
         if source is None:
-            raise UserError(f"the tokenizer {name} belongs to a token set, and its tokenizer.json "
+            raise UserError(f"the tokenizer {name} belongs to a dataset, and its tokenizer.json "
                             "is missing")
         with reading("tokenizer.json", AGAIN):
             return tiktoken.Encoding(name, pat_str=PATTERN, special_tokens={EOT: eot_id(source)},

@@ -65,7 +65,7 @@ RIGHT = {  # flags to which those of a mistake are added
 
 @pytest.fixture(scope="module")
 def place(tokens, tmp_path_factory):  # noqa: F811
-    """A folder with checkpoints, token sets, rows, and files of another kind than a flag wants."""
+    """A folder with checkpoints, datasets, rows, and files of another kind than a flag wants."""
     folder = tmp_path_factory.mktemp("place")
     config = GPTConfig(vocab_size=320, block_size=64, n_layer=2, n_head=2, n_embd=32)
     for name, change in dict(ckpt={}, long=dict(block_size=512), short=dict(block_size=8),
@@ -87,7 +87,7 @@ def place(tokens, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.parametrize("command, message", [
     ("train --batch_tokens 300", "multiple of block_size x processes x micro_batch = 128: use 256"),
-    ("train --dataset ./pydoc", "no token set .*pydoc: use pydocs, or"),
+    ("train --dataset ./pydoc", "no dataset .*pydoc: use pydocs, or"),
     ("train --dataset ./a.txt", "--input ./a.txt --out tokens/a, then use --dataset tokens/a"),
     ("train --dataset flipped --verify", "does not have the sha256"),
     ("train --lr nan", "--lr"), ("train --log_intervall 3", "log_intervall"),
@@ -96,7 +96,7 @@ def place(tokens, tmp_path_factory):  # noqa: F811
     ("train --control near --nexus_order 1", "near needs nexus_order 2"),
     ("train --control near --nexus_inner self", "near takes the place of --nexus_inner"),
     ("train --doc_mask --control mean", "reaches across documents"),
-    ("train --vocab_size 100", "less than the token set's 320"), ("train --n_head 3", "n_head"),
+    ("train --vocab_size 100", "less than the dataset's 320"), ("train --n_head 3", "n_head"),
     ("train --attention flex", "use --attention"), ("train --resume", "no checkpoint at"),
     ("train --block_size 50000 --batch_tokens 200000", "fewer than one window"),
     ("sample", "the prompt is empty"), ("sample --prompt a --top_p 2", "top_p"),
@@ -138,7 +138,7 @@ def place(tokens, tmp_path_factory):  # noqa: F811
     ("cost --orders 2", "must begin with 1, the"), ("cost --presets huge", "not 'huge'"),
     ("cost --variants longer", "not 'longer'"),
     ("cost --nanogpt nowhere.py", "no file nowhere.py"),
-    ("gpu --tokens none", "no token set in none"), ("gpu --tokens a.tar.xz", "cannot be unpacked"),
+    ("gpu --tokens none", "no dataset in none"), ("gpu --tokens a.tar.xz", "cannot be unpacked"),
     ("gpu --tasks nope", "choose from sciq"), ("gpu --parts nope", "choose from parity"),
     ("gpu --data . --tasks sciq", "no file .*sciq_test.jsonl"),
     ("gpu --variants longer", "choose from baseline"), ("gpu -- --nope", "unrecognized.* --nope"),

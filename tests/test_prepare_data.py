@@ -14,7 +14,7 @@ import pytest
 import prepare_data
 import train
 from nanonexus.cli import UserError
-from nanonexus.data import TokenSet
+from nanonexus.data import Dataset
 from nanonexus.hf import open_model
 from nanonexus.tokenizer import EOT, get_tokenizer
 
@@ -35,7 +35,7 @@ def run(tmp_path, monkeypatch):
 
 def parts(folder):
     """The documents of (train, val), each of them closed by its mark."""
-    tokens = TokenSet(folder, verify=True)
+    tokens = Dataset(folder, verify=True)
     texts = [BYTES.decode(part.tolist()).split(EOT) for part in (tokens.train, tokens.val)]
     assert [text.pop() for text in texts] == ["", ""]
     return texts
@@ -65,7 +65,7 @@ def test_every_document_arrives(run):
     assert (train[:19], val[:2]) == (docs[:9] + docs[10:19] + [docs[20]], [docs[9], docs[19]])
     assert "".join(part + other for part, other in zip(train[19:], val[2:], strict=True)) \
         == docs[21]  # most of the text: in both parts
-    metas = [TokenSet(name).meta for name in ("w1", "w2")]
+    metas = [Dataset(name).meta for name in ("w1", "w2")]
     assert metas[0] == metas[1] and metas[0]["source"] == "a.txt, b.JSONL.xz, c.txt.gz"
     assert metas[0]["tokens"]["val"] == sum(len(text.encode()) + 1 for text in val)
 
@@ -109,7 +109,7 @@ def test_a_hub_set_is_streamed(run, hub):
 
     hub.rows = rows
     run("--dataset tinystories --max_tokens 1e4 --workers 1")
-    tokens = TokenSet("set", verify=True)
+    tokens = Dataset("set", verify=True)
     assert len(tokens.train) + len(tokens.val) == 10_000 and len(read) < 2000  # not all of them
     assert tokens.meta["revision"] == "abc123" and tokens.meta["source"] == "roneneldan/TinyStories"
     assert hub.calls[0] == ("roneneldan/TinyStories", None,
@@ -138,7 +138,7 @@ def test_a_hub_set_is_streamed(run, hub):
 def test_pydocs_and_max_tokens(run):
     for limit, out in (("", "a"), ("--max_tokens 1e5", "b")):
         run(limit, out)
-    whole, part = TokenSet("a"), TokenSet("b")
+    whole, part = Dataset("a"), Dataset("b")
     assert len(whole.train) + len(whole.val) > 400_000 == 4 * (len(part.train) + len(part.val))
     assert np.array_equal(part.train[:20_000], whole.train[:20_000])
 
@@ -149,7 +149,7 @@ def test_a_bpe_is_trained_on_the_training_part_alone_and_checkpoints_carry_it(ru
     docs = [f"Document {i}: {'qzqz' if i % 10 == 9 else 'xjxj'} and naïve 🙂.\n" for i in range(40)]
     write("a.txt", docs)
     run("--dataset text --input a.txt --tokenizer bpe:290")
-    tokens = TokenSet("set", verify=True)
+    tokens = Dataset("set", verify=True)
     assert tokens.tokenizer == "bpe:290" and tokens.vocab_size == 320
     bpe = get_tokenizer(tokens.tokenizer, tokens.tokenizer_json)
     assert len(bpe.encode_ordinary(" xjxj")) == 1

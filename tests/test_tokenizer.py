@@ -78,7 +78,7 @@ def test_a_bpe_gives_the_ids_of_the_library_that_trained_it(source):
 @pytest.mark.parametrize("name, message", [
     *((name, f"{name}: N must be a whole number from 258") for name in (
         "bpe:", "bpe:many", "bpe:257", "bpe:٣٠٠", "bpe:9999999")),
-    ("gpt5", "choose bytes or gpt2"), ("bpe:500", "bpe:500 belongs to a token set")])
+    ("gpt5", "choose bytes or gpt2"), ("bpe:500", "bpe:500 belongs to a dataset")])
 def test_a_name_of_none_is_told(name, message):
     with pytest.raises(UserError, match=message):
         get_tokenizer(name)

@@ -186,8 +186,8 @@ def test_the_checkpoint_has_the_model_of_the_flags_and_a_resume_must_agree(
         with pytest.raises(UserError, match=message):
             run(tokens, tmp_path, "--resume", *argv)
     run(tokens, tmp_path, "--resume", "--max_steps", 3, "--nexus_order", "3")  # as it was
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="is not the token set"):
-        patch.setattr(data.TokenSet, "fingerprint", "other")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="is not the dataset"):
+        patch.setattr(data.Dataset, "fingerprint", "other")
         run(tokens, tmp_path, "--resume")
     log = (tmp_path / "log.jsonl").read_text().splitlines(True)
     (tmp_path / "log.jsonl").write_text(broken := "".join([log[0], "}garbage{\n", *log[2:]]))
