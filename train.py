@@ -72,7 +72,7 @@ def train(args, config, tokens, world, saved, stop, log):
     """Train until max_steps, or until stop asks for an end; returns the GPT and the last step."""
     device, T = world.device, config.block_size
     micro_batch, micro_steps = split_batch(args, T, world)
-    n_train, n_val = data.windows(tokens.train, T), data.windows(tokens.val, T)
+    n_train, n_val = data.count_sequences(tokens.train, T), data.count_sequences(tokens.val, T)
     torch.manual_seed(args.seed)
     gpt = build(config).to(device)
     check_loss(gpt)
@@ -120,17 +120,17 @@ def train(args, config, tokens, world, saved, stop, log):
     def validate():
         """The mean loss on a fixed list of sequences, in nats per token."""
         model.eval()
-        windows = data.val_indices(n_val, args.eval_windows, world.rank, world.size)
+        sequences = data.val_indices(n_val, args.eval_windows, world.rank, world.size)
         total = torch.zeros((), device=device)
-        for part in data.split(windows, micro_batch):
+        for part in data.split(sequences, micro_batch):
             x, y = tokens.load("val", T, part, device)
             short = (0, 0, 0, micro_batch - len(x))  # one shape, one compilation
             pad = torch.nn.functional.pad
             total += loss_of(pad(x, short), pad(y, short, value=-1)) * len(x)
         model.train()
-        return world.mean(total, len(windows))
+        return world.mean(total, len(sequences))
 
-    def windows_of(step):
+    def sequences_of(step):
         return data.train_indices(n_train, args.seed, step, args.batch_tokens // T, world.rank,
                                   world.size)
 
@@ -163,7 +163,7 @@ def train(args, config, tokens, world, saved, stop, log):
         # dropout too is a pure function of seed, step and rank: resuming needs no RNG state
         torch.manual_seed((args.seed * 1_000_003 + step) * world.size + world.rank)
         total = torch.zeros((), device=device)
-        for micro_step, part in enumerate(data.split(windows_of(step), micro_batch), 1):
+        for micro_step, part in enumerate(data.split(sequences_of(step), micro_batch), 1):
             x, y = tokens.load("train", T, part, device)
             if world.size > 1:  # must be set before the forward pass
                 model.require_backward_grad_sync = micro_step == micro_steps
@@ -201,7 +201,7 @@ def train(args, config, tokens, world, saved, stop, log):
         logging = last or step % args.log_interval == 0 or step % args.eval_interval == 0
         saving = last or stopping or step % args.save_interval == 0
         if logging or saving:  # waits for the device
-            check_gradients(gpt, norms, step, windows_of, args, scaler, log)
+            check_gradients(gpt, norms, step, sequences_of, args, scaler, log)
             norms = []
         if logging:
             train_loss = world.mean(total, micro_steps)
@@ -243,7 +243,7 @@ def check_loss(gpt):
                         f"{want:.4f}: what changes the logits belongs into output_layer")
 
 
-def check_gradients(gpt, norms, step, windows_of, args, scaler, log):
+def check_gradients(gpt, norms, step, sequences_of, args, scaler, log):
     """Report those of the last steps whose gradient was not finite, which changed nothing; a
     UserError unless they are to be skipped, or if the weights are not finite either."""
     bad = [i for i, norm in enumerate(torch.stack(norms).tolist(), step - len(norms))
@@ -255,9 +255,9 @@ def check_gradients(gpt, norms, step, windows_of, args, scaler, log):
             log.say(f"{len(bad)} steps skipped up to step {step}: gradients beyond float16, whose "
                     f"scale is now {scaler.get_scale():g}")
         return
-    windows = windows_of(bad[0])
-    wrong = (f"the gradient's norm is {norms[bad[0] - step].item()} at step {bad[0] + 1}, windows "
-             f"{' '.join(map(str, windows[:8]))}{' ...' if len(windows) > 8 else ''}")
+    sequences = sequences_of(bad[0])
+    wrong = (f"the gradient's norm is {norms[bad[0] - step].item()} at step {bad[0] + 1}, "
+             f"sequences {' '.join(map(str, sequences[:8]))}{' ...' if len(sequences) > 8 else ''}")
     if not all(p.isfinite().all() for p in gpt.parameters()):
         raise UserError(f"{wrong}, and so are weights: the last checkpoint is kept")
     if args.on_nan == "stop":

@@ -68,7 +68,7 @@ from nanonexus.cli import (
     run_script,
     whole,
 )
-from nanonexus.data import Dataset, windows
+from nanonexus.data import Dataset, count_sequences
 from nanonexus.device import check_device
 from nanonexus.files import new_folder, output_folder, read_json, read_lines, write_json, write_text
 from nanonexus.flags import PRESETS, preset_config
@@ -84,7 +84,7 @@ TESTS = "on_cuda and ([1- or 2-qk or 3-qk-cross or flash)"
 def copying(args, run):
     """How far each checkpoint of a run has learnt to copy; writes copying-RUN.json."""
     text, T = Dataset(args.tokens).val, preset_config(args.preset).block_size
-    count = min(96, windows(text, T))  # of a large text those of docs/results/gpu.md
+    count = min(96, count_sequences(text, T))  # of a large text those of docs/results/gpu.md
     starts = np.linspace(0, len(text) - T - 2, count).astype(int)
     tokens = torch.from_numpy(np.stack([text[s:s + T + 1] for s in starts]).astype(np.int64))
     kind, lines = induction.kinds(tokens), []

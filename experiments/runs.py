@@ -22,7 +22,7 @@ from model import GPTConfig
 from nanonexus.checkpoint import newest_checkpoint, read_checkpoint
 from nanonexus.cli import UserError, listed, positive_int
 from nanonexus.controls import build
-from nanonexus.data import Dataset, read_windows, val_indices, windows
+from nanonexus.data import Dataset, count_sequences, read_sequences, val_indices
 from nanonexus.files import append_line, read_json, read_lines, sha256, write_json
 
 
@@ -102,7 +102,7 @@ def model_flags(add, variants, which, count):
 
 def models_and_text(args, even=False):
     """What model_flags and --quick ask for: {variant: checkpoints} and sequences of validation
-    text, int64 (windows, T + 1), where T is the models' context, or the even number below it."""
+    text, int64 (--windows, T + 1), where T is the models' context, or the even number below it."""
     out = args.runs or os.path.join(args.out, "compare")
     if not args.runs:
         compare(out, args.variants, args.seeds, args.quick)
@@ -110,7 +110,7 @@ def models_and_text(args, even=False):
     T = read_checkpoint(paths[args.variants[0]][0])["config"]["block_size"]
     T -= T % 2 * even
     text = Dataset(args.dataset or os.path.join(out, "pydocs")).val
-    return paths, torch.from_numpy(read_windows(text, T, val_indices(windows(text, T),
+    return paths, torch.from_numpy(read_sequences(text, T, val_indices(count_sequences(text, T),
                                                                      args.windows)))
 
 

@@ -28,7 +28,7 @@ from common import INNERS, parse, pyplot, save, table
 
 from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
-from nanonexus.data import Dataset, pydocs, train_indices, windows
+from nanonexus.data import Dataset, count_sequences, pydocs, train_indices
 from nanonexus.stats import mean_spread, paired, paired_text
 
 FORMS = (*INNERS, "free")
@@ -192,7 +192,7 @@ def main():
     plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
     tokens = Dataset(pydocs(os.path.join(args.out, "pydocs")))
-    n = windows(tokens.train, T)
+    n = count_sequences(tokens.train, T)
 
     def batches(seed, step):
         indices = train_indices(n, seed, step, BATCH, 0, 1)

@@ -1,10 +1,10 @@
 """
-The format of datasets, and which windows make up which batch.
+The format of datasets, and which sequences make up which batch.
 
 A dataset is a folder: train.bin and val.bin hold nothing but token ids, meta.json describes them,
-and tokenizer.json is there if the set has its own tokenizer (bpe:N). Training reads
-windows of block_size + 1 tokens; their order is a pure function of the seed and the step, so a run
-resumes exactly and sees the same batches on one process or on many.
+and tokenizer.json is there if the dataset has its own tokenizer (bpe:N). Training reads sequences
+of block_size + 1 tokens; their order is a pure function of the seed and the step, so a run resumes
+exactly and sees the same batches on one process or on many.
 """
 
 import functools
@@ -125,9 +125,9 @@ class Dataset:
             return f.read()
 
     def load(self, split, block_size, indices, device):
-        """Windows `indices` of "train" or "val" as int64 tensors (len(indices), block_size) on the
-        device: inputs, and the tokens after them. UserError if one is beyond the vocabulary."""
-        rows = torch.from_numpy(read_windows(getattr(self, split), block_size, indices))
+        """Sequences `indices` of "train" or "val" as int64 tensors (len(indices), block_size) on
+        the device: inputs, and the tokens after them. UserError if one is beyond the vocabulary."""
+        rows = torch.from_numpy(read_sequences(getattr(self, split), block_size, indices))
         if (top := int(rows.max())) >= self.vocab_size:  # opening a set checks its beginning
             raise UserError(f"{self.folder} holds the id {top}, beyond the vocabulary of "
                             f"{self.vocab_size}: prepare it again")
@@ -158,18 +158,18 @@ def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def windows(tokens, block_size):
-    """How many windows there are: window i is tokens[i * T : i * T + T + 1], so each token but the
-    first is predicted once. Raises UserError if there is not even one."""
+def count_sequences(tokens, block_size):
+    """How many sequences there are: sequence i is tokens[i * T : i * T + T + 1], so each token but
+    the first is predicted once. Raises UserError if there is not even one."""
     n = (len(tokens) - 1) // block_size
     if n < 1:
-        raise UserError(f"{len(tokens)} tokens are fewer than one window of {block_size} + 1: "
+        raise UserError(f"{len(tokens)} tokens are fewer than one sequence of {block_size} + 1: "
                         "use more text or a smaller --block_size")
     return n
 
 
-def read_windows(tokens, block_size, indices):
-    """Windows `indices` as one int64 array (len(indices), T + 1)."""
+def read_sequences(tokens, block_size, indices):
+    """Sequences `indices` as one int64 array (len(indices), T + 1)."""
     rows = np.stack([tokens[i * block_size:(i + 1) * block_size + 1] for i in indices])
     return rows.astype(np.int64)
 
@@ -180,9 +180,9 @@ def split(items, size):
 
 
 def train_indices(n, seed, step, batch_size, rank=0, world=1):
-    """Which of n windows this rank reads at this step: its slice of the global batch.
+    """Which of n sequences this rank reads at this step: its slice of the global batch.
 
-    Every epoch is a new permutation of all windows, drawn globally and then cut by rank: no window
+    Every epoch is a new permutation of all sequences, drawn globally and then cut by rank: none
     twice in an epoch, none in two ranks, and the same global batch for any number of ranks.
     """
     share = batch_size // world
@@ -191,6 +191,6 @@ def train_indices(n, seed, step, batch_size, rank=0, world=1):
 
 
 def val_indices(n, count, rank=0, world=1):
-    """A fixed list of validation windows, spread evenly over the file; this rank's part of it."""
+    """A fixed list of validation sequences, spread evenly over the file; this rank's part of it."""
     count = min(n, count)
     return [i * n // count for i in range(count)][rank::world]

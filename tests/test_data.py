@@ -10,7 +10,7 @@ import pytest
 
 from nanonexus import data
 from nanonexus.cli import UserError
-from nanonexus.data import Dataset, read_windows, train_indices, val_indices, windows
+from nanonexus.data import Dataset, count_sequences, read_sequences, train_indices, val_indices
 from nanonexus.files import sha256
 
 
@@ -33,13 +33,13 @@ def change(folder, **fields):
 
 def test_windows_predict_every_token_but_the_first_once():
     tokens = np.arange(101, dtype=np.uint16)
-    n = windows(tokens, 10)
-    rows = read_windows(tokens, 10, range(n))
+    n = count_sequences(tokens, 10)
+    rows = read_sequences(tokens, 10, range(n))
     x, y = rows[:, :-1], rows[:, 1:]
     assert n == 10 and x.shape == (10, 10) and x.dtype == np.int64
     assert (y == x + 1).all() and y.flatten().tolist() == list(range(1, 101))
-    with pytest.raises(UserError, match="10 tokens are fewer than one window of 10"):
-        windows(tokens[:10], 10)
+    with pytest.raises(UserError, match="10 tokens are fewer than one sequence of 10"):
+        count_sequences(tokens[:10], 10)
 
 
 def test_order_is_a_pure_function_of_seed_and_step():

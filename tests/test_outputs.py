@@ -98,7 +98,7 @@ def place(tokens, tmp_path_factory):  # noqa: F811
     ("train --doc_mask --control mean", "reaches across documents"),
     ("train --vocab_size 100", "less than the dataset's 320"), ("train --n_head 3", "n_head"),
     ("train --attention flex", "use --attention"), ("train --resume", "no checkpoint at"),
-    ("train --block_size 50000 --batch_tokens 200000", "fewer than one window"),
+    ("train --block_size 50000 --batch_tokens 200000", "fewer than one sequence"),
     ("sample", "the prompt is empty"), ("sample --prompt a --top_p 2", "top_p"),
     (f"sample --prompt {'x' * 70}", "has 70 tokens, the model's context is 64"),
     ("sample --prompt a --device cpu:1", "no device 'cpu:1' here"),

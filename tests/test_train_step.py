@@ -101,7 +101,7 @@ def test_a_gradient_that_is_not_a_number_stays_out_of_the_weights(
     monkeypatch.setattr(train, "make_optimizers", optimizers)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
     flags = ["--max_steps", 9, "--save_interval", 2, "--on_nan", on_nan]
-    said = r"norm is nan at step 4, windows \d+"
+    said = r"norm is nan at step 4, sequences \d+"
     if on_nan == "stop":
         with pytest.raises(UserError, match=said + ".*on_nan skip"):
             go("run", *flags)
