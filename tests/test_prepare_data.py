@@ -99,7 +99,7 @@ def hub(monkeypatch):
     return hub
 
 
-def test_a_hub_set_is_streamed(run, hub):
+def test_a_hub_set_is_streamed(run, hub, capsys):
     read = []
 
     def rows():
@@ -122,7 +122,7 @@ def test_a_hub_set_is_streamed(run, hub):
     run("--dataset tinystories --config second --max_tokens 999", "other")
     assert hub.calls[-1][2]["data_files"] == ("hf://datasets/roneneldan/TinyStories@refs%2Fconvert"
                                               "%2Fparquet/second/train/*.parquet")
-
+    assert "newest copy as Parquet, whatever the revision" in capsys.readouterr().err
 
     def lost():
         yield from [dict(text=text) for text in many()]
