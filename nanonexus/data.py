@@ -40,8 +40,8 @@ def load_hub(name, config, split, revision=None, streaming=False):
                 os.path.basename(path) for path in HfFileSystem().ls(folder, detail=False)]
             if len(configs) > 1:
                 raise ValueError(f"Config name is missing: choose from {configs}") from None
-            print(f"note: a script makes {name}, and scripts are not run: this reads the hub's newest "
-                  "copy as Parquet, whatever the revision", file=sys.stderr)
+            print(f"note: a script makes {name}, and scripts are not run: this reads the hub's "
+                  "newest copy as Parquet, whatever the revision", file=sys.stderr)
             return datasets.load_dataset(
                 "parquet", data_files=f"{folder}/{configs[0]}/{split}/*.parquet", split="train",
                 streaming=streaming)
