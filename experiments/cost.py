@@ -188,8 +188,7 @@ def chosen(config, args):
 
 
 def prepare(preset, T, args):
-    """({name: config} of ours, {name: model} of all, {name: its training step}, a
-    function that makes such a step, for more windows too, tokens per step)"""
+    """({name: config} of ours, {name: model} of all, {name: its training step}, tokens per step)"""
     torch.manual_seed(0)
     config = preset_config(preset, block_size=T)
     config = replace(config, vocab_size=args.vocab_size or config.vocab_size)
@@ -202,24 +201,21 @@ def prepare(preset, T, args):
     idx = torch.randint(1, config.vocab_size, (batch, T + 1), device=args.device)
     idx[torch.rand(idx.shape, device=args.device) < 1 / 500] = 0  # opens a document of 500 tokens
 
-    def step(name, times=1):
-        rows = idx.repeat(times, 1)  # sliced as train.py's are: one compilation serves both
-        return training_step(name, models[name].to(args.device).train(), rows[:, :-1], rows[:, 1:],
-                             args)
-
-    return configs, models, {name: step(name) for name in models}, step, batch * T
+    jobs = {name: training_step(name, model.to(args.device).train(), idx[:, :-1], idx[:, 1:], args)
+            for name, model in models.items()}
+    return configs, models, jobs, batch * T
 
 
 def at_context(preset, T, args):
     """All measurements of one preset and context: {model's name: {measure: value}}"""
-    configs, models, jobs, step, tokens = prepare(preset, T, args)
+    configs, models, jobs, tokens = prepare(preset, T, args)
 
-    def peak(name, times):
+    def peak(name):
         if args.device == "cuda":  # the step that is timed, so that it is compiled once
-            return allocated_memory(models[name], jobs[name] if times == 1 else step(name, times))
-        return tracked_memory(name, configs[name], times * tokens // T, args)
+            return allocated_memory(models[name], jobs[name])
+        return tracked_memory(name, configs[name], tokens // T, args)
 
-    peaks = {name: peak(name, 1) for name in configs}
+    peaks = {name: peak(name) for name in configs}
     results = speeds(interleave(jobs, args.rounds, f"{preset}, context {T}"), "baseline", tokens)
     base = models["baseline"].flops_per_token(T)
     for name in configs:

@@ -110,8 +110,8 @@ def models_and_text(args, even=False):
     T = read_checkpoint(paths[args.variants[0]][0])["config"]["block_size"]
     T -= T % 2 * even
     text = Dataset(args.dataset or os.path.join(out, "pydocs")).val
-    return paths, torch.from_numpy(read_sequences(text, T, val_indices(count_sequences(text, T),
-                                                                     args.windows)))
+    indices = val_indices(count_sequences(text, T), args.windows)
+    return paths, torch.from_numpy(read_sequences(text, T, indices))
 
 
 def in_parallel(function, jobs, at_once):
