@@ -153,9 +153,9 @@ def place(tokens, tmp_path_factory):  # noqa: F811
     ("spectrum --runs nowhere", "nowhere/baseline-seed0/ckpt.pt is missing"),
     ("spectrum --tol 1", "to 0.999, got 1"), ("spectrum --contexts 4", "from 8 to 16384, got 4")])
 def test_a_mistake_is_one_line_before_the_work(command, message, place, monkeypatch):
-    def files():  # but train.py's empty log, and what gpu.py was asked
-        return {path for path in place.rglob("*") if path.is_file() and path.name not in (
-            ".lock", "settings.json") and (path.name != "log.jsonl" or path.stat().st_size)}
+    def files():  # but train.py's lock and empty log
+        return {path for path in place.rglob("*") if path.is_file() and path.name != ".lock"
+                and (path.name != "log.jsonl" or path.stat().st_size)}
 
     name, *argv = command.split()
     main, before = script(name, argv), files()
