@@ -8,7 +8,7 @@ Train a GPT or its Nexus counterpart, on one device or many.
     torchrun --standalone --nproc_per_node=8 train.py --preset pythia-70m --dataset tokens/fw
 
 Everything is written to --out: ckpt.pt, and log.jsonl with a line per log step. Ctrl-C finishes the
-step, saves and stops; --resume continues as if nothing had happened, bit for bit.
+step, saves and stops; --resume continues as if nothing had happened, on one CPU bit for bit.
 """
 
 import math
