@@ -283,18 +283,18 @@ def change_rows(results):
 
 
 def run_rows(results, part):
-    """The table of fine-tuning: a row for each run, then the mean over the seeds."""
-    yield part, "seed", "lr", "loss", "minus control", "mean |gate|", "accuracy"
+    """A row for each run, then the mean over the seeds; losses are paired by held-out example."""
+    yield part, "seed", "lr", "loss", "minus control [99%]", "mean |gate|", "accuracy"
     control = results.final(part, "control")
     for variant in VARIANTS:
         means = []
         for seed, line in sorted(results.final(part, variant).items()):
             means.append(line["loss"])
             base = control.get(seed)
-            gap = line["loss"] - base["loss"] if base else None
             gates = [abs(g) for layer in line["gates"] for g in layer]
             yield (variant, seed, f"{line['lr']:g}", f"{means[-1]:.4f}",
-                   f"{gap:+.4f}" if base and base is not line else "",
+                   paired_text(paired(line["losses"], base["losses"]), 4)
+                   if base and base is not line else "",
                    f"{statistics.mean(gates):.3f}" if gates else "",
                    ", ".join(accuracies(line, base)))
         if len(means) > 1:
@@ -315,11 +315,12 @@ def plot(plt, results):
         at_once.barh(y, line["loss"], 0.6, alpha=0.6,
                      color=figures.style(name.split()[0])["color"])
     rows(at_once, shown, title="at once", xlabel="loss (nats per token), lower is better")
-    control = {seed: line["loss"] for seed, line in results.final("text", "control").items()}
+    control = results.final("text", "control")
     names = [name for name in VARIANTS if name != "control" and results.final("text", name)]
     for y, name in enumerate(names):
         lines, look = results.final("text", name), figures.style(name.removesuffix("-gated"))
-        gaps = [line["loss"] - control[seed] for seed, line in lines.items() if seed in control]
+        gaps = [statistics.mean(line["losses"]) - statistics.mean(control[seed]["losses"])
+                for seed, line in lines.items() if seed in control]
         after.plot(gaps, [y] * len(gaps), "o", ms=4, color=look["color"])
         by_layer = [[statistics.mean(layer) for layer in line["gates"]] for line in lines.values()]
         if by_layer[0]:
@@ -351,8 +352,7 @@ def build_parser():
         help=f"of {', '.join(TASKS)} (default: sciq,arc_easy,piqa)")
     add("--limit", type=positive_int, default=500, help="documents of each task (default: 500)")
     add("--pieces", type=positive_int, default=24, help="held-out examples (default: 24)")
-    add("--steps", type=positive_int, default=140, help="steps on text (default: 140, about "
-        "250,000 tokens)")
+    add("--steps", type=positive_int, default=140, help="on text (default: 140, 250,000 tokens)")
     add("--answer_steps", type=positive_int, default=200, help="steps of training on answers (200)")
     add("--batch", type=positive_int, default=4, help="examples in a step (default: 4)")
     add("--lrs", type=listed(rate), default=[1e-5, 1e-4], help="learning rates to choose from "
