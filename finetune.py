@@ -19,16 +19,17 @@ from nanonexus.cli import (
     non_negative,
     number,
     positive_int,
+    rate,
     run_script,
     whole,
 )
-from nanonexus.decoder import describe, pretrained
+from nanonexus.decoder import describe, load, override, pretrained
 from nanonexus.device import check_device
 from nanonexus.files import output_file, output_folder, read_json, sha256, write_json
 from nanonexus.flags import agree
 from nanonexus.hf import commit_of, fetch
 from nanonexus.processes import Stop
-from nanonexus.retrofit import INNERS, load, nexus
+from nanonexus.retrofit import INNERS, check_map
 from nanonexus.stats import mcnemar, stderr
 from nanonexus.text import TABLES, rows
 from train import warmup_cosine
@@ -178,14 +179,17 @@ def sft(args):
     agree(given, saved_run(args), given)
     torch.manual_seed(args.seed)
     folder = fetch(args.model)
-    tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)
-    examples = read_examples(args.data, tokenizer, args.max_length)
     # trained weights are float32, products args.dtype; under adapters all are args.dtype
     model = pretrained(load, folder, dtype=args.dtype if args.lora else "float32")
     if commit := commit_of(folder):
         model.config.base_model = f"{args.model.partition('@')[0]}@{commit}"
-    nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
+    set_nexus(model, args)
+    given |= getattr(model.config, "nexus", dict(order=1))
+    if saved := saved_run(args).get("probe"):  # None of the control, and of older runs
+        check_map(saved, model.config.model_type, given, args.out)
     what = describe(model)
+    tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)
+    examples = read_examples(args.data, tokenizer, args.max_length)
     if args.lora:
         from peft import LoraConfig, get_peft_model
         model = get_peft_model(model, LoraConfig(
@@ -223,6 +227,12 @@ def sft(args):
     print(f"wrote {args.out} ({what}); score it with: python finetune.py eval --model {args.out}")
 
 
+def set_nexus(model, args):
+    """Make a model what the flags say; what they do not say stays, or is nexus()'s default."""
+    override(model, order=args.order, streams=args.streams, layers=args.layers, gate=args.gate,
+             inner=args.inner)
+
+
 def saved_run(args):
     """What the run that --resume continues was given, {} if its folder does not tell."""
     path = os.path.join(args.out, RUN)
@@ -248,7 +258,7 @@ def score(path, folder, tokenizer, manager, args):
 
     model = pretrained(load, folder, dtype=args.dtype).to(args.device).eval()
     if args.order is not None:
-        nexus(model, args.order, args.streams, args.layers, args.gate, args.inner)
+        set_nexus(model, args)
     print(f"{path}: {describe(model)}")
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch)
     results = simple_evaluate(
@@ -313,30 +323,32 @@ def main():
     test = commands.add_parser("eval", help="lm-evaluation-harness", doc=evaluate.__doc__)
     for add in (train.add_argument, test.add_argument):
         add("--model", required=True, help="a folder, or NAME or NAME@REVISION on the hub")
-        add("--streams", default="qk", choices=["qk", "q", "k"], help="to refine (default: qk)")
-        add("--inner", default="self", choices=INNERS, help="the map of an inner loop, see "
-            "nanonexus/retrofit.py (default: self, as in model.py)")
-        add("--layers", type=whole, nargs="+", help="indices of the layers (default: all)")
+        add("--streams", choices=["qk", "q", "k"], help="to refine (default: the model's, or qk)")
+        add("--inner", choices=INNERS, help="the map of an inner loop, see nanonexus/retrofit.py "
+            "(default: the model's, or self, as in model.py)")
+        add("--layers", type=whole, nargs="+", help="indices of the layers (default: the model's, "
+            "or all)")
         add("--gate", type=number(float, -100, 100), help="initial value of a gate per head; 0 "
-            "starts as the original model (default: no gate)")
+            "starts as the original model (default: the model's, or no gate)")
         add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32",
-            choices=["float32", "bfloat16"])
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+            choices=["float32", "bfloat16"], help="(default: bfloat16 on CUDA, else float32)")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+            help="(default: cuda if there is one)")
     add = train.add_argument
     add("--data", required=True, metavar="FILE", help="rows of messages, or of prompt and answer: "
         f"{', '.join(TABLES)}")
     add("--out", required=True, help="folder for the model and its checkpoints")
-    add("--order", type=positive_int, default=2, help="1 is the control (default: 2)")
-    add("--epochs", type=non_negative, default=3)
+    add("--order", type=positive_int, help="1 is the control (default: the model's, or 2)")
+    add("--epochs", type=rate, default=3, help="(3)")
     add("--max_steps", type=positive_int, help="instead of --epochs")
     add("--batch", type=positive_int, default=8,
         help="examples that a process packs into a row (8)")
     add("--accumulate", type=positive_int, default=1, help="micro-steps per step (1)")
-    add("--lr", type=non_negative, default=1e-5)
+    add("--lr", type=non_negative, default=1e-5, help="peak learning rate (1e-5)")
     add("--gate_lr", type=non_negative, default=1e-2,
         help="for the gates, which take larger steps (1e-2)")
     add("--warmup", type=non_negative, default=0.03, help="steps or, if < 1, a fraction (0.03)")
-    add("--weight_decay", type=non_negative, default=0.0)
+    add("--weight_decay", type=non_negative, default=0.0, help="of matrices (0)")
     add("--max_length", type=positive_int, default=4096,
         help="longer examples are skipped (4096)")
     add("--lora", type=positive_int,
@@ -362,8 +374,11 @@ def main():
     if args.command == "sft":  # flags not given keep the values of the run
         train.set_defaults(**saved_run(args))
         args = parser.parse_args()
-    elif args.order is None:
-        test.refuse(args, ["streams", "inner", "layers", "gate"], "without --order")
+    needed = ["streams", "inner", "layers", "gate"]
+    if args.command == "sft" and args.order == 1:
+        train.refuse(args, needed, "with --order 1")
+    elif args.command == "eval" and args.order is None:
+        test.refuse(args, needed, "without --order")
     check_device(args.device)
     try:
         (sft if args.command == "sft" else evaluate)(args)

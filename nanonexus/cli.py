@@ -4,6 +4,7 @@ The command line: flags with bounds, help that begins with the script's docstrin
 
 import argparse
 import errno
+import inspect
 import io
 import math
 import os
@@ -32,8 +33,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose help begins with the script's docstring and whose errors are one line."""
 
     def __init__(self, doc, usage="%(prog)s [flags]", **kwargs):
-        super().__init__(description=doc, allow_abbrev=False, usage=usage, formatter_class=Help,
-                         **kwargs)
+        super().__init__(description=inspect.cleandoc(doc), allow_abbrev=False, usage=usage,
+                         formatter_class=Help, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         # a shell leaves the ~ of --out=~/run as it is: it would name a folder of that name

@@ -1,9 +1,9 @@
 """
-Pretrained decoders of transformers (Llama, Qwen2, ...), retrofitted or not, as Scorer sees a GPT.
+Pretrained decoders of transformers (Llama, Qwen2, ...), retrofitted or not: load reads them, and a
+Decoder is one as Scorer sees a GPT.
 """
 
 import copy
-import inspect
 import json
 import os
 from types import SimpleNamespace
@@ -12,8 +12,70 @@ import torch.nn as nn
 
 from model import ModelError
 from nanonexus.cli import UserError
-from nanonexus.hf import load_gpt
-from nanonexus.retrofit import CACHE_NAMES, load, nexus
+from nanonexus.hf import fetch, load_gpt, weight_files
+from nanonexus.retrofit import cache_name, check_map, nexus
+
+
+def load(path, **kwargs):
+    """A model as save_pretrained left it, Nexus or not; kwargs go to from_pretrained.
+
+    (from_pretrained alone would give the original attention with those weights.) Raises ModelError
+    if weights are missing, or its config.json has settings that nexus() does not accept, or an
+    inner map that computes something else by now.
+    """
+    import transformers
+
+    folder = fetch(path)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    settings = dict(getattr(config, "nexus", None) or {})
+    if settings:  # gates are read below: no warning here
+        own = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        own._keys_to_ignore_on_load_unexpected = ["nexus_gate"]
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, **kwargs)
+    for what in ("missing", "unexpected"):
+        if keys := sorted(map(str, info[f"{what}_keys"])):
+            raise ModelError(f"{path}: the weight {keys[0]} is {what}"
+                             + f", and {len(keys) - 1} more" * (len(keys) > 1))
+    if settings:
+        saved = settings.pop("probe", None)  # older folders have none
+        try:
+            nexus(model, **settings)
+        except (TypeError, ModelError) as error:
+            raise ModelError(f"{path}: config.json has no settings of nexus() ({error})") from error
+        if saved:
+            check_map(saved, config.model_type, settings, path)
+        load_gates(model, folder)
+    return model
+
+
+def load_gates(model, folder):
+    """Give the gates their saved values, which the model's own class does not know and has
+    skipped."""
+    from safetensors import safe_open
+
+    gates = {name: p for name, p in model.named_parameters() if "nexus_gate" in name}
+    if not gates:
+        return
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for key in gates.keys() & file.keys():
+                values = file.get_tensor(key)
+                if values.shape != gates[key].shape:
+                    raise ModelError(f"{folder}: the gate {key} is {tuple(values.shape)}, but the "
+                                     f"settings in config.json need {tuple(gates[key].shape)}")
+                gates.pop(key).data.copy_(values)
+    if gates:
+        raise ModelError(f"{folder} lacks the gate {min(gates)}")
+
+
+def override(model, **given):
+    """nexus() with these settings and, where one is None, the model's own or the default."""
+    own = dict(getattr(model.config, "nexus", None) or {})
+    own.pop("probe", None)
+    if given["order"] == 1:
+        own = {}
+    return nexus(model, **own | {name: x for name, x in given.items() if x is not None})
 
 
 class Decoder(nn.Module):
@@ -33,8 +95,7 @@ class Decoder(nn.Module):
 
     def forward(self, idx, cache=None, **kwargs):
         if cache is not None:
-            names = inspect.signature(self.model.forward).parameters
-            kwargs[next(name for name in CACHE_NAMES if name in names)] = cache.layers
+            kwargs[cache_name(self.model)] = cache.layers
         return self.model(idx, use_cache=cache is not None, **kwargs).logits
 
 
@@ -74,11 +135,7 @@ def load_any(folder, **overrides):
     model = pretrained(load, folder, dtype="float32")
     trained = vars(Decoder(model).config)
     if overrides:
-        settings = (trained["nexus"] or {}) | overrides
-        order = settings.pop("nexus_order")
-        if order == 1:
-            settings.pop("gate", None)
-        nexus(model, **settings | dict(order=order))
+        override(model, order=overrides.pop("nexus_order"), **overrides)
     return Decoder(model), trained
 
 
@@ -97,4 +154,5 @@ def pretrained(loader, path, **kwargs):
 def describe(model):
     """What nexus() has made of a transformers model, e.g. "order 2, streams qk, inner self"."""
     settings = getattr(model.config, "nexus", None) or dict(order=1)
-    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+    return ", ".join(f"{name} {value}" for name, value in settings.items()
+                     if value is not None and name != "probe")

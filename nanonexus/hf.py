@@ -14,6 +14,7 @@ from model import GPTConfig, ModelError
 from nanonexus.checkpoint import check_probe, load_checkpoint, load_weights, make_config, probe_ids
 from nanonexus.cli import UserError
 from nanonexus.controls import build
+from nanonexus.retrofit import check_map, nexus
 from nanonexus.tokenizer import EOT, byte_chars, get_tokenizer, printable
 
 # their names -> ours, in this order: some contain others
@@ -116,7 +117,7 @@ def load_neox(path_or_name, **overrides):
             raise
         raise ModelError(f"{path_or_name} is not a complete GPT-NeoX model with safetensors "
                          f"({error!r})") from error
-    if seen is None and not is_neox(build(small(config))):
+    if seen is None and not is_neox(build(small(config)), retrofitted=config.nexus_order > 1):
         raise ModelError(f"{path_or_name} holds a GPT-NeoX, and model.py computes something else "
                          "by now: use the model.py that came with the project")
     if seen is not None or not overrides:
@@ -159,12 +160,16 @@ def neox_config(config, eot):
         eos_token_id=eot, torch_dtype="float32")
 
 
-def is_neox(model):
-    """Whether the model is a GPT-NeoX: its parameters, by names and shapes, and its logits, with
-    weights so large that a cap or a norm shows, however little the model has learnt."""
+def is_neox(model, retrofitted=False):
+    """Whether the model is a GPT-NeoX (with Nexus by nanonexus.retrofit): its parameters, by names
+    and shapes, and its logits, with weights so large that a cap or a norm shows, however little the
+    model has learnt."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**neox_config(model.config, eot=0))).eval()
+    theirs, c = GPTNeoXForCausalLM(GPTNeoXConfig(**neox_config(model.config, eot=0))), model.config
+    theirs = theirs.eval()
+    if retrofitted:
+        nexus(theirs, c.nexus_order, c.nexus_streams, inner=c.nexus_inner)
     head = "lm_head" if hasattr(theirs, "lm_head") else "embed_out"  # transformers 5.24 or before
     twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -185,10 +190,10 @@ def agree(found, wanted):
 
 
 def small(config):
-    """A GPTConfig of the same kind of baseline, as small as can be."""
+    """A GPTConfig of the same kind of model, as small as can be."""
     width = config.n_embd // config.n_head
     return replace(config, vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=2 * width,
-                   dropout=0.0, nexus_order=1)
+                   dropout=0.0)
 
 
 def weight_files(folder):
@@ -226,10 +231,12 @@ def read_config(folder):
     if hf.get("model_type") == "nanonexus" and "gpt" in hf:  # of nanonexus.export
         return hf["gpt"]
     check(hf, folder)
+    if saved := (hf.get("nexus") or {}).get("probe"):
+        check_map(saved, "gpt_neox", hf["nexus"], folder)
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as transformers chooses
-    nexus = hf.get("nexus") or dict(order=1, streams="qk")  # of nanonexus.retrofit
-    return dict(nexus_order=nexus["order"], nexus_streams=nexus["streams"],
-                nexus_inner=nexus.get("inner", "self"),  # older retrofits have none
+    own = hf.get("nexus") or dict(order=1, streams="qk")  # of nanonexus.retrofit
+    return dict(nexus_order=own["order"], nexus_streams=own["streams"],
+                nexus_inner=own.get("inner", "self"),  # older retrofits have none
                 vocab_size=hf["vocab_size"], block_size=hf["max_position_embeddings"],
                 n_layer=hf["num_hidden_layers"], n_head=hf["num_attention_heads"],
                 n_embd=hf["hidden_size"], gelu=GELUS[hf["hidden_act"]],
@@ -248,12 +255,12 @@ def check(hf, path):
         for name, value in (hf.get(place) or {}).items():
             if name != "partial_rotary_factor" and value not in (only.get(name), None):
                 raise ModelError(f"{path} has {place} {name} {value!r}, which is not supported")
-    C, nexus = hf["hidden_size"], hf.get("nexus") or {}
+    C, settings = hf["hidden_size"], hf.get("nexus") or {}
     for name, ours, theirs in (
             ("model_type", own, hf.get("model_type")),
             ("intermediate_size", 4 * C, hf["intermediate_size"]),
             ("head_dim", C // max(1, hf["num_attention_heads"]), hf.get("head_dim")),
-            *((f"nexus {name}", None, nexus.get(name)) for name in ("gate", "layers")),
+            *((f"nexus {name}", None, settings.get(name)) for name in ("gate", "layers")),
             *((name, ours, hf.get(name, ours)) for name, ours in dict(
                 attention_bias=True, attention_dropout=0, is_causal=True, layer_norm_eps=1e-5,
                 per_layer_config=None, quantization_config=None, rotary_emb_base=10000,

@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 from model import ModelError
-from nanonexus.hf import fetch, weight_files
 
 # Shapes in comments: B batch, T new tokens, S all tokens seen, H query heads, K key heads (fewer,
 # with grouped queries), D head width.
@@ -112,9 +111,8 @@ class Nexus:
             return linear(x).unflatten(-1, (-1, q.size(-1))).transpose(1, 2)
 
         h = s = torch.cat([{"q": q, "k": k}[n] for n in names], dim=1)
-        if self.nexus_inner != "shift":  # of every loop
-            values = keep(context, "values", heads(self.v_proj, context.x)
-                          if self.nexus_inner == "tokens" else s)
+        values = keep(context, "values", heads(self.v_proj, context.x)  # of every loop
+                      if self.nexus_inner == "tokens" else s) if self.nexus_inner != "shift" else s
         for loop in range(1, self.nexus_order):
             match self.nexus_inner:
                 case "self":
@@ -139,6 +137,8 @@ class Nexus:
                     h = torch.cat([heads(getattr(self, f"{n}_proj"), y) for n in names], dim=1)
                 case "shift":
                     h = previous(h, keep(context, loop, h), context)
+                case inner:
+                    raise ModelError(f"refine has no case for {inner!r}")
         return apart(self.nexus_gate(s, h) if self.nexus_gate is not None else h)
 
 
@@ -276,6 +276,66 @@ def attentions(model):
             if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")]
 
 
+def attach(model, order, streams, layers, gate, inner):
+    """Give the layers' attentions their inner loops, in place of any before; order 1: none."""
+    modules, c = attentions(model), model.config
+    query, key = c.num_attention_heads, getattr(c, "num_key_value_heads", c.num_attention_heads)
+    for attention in modules:  # the original, whatever it was before
+        if isinstance(attention, Nexus):
+            attention.__class__ = type(attention).__bases__[1]
+            for name in ("order", "streams", "inner", "gate"):
+                delattr(attention, f"nexus_{name}")
+    for attention in modules if order > 1 else ():
+        if layers is None or attention.layer_idx in layers:
+            attention.__class__ = nexus_class(type(attention))
+            attention.nexus_order, attention.nexus_streams = order, streams
+            attention.nexus_inner = inner
+            attention.nexus_gate = None if gate is None else Gate(
+                {"qk": query + key, "q": query, "k": key}[streams], gate).to(
+                    next(attention.parameters()).device, model.dtype)
+
+
+def cache_name(model):
+    """What the forward pass of a model of transformers calls its cache."""
+    names = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in names)
+
+
+@functools.cache
+def probe(family, order, streams, gated, inner):
+    """What these settings compute, whatever the weights: eight sums of squared logits of a small
+    fixed model of the family. Raises ModelError if its logits differ through a cache, or if
+    documents packed into a row see each other."""
+    import transformers
+
+    few = dict(vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+               intermediate_size=32, max_position_embeddings=32, moe_intermediate_size=32,
+               num_experts=8, num_local_experts=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if family != "gpt_neox":
+        few |= dict(num_key_value_heads=2, head_dim=8)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        config = transformers.AutoConfig.for_model(family, **few)
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        for p in model.parameters():
+            if p.dim() > 1:  # attention neither even nor sharp: all that is computed shows
+                p.copy_((torch.arange(p.numel()) * 1.7).sin().view_as(p) * 0.7 / p.size(-1) ** 0.5)
+        attach(model, order, streams, None, 0.5 if gated else None, inner)
+        idx, parts, cache = torch.arange(12)[None] * 7 % 48, [], transformers.DynamicCache()
+        first, second = idx.split([7, 5], dim=1)
+        whole, name = model(idx, use_cache=False).logits, cache_name(model)
+        for part in idx.split([5, 1, 1, 5], dim=1):
+            parts.append(model(part, use_cache=True, **{name: cache}).logits)
+        packed = model(idx, position_ids=torch.arange(12)[None] % 7, use_cache=False).logits
+        alone = [model(document, use_cache=False).logits for document in (first, second)]
+    for what, found, wanted in (("a cache", torch.cat(parts, 1), whole),
+                                ("other documents in its row", packed, torch.cat(alone, 1))):
+        if not (found - wanted).abs().max() <= 1e-3 * wanted.abs().max():
+            raise ModelError(f"the inner map {inner!r} gives other logits with {what}: what it "
+                             "reads of earlier tokens must come from keep, and be gathered by "
+                             "attend, attend_earlier or previous")
+    return [round(x, 4) for x in whole.view(8, -1).square().sum(1).tolist()]
+
+
 def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
     """Turn a transformers causal language model into its Nexus version, in place; returns it.
 
@@ -285,8 +345,9 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
     "tokens", see above.
     gate: None, or the initial value of a new parameter per head and stream; 0 starts as the
     original model, whereas order 2 without a gate changes a pretrained model at once.
-    Called again with the same settings, it keeps what the gates have learnt.
-    The settings are in model.config.nexus: save_pretrained writes them, load() applies them.
+    Called again, with the same streams and gate, it keeps what the gates have learnt.
+    The settings are in model.config.nexus, with a probe of what they compute: save_pretrained
+    writes them, nanonexus.decoder.load applies them, and refuses other maps of the same name.
     Raises ModelError if they are out of range, or the model's family is not in FAMILIES.
     """
     if type(order) is not int or order < 1:
@@ -298,8 +359,7 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
     modules = attentions(model)
     if not all(attention.is_causal for attention in modules):
         raise ModelError("this model attends to later tokens too: the loops of Nexus are causal")
-    chosen = range(len(modules)) if layers is None else layers
-    for i in chosen:
+    for i in layers or []:
         if type(i) is not int or not 0 <= i < len(modules):
             raise ModelError(f"layers must be from 0 to {len(modules) - 1}, got {i!r}")
     c, plain = model.config, ("llama", "mistral", "qwen2")
@@ -310,65 +370,24 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
     if gate is not None and order == 1:
         raise ModelError("a gate needs order 2 or more: order 1 has nothing to gate")
 
-    settings = dict(order=order, streams=streams, gate=gate, inner=inner,
-                    layers=None if layers is None else list(layers))
-    if any(isinstance(m, Nexus) for m in modules) and model.config.nexus == settings:
-        return model  # as it is, with the gates it has learnt
-    for attention in modules:  # the original, whatever it was before
-        if isinstance(attention, Nexus):
-            attention.__class__ = type(attention).__bases__[1]
-            for name in ("order", "streams", "inner", "gate"):
-                delattr(attention, f"nexus_{name}")
-    model.config.__dict__.pop("nexus", None)
-    if order == 1:
-        return model
-    for i in set(chosen):
-        attention = modules[i]
-        attention.__class__ = nexus_class(type(attention))
-        attention.nexus_order, attention.nexus_streams = order, streams
-        attention.nexus_inner = inner
-        query, key = c.num_attention_heads, getattr(c, "num_key_value_heads", c.num_attention_heads)
-        heads = {"qk": query + key, "q": query, "k": key}[streams]
-        device = next(attention.parameters()).device
-        attention.nexus_gate = None if gate is None else Gate(heads, gate).to(device, model.dtype)
-    model.config.nexus = settings
+    before = c.__dict__.pop("nexus", {})
+    learnt = {m.layer_idx: m.nexus_gate for m in modules if isinstance(m, Nexus)
+              and (before.get("streams"), before.get("gate")) == (streams, gate)}
+    attach(model, order, streams, layers, gate, inner)
+    if order > 1:
+        for attention in modules:
+            if isinstance(attention, Nexus):
+                attention.nexus_gate = learnt.get(attention.layer_idx, attention.nexus_gate)
+        c.nexus = dict(order=order, streams=streams, gate=gate, inner=inner,
+                       layers=None if layers is None else sorted(set(layers)),
+                       probe=probe(c.model_type, order, streams, gate is not None, inner))
     return model
 
 
-def load(path, **kwargs):
-    """A model as save_pretrained left it, Nexus or not; kwargs go to from_pretrained.
-
-    (from_pretrained alone would give the original attention with those weights.) Raises ModelError
-    if its config.json has settings that nexus() does not accept, or gates are missing.
-    """
-    import transformers
-
-    folder = fetch(path)
-    config = transformers.AutoConfig.from_pretrained(folder)
-    if settings := getattr(config, "nexus", None):  # gates are read below: no warning here
-        own = transformers.AutoModelForCausalLM._model_mapping[type(config)]
-        own._keys_to_ignore_on_load_unexpected = ["nexus_gate"]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    if settings:
-        try:
-            nexus(model, **settings)
-        except TypeError as error:
-            raise ModelError(f"{path}: config.json has no settings of nexus() ({error})") from error
-        load_gates(model, folder)
-    return model
-
-
-def load_gates(model, folder):
-    """Give the gates their saved values, which the model's own class does not know and has
-    skipped."""
-    from safetensors import safe_open
-
-    gates = {name: p for name, p in model.named_parameters() if "nexus_gate" in name}
-    if not gates:
-        return
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for key in gates.keys() & file.keys():
-                gates.pop(key).data.copy_(file.get_tensor(key))
-    if gates:
-        raise ModelError(f"{folder} lacks the gate {min(gates)}")
+def check_map(saved, family, settings, path):
+    """ModelError if settings of nexus() compute something else by now than a saved probe says."""
+    s = dict(streams="qk", gate=None, inner="self") | settings
+    found = probe(family, s["order"], s["streams"], s["gate"] is not None, s["inner"])
+    if not torch.allclose(torch.tensor(found), torch.tensor(saved), rtol=1e-4, atol=1e-3):
+        raise ModelError(f"{path}: nanonexus/retrofit.py has changed since: its inner map "
+                         f"{s['inner']!r} computes something else")

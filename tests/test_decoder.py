@@ -9,8 +9,8 @@ from questions import plain_ll, score_documents, write_tasks
 pytest.importorskip("transformers", reason="extra retrofit: transformers")
 from test_retrofit import make, tokens  # noqa: E402
 
-from nanonexus.decoder import Decoder, DecoderCache, load_any  # noqa: E402
-from nanonexus.retrofit import FAMILIES, load, nexus  # noqa: E402
+from nanonexus.decoder import Decoder, DecoderCache, load, load_any  # noqa: E402
+from nanonexus.retrofit import FAMILIES, nexus  # noqa: E402
 from nanonexus.scoring import Scorer, evaluate  # noqa: E402
 from nanonexus.tasks import read_task  # noqa: E402
 

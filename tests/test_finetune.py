@@ -15,8 +15,9 @@ from test_retrofit import make  # noqa: E402
 
 import finetune  # noqa: E402
 from finetune import read_examples  # noqa: E402
+from model import ModelError  # noqa: E402
 from nanonexus.cli import UserError  # noqa: E402
-from nanonexus.retrofit import load  # noqa: E402
+from nanonexus.decoder import load  # noqa: E402
 from train import warmup_cosine  # noqa: E402
 
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -153,11 +154,21 @@ def test_a_resumed_run_is_one_never_stopped(base, tmp_path):
                                ("data", base / "chat.jsonl", ".{64}")):
         with pytest.raises(UserError, match=f"--{flag} .* contradicts the checkpoint's {saved}:"):
             sft(base, torn, "--resume", f"--{flag}", value)
+    run = json.loads((torn / "run.json").read_text())
+    (torn / "run.json").write_text(json.dumps(run | dict(probe=[1.01 * x for x in run["probe"]])))
+    with pytest.raises(ModelError, match="'cross' computes something else"):
+        sft(base, torn, "--resume")
+    (torn / "run.json").write_text(json.dumps(run))
     # flags not given keep their values
     log = sft(base, torn, "--log_interval", 1, "--resume")
     assert log[0]["mark"] == "seen"  # it did not start again
     a, b = map(load, (whole, torn))
     assert a.config.nexus == b.config.nexus and a.config.nexus["inner"] == "cross"
+    command("sft", "--model", torn, "--data", base / "plain.jsonl", "--out", tmp_path / "more",
+            "--max_steps", 1, "--lr", 0, "--gate_lr", 0)  # a retrofit stays what it is
+    assert load(tmp_path / "more").config.nexus == b.config.nexus
+    assert all(torch.equal(w, b.state_dict()[key]) for key, w in load(
+        tmp_path / "more").state_dict().items())
     assert all(torch.equal(w, b.state_dict()[key]) for key, w in a.state_dict().items())
 
 

@@ -9,9 +9,14 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 transformers = pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import model as model_file  # noqa: E402
 from model import ModelError  # noqa: E402
+from nanonexus import retrofit  # noqa: E402
+from nanonexus.decoder import load, override  # noqa: E402
 from nanonexus.hf import load_neox  # noqa: E402
-from nanonexus.retrofit import FAMILIES, INNERS, Nexus, attentions, load, nexus  # noqa: E402
+from nanonexus.retrofit import FAMILIES, INNERS, Nexus, attentions, nexus, probe  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -143,7 +148,7 @@ def test_a_retrofitted_pythia_is_our_gpt(inner, order, streams, tmp_path):
         torch.testing.assert_close(logits(model, idx), want, rtol=1e-4, atol=1e-4)
         again = load_neox(str(tmp_path), nexus_order=order, nexus_streams=streams).eval()
         assert torch.equal(again(idx), want)
-    del model.config.nexus["inner"]  # as in retrofits from before there were others
+    del model.config.nexus["inner"], model.config.nexus["probe"]  # as in the first retrofits
     model.save_pretrained(tmp_path)
     assert load(tmp_path).config.nexus["inner"] == load_neox(str(tmp_path)).config.nexus_inner \
         == "self"
@@ -205,7 +210,8 @@ def test_saved_and_loaded_and_copied(gate, tmp_path):
                 p.add_(0.3 * torch.randn_like(p))
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert again.config.nexus == dict(order=3, streams="k", layers=[0], gate=gate, inner="self")
+    assert again.config.nexus == model.config.nexus and again.config.nexus.items() >= dict(
+        order=3, streams="k", layers=[0], gate=gate, inner="self").items()
     nexus(again, 3, "k", layers=[0], gate=gate)  # the same: nothing is lost
     assert [isinstance(m, Nexus) for m in attentions(again)] == [True, False]
     assert torch.equal(logits(again.eval(), idx), logits(model, idx))
@@ -222,12 +228,68 @@ def test_saved_and_loaded_and_copied(gate, tmp_path):
         load(tmp_path)
     config.write_text(whole)
     if gate is not None:
-        from safetensors.torch import load_file, save_file
         weights = load_file(tmp_path / "model.safetensors")
         save_file({k: w for k, w in weights.items() if "gate.weight" not in k},
                   tmp_path / "model.safetensors", metadata=dict(format="pt"))
         with pytest.raises(ModelError, match="lacks the gate"):
             load(tmp_path)
+
+
+def test_a_changed_map_is_another_model(tmp_path, monkeypatch):
+    """Whatever reads the folder: load, model.py's GPT, a resumed run (tests/test_finetune.py)."""
+    probes = [probe("llama", order, streams, gated, inner) for inner in INNERS for order in (2, 3)
+              for streams in ("qk", "q", "k") for gated in (False, True)]
+    assert len({tuple(some) for some in probes}) == len(probes)
+    for family in ("llama", "gpt_neox"):
+        nexus(make(family, torch.float32, intermediate_size=128), inner="past").save_pretrained(
+            tmp_path / family)
+    load_neox(str(tmp_path / "gpt_neox"))
+    attend = retrofit.attend_earlier
+    monkeypatch.setattr(retrofit, "attend_earlier", lambda *given: 0.9 * attend(*given))
+    probe.cache_clear()
+    for read, family in ((load, "llama"), (load, "gpt_neox"), (load_neox, "gpt_neox")):
+        with pytest.raises(ModelError, match="retrofit.py has changed since: .*'past'"):
+            read(str(tmp_path / family))
+    monkeypatch.undo()
+    probe.cache_clear()
+    monkeypatch.setattr(model_file, "attend", lambda *given, attend=model_file.attend, **kwargs:
+                        0.9 * attend(*given, **kwargs))
+    with pytest.raises(ModelError, match="model.py computes something else by now"):
+        load_neox(str(tmp_path / "gpt_neox"))
+
+
+def test_a_map_that_ignores_the_cache_or_the_documents_is_refused(monkeypatch):
+    for wrong, message in (
+            (lambda h, seen, context: torch.cat([h[:, :, :1], h[:, :, :-1]], 2), "a cache"),
+            (lambda h, seen, context: torch.cat([seen[:, :, :1], seen], 2)[:, :, -h.size(2) - 1:-1],
+             "other documents in its row")):
+        monkeypatch.setattr(retrofit, "previous", wrong)
+        probe.cache_clear()
+        with pytest.raises(ModelError, match=f"'shift' gives other logits with {message}"):
+            nexus(make("llama"), streams="k", inner="shift")
+    probe.cache_clear()
+
+
+def test_a_folder_without_a_weight_is_refused(tmp_path):
+    make("llama", torch.float32).save_pretrained(tmp_path)
+    weights = load_file(path := tmp_path / "model.safetensors")
+    lost = weights.pop("model.layers.1.self_attn.q_proj.weight")
+    for change, what in (({}, "q_proj.weight is missing"), (
+            {"model.layers.1.self_attn.q_proj.weight": lost, "more": lost.clone()}, "more is unexpected")):
+        save_file(weights | change, path, metadata=dict(format="pt"))
+        with pytest.raises(ModelError, match=what):
+            load(tmp_path)
+
+
+def test_other_settings_keep_the_gates_that_fit():
+    model = nexus(make("qwen2"), gate=0.0)
+    for attention in attentions(model):
+        attention.nexus_gate.weight.data.fill_(0.7)
+    override(model, order=3, streams=None)
+    assert model.config.nexus["order"] == 3 and model.config.nexus["gate"] == 0
+    assert all((attention.nexus_gate.weight == 0.7).all() for attention in attentions(model))
+    override(model, order=2, inner="past", gate=0.25)
+    assert all((attention.nexus_gate.weight == 0.25).all() for attention in attentions(model))
 
 
 def test_lora_on_top():
