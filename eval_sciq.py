@@ -92,7 +92,10 @@ def main():
 
 def load(path, args):
     overrides = {} if args.nexus_order is None else dict(nexus_order=args.nexus_order)
-    return Scorer(path, args.device, args.dtype, args.batch_size, **overrides)
+    scorer = Scorer(path, args.device, args.dtype, args.batch_size, **overrides)
+    if scorer.note:
+        print(scorer.note, file=sys.stderr)
+    return scorer
 
 
 def start(path, data, args):

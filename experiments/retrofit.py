@@ -22,34 +22,34 @@ never made again while that line is there; the same command continues. --show pr
 import collections
 import functools
 import glob
+import hashlib
 import json
 import operator
 import os
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 from argparse import Namespace
 
-import figures
 import torch
 import torch.nn.functional as F
 from compare import LR_SEED
-from runs import commit, in_parallel
+from retrofit_tables import change_rows, plot, run_rows
+from runs import check_settings, commit, in_parallel
 from tqdm import tqdm
 
 from common import ROOT, parse, pyplot, save, table
 
 from finetune import read_examples
+from model import ModelError
 from nanonexus.cli import Parser, UserError, listed, one_of, positive_int, rate, run_script
 from nanonexus.decoder import is_gpt
 from nanonexus.device import check_device, keep_freed_memory
-from nanonexus.files import append_line, output_file, read_json, read_lines
-from nanonexus.hf import fetch
+from nanonexus.files import append_line, output_file, read_json, read_lines, sha256, write_text
+from nanonexus.hf import fetch, weight_files
 from nanonexus.retrofit import INNERS
 from nanonexus.scoring import Scorer, evaluate
-from nanonexus.stats import mcnemar, mean_spread, paired, paired_text
 from nanonexus.tasks import TASKS, read_task
 from prepare_data import documents
 
@@ -77,10 +77,10 @@ VARIANTS = {  # name -> flags of finetune.py sft
 }
 PIECE = 2000  # characters of a piece of text, about 450 tokens
 LENGTH = 4096  # tokens of an example, at most
-IDENTITY = {  # part -> the flags that make its lines other lines
+IDENTITY = {  # part -> what makes its lines other lines: names and hashes of the data, and flags
     "loss": ["model", "text", "pieces"], "scores": ["model", "tasks", "limit", "dtype"],
     "text": ["model", "text", "pieces", "tasks", "limit", "steps", "batch", "lrs", "dtype"],
-    "answers": ["model", "pieces", "limit", "answer_steps", "batch", "lrs", "dtype"]}
+    "answers": ["model", "sciq", "pieces", "limit", "answer_steps", "batch", "lrs", "dtype"]}
 
 
 def pieces(args):
@@ -104,23 +104,40 @@ def pieces(args):
             [held[i * len(held) // args.pieces] for i in range(args.pieces)])
 
 
-def write_rows(path, rows):
-    with open(path, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(dict(prompt=prompt, answer=answer)) + "\n"
-                     for prompt, answer in rows)
+def label(name, *files):
+    """The last part of a path and the sha256 of the files behind it, shortened."""
+    digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    return f"{os.path.basename(os.path.normpath(name))} {digest[:12]}"
 
 
-def write_data(args):
-    """The files that finetune.py and the losses read: OUT/text.jsonl, ..., answers-held.jsonl."""
-    if {"loss", "text"} & {*args.parts}:
-        for name, texts in zip(("text", "text-held"), pieces(args), strict=True):
-            write_rows(os.path.join(args.out, name + ".jsonl"), [("", text) for text in texts])
-    if "answers" in args.parts:
+def identify(args):
+    """What --model, --text and --data hold, {name in IDENTITY: labels}; all of it can be read."""
+    needed = {name for part in args.parts for name in IDENTITY[part]}
+    found = dict(model=label(args.model, *weight_files(fetch(args.model))))
+    if "text" in needed:
+        found["text"] = [label(path, path) for pattern in args.text
+                         for path in sorted(glob.glob(pattern)) or [pattern]]
+    if "tasks" in needed:
+        found["tasks"] = {task: read_task(task, args.data)[1][:12] for task in args.tasks}
+    if "sciq" in needed:
+        found["sciq"] = [read_task("sciq", args.data, split=split)[1][:12]
+                         for split in ("validation", None)]
+    return found
+
+
+def write_data(args, part, folder):
+    """The files that finetune.py and the losses read: FOLDER/train.jsonl and held.jsonl."""
+    if part == "answers":
         docs, _ = read_task("sciq", args.data, split="validation")
         rows = [(doc.context, " " + doc.choices[doc.gold]) for doc in docs]
         n = len(rows) * 4 // 5
-        write_rows(os.path.join(args.out, "answers.jsonl"), rows[:n])
-        write_rows(os.path.join(args.out, "answers-held.jsonl"), rows[n:][:args.pieces])
+        train, held = rows[:n], rows[n:][:args.pieces]
+    else:
+        train, held = ([("", text) for text in texts] for texts in pieces(args))
+    os.makedirs(folder, exist_ok=True)
+    for name, rows in (("train", train), ("held", held)):
+        write_text(os.path.join(folder, name + ".jsonl"), "".join(
+            json.dumps(dict(prompt=prompt, answer=answer)) + "\n" for prompt, answer in rows))
 
 
 @torch.no_grad()
@@ -146,9 +163,9 @@ def read_held_out(model, path):
     return read_examples(path, AutoTokenizer.from_pretrained(fetch(model)), LENGTH)
 
 
-def held_out(scorer, args, name):
-    """A Scorer's losses on one of the held-out files: of each example, and of all tokens."""
-    examples = read_held_out(args.model, os.path.join(args.out, name + "-held.jsonl"))
+def held_out(scorer, args, folder):
+    """A Scorer's losses on a part's held-out examples: of each one, and of all tokens."""
+    examples = read_held_out(args.model, os.path.join(folder, "held.jsonl"))
     alone, loss = losses(scorer.model.model, examples)
     return dict(losses=alone, loss=loss)
 
@@ -162,20 +179,26 @@ def score(scorer, tasks, args):
 class Results:
     """The file of lines, {(part, variant, seed, lr): line} of those with today's settings."""
 
-    def __init__(self, args):
-        self.args, self.path, self.found = args, args.results, {}
+    def __init__(self, args, data):
+        self.args, self.data, self.path, self.found = args, data, args.results, {}
         for line in read_lines(args.results, "part", "variant", "seed", "lr", "settings"):
             if args.show or line["settings"] == self.settings(line["part"]):
                 key = line["part"], line["variant"], line["seed"], line["lr"]
-                if self.found.setdefault(key, line)["settings"] != line["settings"]:
-                    raise UserError(f"{self.path} has lines of several settings: keep only one's")
+                other = self.found.setdefault(key, line)["settings"]
+                if wrong := {name for name in other if other[name] != line["settings"].get(name)}:
+                    raise UserError(f"{self.path} has lines of several settings, which differ in "
+                                    f"{', '.join(sorted(wrong))}: keep only one's")
         self.commit = commit(() if args.show else self.found.values())
 
     def settings(self, part):
-        values = {name: getattr(self.args, name) for name in IDENTITY[part]}
-        return values | dict(model=os.path.basename(os.path.normpath(self.args.model))) | (
-            dict(text=[os.path.basename(path) for path in self.args.text or []])
-            if "text" in values else {})
+        return {name: self.data.get(name, getattr(self.args, name, None))
+                for name in IDENTITY[part]}
+
+    def folder(self, part):
+        """Where a part's data and runs are: one for each of its settings."""
+        text = json.dumps(self.settings(part), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return os.path.join(self.args.out, f"{part}-{digest[:8]}")
 
     def add(self, part, variant, seed=None, lr=None, **measured):
         line = dict(part=part, variant=variant, seed=seed, lr=lr, **measured,
@@ -190,23 +213,31 @@ class Results:
 
 
 def measure_changes(args, results, part):
-    left = [name for name in CHANGES if (part, name, None, None) not in results.found]
+    names = [name for name in CHANGES
+             if not args.quick or name == ORIGINAL or name.endswith(" on k")]
+    left = [name for name in names if (part, name, None, None) not in results.found]
     for name in tqdm(left, desc=part, disable=None):
-        scorer = Scorer(args.model, args.device, args.dtype, **CHANGES[name])
-        results.add(part, name, **held_out(scorer, args, "text") if part == "loss" else
-                    score(scorer, args.tasks, args))
+        try:
+            scorer = Scorer(args.model, args.device, args.dtype, **CHANGES[name])
+        except ModelError as error:  # `tokens` does not fit every model
+            if name == ORIGINAL:
+                raise
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
+        results.add(part, name, **held_out(scorer, args, results.folder(part)) if part == "loss"
+                    else score(scorer, args.tasks, args))
 
 
-def finetune(args, part, variant, seed, lr, steps):
+def finetune(args, place, variant, seed, lr, steps):
     """The folder of one finished run of finetune.py sft, which continues if it was stopped.
     UserError if it fails."""
-    folder = os.path.join(args.out, f"{part}-{variant}-seed{seed}-lr{lr:g}")
+    folder = os.path.join(place, f"{variant}-seed{seed}-lr{lr:g}")
     if not os.path.exists(os.path.join(folder, "trainer_state.json")):
         resume = bool(glob.glob(os.path.join(folder, "checkpoint-*", "trainer_state.json")))
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
         argv = [sys.executable, os.path.join(ROOT, "finetune.py"), "sft", "--model", args.model,
-                "--data", os.path.join(args.out, part + ".jsonl"), "--out", folder, "--max_steps",
+                "--data", os.path.join(place, "train.jsonl"), "--out", folder, "--max_steps",
                 str(steps), "--batch", "1", "--accumulate", str(args.batch), "--lr", str(lr),
                 "--seed", str(seed), "--log_interval", "5", "--save_interval", "20",
                 "--max_length", str(LENGTH), "--device", args.device, "--dtype", args.dtype,
@@ -225,7 +256,7 @@ def measure_run(args, part, folder, final):
     log = read_json(os.path.join(folder, "trainer_state.json"))["log_history"]
     gates = [p.flatten().tolist() for name, p in scorer.model.named_parameters()
              if "nexus_gate" in name]  # of each layer, its heads
-    measured = held_out(scorer, args, part) | dict(
+    measured = held_out(scorer, args, os.path.dirname(folder)) | dict(
         gates=gates, curve=[(e["step"], e["loss"]) for e in log if "loss" in e])
     if final:
         measured |= score(scorer, args.tasks if part == "text" else ["sciq"], args)
@@ -238,7 +269,7 @@ def tune(args, results, part):
 
     def execute(jobs, steps, final):
         def finish(job):
-            folder = finetune(args, part, *job, steps)
+            folder = finetune(args, results.folder(part), *job, steps)
             return folder, measure_run(args, part, folder, final)
 
         jobs = [job for job in jobs if (part, *job) not in results.found]
@@ -255,91 +286,13 @@ def tune(args, results, part):
             final=True)
 
 
-def accuracies(line, base):
-    """Of each task the accuracy; if there is a base line, minus its accuracy, and McNemar's p."""
-    for task, hits in line.get("scores", {}).items():
-        right = list(map(int, hits))
-        text = f"{task} {statistics.mean(right):.3f}"
-        if base and base is not line:
-            other = list(map(int, base["scores"][task]))
-            gap = statistics.mean(right) - statistics.mean(other)
-            text += f" ({gap:+.3f}, p={mcnemar(other, right):.2g})"
-        yield text
-
-
-def change_rows(results):
-    """The table of the parts without training; differences in loss are paired by piece."""
-    yield "at once", "loss", "minus the original [99% interval]", "accuracy"
-    loss, scores = ({name: results.found[part, name, None, None] for name in CHANGES
-                     if (part, name, None, None) in results.found} for part in ("loss", "scores"))
-    for name in CHANGES:
-        cells, line, base = ["", ""], loss.get(name), loss.get(ORIGINAL)
-        if line:
-            cells = [f"{line['loss']:.3f}",
-                     paired_text(paired(line["losses"], base["losses"]), 3)
-                     if base and line is not base else ""]
-        if line or name in scores:
-            yield (name, *cells, ", ".join(accuracies(scores.get(name, {}), scores.get(ORIGINAL))))
-
-
-def run_rows(results, part):
-    """A row for each run, then the mean over the seeds; losses are paired by held-out example."""
-    yield part, "seed", "lr", "loss", "minus control [99%]", "mean |gate|", "accuracy"
-    control = results.final(part, "control")
-    for variant in VARIANTS:
-        means = []
-        for seed, line in sorted(results.final(part, variant).items()):
-            means.append(line["loss"])
-            base = control.get(seed)
-            gates = [abs(g) for layer in line["gates"] for g in layer]
-            yield (variant, seed, f"{line['lr']:g}", f"{means[-1]:.4f}",
-                   paired_text(paired(line["losses"], base["losses"]), 4)
-                   if base and base is not line else "",
-                   f"{statistics.mean(gates):.3f}" if gates else "",
-                   ", ".join(accuracies(line, base)))
-        if len(means) > 1:
-            yield variant, "mean", "", mean_spread(means), "", "", ""
-
-
-def plot(plt, results):
-    """Loss at once, loss after training on text minus the control's, and the gates by layer."""
-    figure, (at_once, after, layers) = plt.subplots(1, 3, figsize=(figures.WIDTH, 3.6))
-
-    def rows(panel, names, **labels):
-        panel.set(yticks=range(len(names)), ylim=(max(1, len(names)) - 0.5, -0.5), **labels)
-        panel.set_yticklabels(names)
-
-    shown = {name: line for name in CHANGES if "gate" not in name and "order 3" not in name
-             and (line := results.found.get(("loss", name, None, None)))}
-    for y, (name, line) in enumerate(shown.items()):
-        at_once.barh(y, line["loss"], 0.6, alpha=0.6,
-                     color=figures.style(name.split()[0])["color"])
-    rows(at_once, shown, title="at once", xlabel="loss (nats per token), lower is better")
-    control = results.final("text", "control")
-    names = [name for name in VARIANTS if name != "control" and results.final("text", name)]
-    for y, name in enumerate(names):
-        lines, look = results.final("text", name), figures.style(name.removesuffix("-gated"))
-        gaps = [statistics.mean(line["losses"]) - statistics.mean(control[seed]["losses"])
-                for seed, line in lines.items() if seed in control]
-        after.plot(gaps, [y] * len(gaps), "o", ms=4, color=look["color"])
-        by_layer = [[statistics.mean(layer) for layer in line["gates"]] for line in lines.values()]
-        if by_layer[0]:
-            layers.plot([statistics.mean(at) for at in zip(*by_layer, strict=True)], label=name,
-                        **look)
-    after.axvline(0, color="#666666", lw=0.8)
-    rows(after, names, title="after training on text", xlabel="loss minus the control's")
-    layers.set(title="learnt gates", xlabel="layer")
-    if layers.lines:
-        layers.legend(fontsize=7)
-    return figure
-
-
 def build_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a transformers folder or a "
         "name on the hub (default: HuggingFaceTB/SmolLM2-135M-Instruct)")
-    add("--text", nargs="+", metavar="FILE", help="text files or globs, of at least ten documents")
+    add("--text", nargs="+", metavar="FILE", help="text files or globs, with ten documents or more "
+        "(<|endoftext|> between them); every tenth is held out")
     add("--data", metavar="DIR", help="folder with <task>_<split>.jsonl files (default: the hub)")
     add("--parts", type=listed(one_of(IDENTITY)), default=list(IDENTITY),
         help=f"of {', '.join(IDENTITY)} (default: all)")
@@ -362,7 +315,7 @@ def build_parser():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the products in "
         "training and scoring (default: bfloat16; a CPU without AVX-512 BF16: float32 is faster)")
-    add("--quick", action="store_true", help="few pieces, documents and steps")
+    add("--quick", action="store_true", help="few maps, pieces, documents and steps: some minutes")
     add("--out", default="out/retrofit", help="folder (default: out/retrofit)")
     add("--results", help="file to which each finished measurement appends a line (default: "
         "OUT/results.jsonl)")
@@ -373,27 +326,36 @@ def build_parser():
 def main():
     args = parse(build_parser())
     if args.quick:
-        args.pieces, args.limit, args.steps, args.answer_steps, args.seeds = 2, 4, 4, 4, 1
+        args.pieces, args.limit, args.steps, args.answer_steps, args.seeds = 2, 4, 2, 2, 1
+        args.lrs, args.batch = args.lrs[-1:], 1
     args.results = args.results or os.path.join(args.out, "results.jsonl")
+    if args.show and not os.path.exists(args.results):
+        raise UserError(f"no file {args.results} to --show: give --results FILE")
     plt = pyplot(args.out)
-    results = Results(args)
-    if not args.show:
+    if args.show:
+        results = Results(args, {})
+    else:
         if not args.text and {"loss", "text"} & {*args.parts}:
-            raise UserError("the parts loss and text need --text FILE: books of plain text, a "
-                            "document each")
+            raise UserError("the parts loss and text need --text FILE: plain text")
         check_device(args.device)
         keep_freed_memory()
         output_file(args.results)
         if is_gpt(fetch(args.model)):
             raise UserError(f"{args.model} is a GPT-NeoX, or no model: choose a Llama or a Qwen2")
-        write_data(args)
+        check_settings(args.out, {})
+        results = Results(args, identify(args))
+        for part in args.parts:
+            if part != "scores":
+                write_data(args, part, results.folder(part))
         for part in args.parts:
             (measure_changes if part in ("loss", "scores") else tune)(args, results, part)
-    for rows in (change_rows(results), run_rows(results, "text"), run_rows(results, "answers")):
+    for rows in (change_rows(results, CHANGES), *(
+            run_rows(results, part, VARIANTS) for part in ("text", "answers"))):
         if len(lines := list(rows)) > 1:
             print(f"\n{table(lines)}")
-    print("\nloss in nats per token of held-out text, or answers; p is McNemar's")
-    save(args, "retrofit", list(results.found.values()), plot(plt, results))
+    print("\nloss in nats per token; minus ... is a mean over held-out examples, with a paired t "
+          "test; p after an accuracy is McNemar's")
+    save(args, "retrofit", list(results.found.values()), plot(plt, results, CHANGES, VARIANTS))
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def models_and_text(args, even=False):
 
 def in_parallel(function, jobs, at_once):
     """(job, function(job)) of each job as it ends, at_once of them at a time. If one fails, those
-    that have not begun are left out. UserError after Ctrl-C, which the jobs' own processes get too:
-    they save what they have."""
+    that have not begun are left out. Ctrl-C goes to the jobs' own processes too: they save what
+    they have."""
     with ThreadPoolExecutor(at_once) as pool:
         futures = {pool.submit(function, job): job for job in jobs}
         try:
@@ -125,7 +125,7 @@ def in_parallel(function, jobs, at_once):
                 yield futures[future], future.result()
         except KeyboardInterrupt as error:
             pool.shutdown(cancel_futures=True)
-            raise UserError("interrupted; the same command continues") from error
+            raise KeyboardInterrupt("interrupted; the same command continues") from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

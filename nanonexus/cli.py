@@ -151,6 +151,6 @@ def run_script(main):
                        "checkpoint is intact, the same command with --resume continues")
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)

@@ -28,6 +28,7 @@ class Scorer:
     path, device, overrides: as in open_model, with its errors. dtype: "float32", or "bfloat16" for
     matrix products. batch_size: contexts at once, by default as many as a bounded memory holds.
     identity: which model it is, for the results. description: the same in a few words.
+    note: whether it is another model than was trained.
     """
 
     def __init__(self, path, device="cpu", dtype="float32", batch_size=None, **overrides):
@@ -46,9 +47,9 @@ class Scorer:
         self.description = (f"{c.model_type}, {describe_settings(self.model)}" if isinstance(
             self.model, Decoder) else describe(c)) + size
         order, trained = c.nexus_order, meta["config"]["nexus_order"]
-        if order != trained:
-            print(f"note: {path} was trained at order {trained} and is run at order {order}: the "
-                  "start of a retrofit, not a trained Nexus", file=sys.stderr)
+        self.note = None if order == trained else (
+            f"note: {path} was trained at order {trained} and is run at order {order}: the start "
+            "of a retrofit, not a trained Nexus")
 
     def encode_pair(self, context, continuation):
         """Token ids of both, encoded together and split at the context's length; white space that

@@ -208,7 +208,7 @@ def test_an_interrupt_saves_and_the_same_command_continues(tmp_path, tokens, req
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 2 and "the same command continues" in errors
+    assert process.returncode == 130 and "the same command continues" in errors
     count = len(read_log(folder))
     assert (folder / "ckpt.pt").exists() and count > 5
     assert not (tmp_path / "results.jsonl").exists()

@@ -274,8 +274,8 @@ def test_a_folder_without_a_weight_is_refused(tmp_path):
     make("llama", torch.float32).save_pretrained(tmp_path)
     weights = load_file(path := tmp_path / "model.safetensors")
     lost = weights.pop("model.layers.1.self_attn.q_proj.weight")
-    for change, what in (({}, "q_proj.weight is missing"), (
-            {"model.layers.1.self_attn.q_proj.weight": lost, "more": lost.clone()}, "more is unexpected")):
+    both = {"model.layers.1.self_attn.q_proj.weight": lost, "more": lost.clone()}
+    for change, what in (({}, "q_proj.weight is missing"), (both, "more is unexpected")):
         save_file(weights | change, path, metadata=dict(format="pt"))
         with pytest.raises(ModelError, match=what):
             load(tmp_path)

@@ -17,7 +17,7 @@ from test_retrofit import make  # noqa: E402
 import finetune  # noqa: E402
 from nanonexus.cli import UserError  # noqa: E402
 from nanonexus.decoder import Decoder  # noqa: E402
-from nanonexus.files import append_line, read_lines  # noqa: E402
+from nanonexus.files import read_lines  # noqa: E402
 from nanonexus.retrofit import INNERS, nexus  # noqa: E402
 
 
@@ -113,6 +113,7 @@ def test_every_part_ends_in_lines_and_none_is_made_twice(place, tmp_path, monkey
         return done(retrofit.main, *argv)
 
     run("--parts", "loss,scores,text", "--lrs", "1e-3,1e-2")
+    assert (tmp_path / "results.jsonl").read_text().count('"model": "model ') == 8
     drawn(tmp_path / "retrofit.svg", ["cross-k-gated"])
     shown = run("--parts", "answers", "--lrs", "1e-3", "--variants", "control")
     lines = read_lines(tmp_path / "results.jsonl")
@@ -128,6 +129,23 @@ def test_every_part_ends_in_lines_and_none_is_made_twice(place, tmp_path, monkey
     monkeypatch.setattr(retrofit, "finetune", lambda *args: pytest.fail("run twice"))
     assert "cross-k-gated" in run("--show", "--steps", "9")
     assert run("--parts", "answers", "--lrs", "1e-3", "--variants", "control") == shown
-    append_line(tmp_path / "results.jsonl",
-                lines[0] | dict(settings=lines[0]["settings"] | dict(pieces=5)))
-    assert "lines of several settings" in refused(retrofit.main, *flags(place, tmp_path), "--show")
+    with open(place / "books.txt", "a") as f:  # another text of the same name is measured again
+        f.write("\nmore")
+    run("--parts", "loss")
+    assert len(read_lines(tmp_path / "results.jsonl")) == len(lines) + 2
+    assert "settings, which differ in text" in refused(retrofit.main, *flags(place, tmp_path),
+                                                       "--show")
+    assert "no file" in refused(retrofit.main, "--show", "--results", tmp_path / "none.jsonl")
+
+
+@pytest.mark.usefixtures("plots")
+def test_maps_that_do_not_fit_a_model_are_left_out_and_data_is_read_first(place, tmp_path):
+    model = make("qwen3", torch.float32, vocab_size=320)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    argv = flags(place, tmp_path / "out", "--quick", "--model", tmp_path / "model", "--parts")
+    assert "no file" in refused(retrofit.main, *argv, "scores", "--tasks", "sciq,piqa")
+    assert not (tmp_path / "out/results.jsonl").exists()
+    done(retrofit.main, *argv, "scores")
+    assert [line["variant"] for line in read_lines(tmp_path / "out/results.jsonl")] == [
+        "order 1", *(f"{inner} on k" for inner in INNERS if inner != "tokens")]
