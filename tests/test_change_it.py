@@ -12,9 +12,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_train import ROOT, TINY, read_log, tokens  # noqa: F401
 
 from model import ModelError
+from nanonexus import decoder
 from nanonexus.checkpoint import load_checkpoint
 
 with open(os.path.join(ROOT, "docs", "change_it.md"), encoding="utf-8") as f:
@@ -79,15 +81,36 @@ def before(tokens, tmp_path_factory):  # noqa: F811
     return use(tmp_path_factory.mktemp("before"), "--dataset", tokens)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+def change(name, folder):
+    """A copy of the project with one of the changes."""
+    shutil.copytree(os.path.join(ROOT, "nanonexus"), folder / "nanonexus")
+    for script in SCRIPTS[:-1]:
+        shutil.copy(os.path.join(ROOT, f"{script}.py"), folder)
+    diff, = re.findall(r"```diff\n(.*?)```", CHANGES[name], re.S)
+    subprocess.run(["git", "apply", "-"], input=diff.encode(), cwd=folder, check=True)
+    return folder
+
+
+def test_a_map_for_pretrained_models(tmp_path):
+    pytest.importorskip("transformers", reason="extra hf: transformers")
+    from test_retrofit import logits, make
+
+    model, idx = make("llama"), torch.arange(3, 21).view(2, 9)
+    own = logits(model, idx)
+    with project(change("An inner map for pretrained models", tmp_path / "project")):
+        nexus = importlib.import_module("nanonexus.retrofit").nexus
+        assert (logits(nexus(model, streams="k", inner="average"), idx) - own).abs().max() > 1e-3
+        model.save_pretrained(tmp_path / "out")
+        load = importlib.import_module("nanonexus.decoder").load
+        assert torch.equal(logits(load(tmp_path / "out"), idx), logits(model, idx))
+    with pytest.raises(ModelError, match="inner must be one of"):
+        decoder.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if "pretrained" not in name])
 def test_a_change_reaches_everything(name, before, tokens, tmp_path):  # noqa: F811
     pytest.importorskip("transformers", reason="extra hf: transformers")
-    changed, out = tmp_path / "project", tmp_path / "out"
-    shutil.copytree(os.path.join(ROOT, "nanonexus"), changed / "nanonexus")
-    for script in SCRIPTS[:-1]:
-        shutil.copy(os.path.join(ROOT, f"{script}.py"), changed)
-    diff, = re.findall(r"```diff\n(.*?)```", CHANGES[name], re.S)
-    subprocess.run(["git", "apply", "-"], input=diff.encode(), cwd=changed, check=True)
+    changed, out = change(name, tmp_path / "project"), tmp_path / "out"
     flags = " ".join(re.findall(r"^    python train.py (.*) --out", CHANGES[name], re.M))
     with project(changed):
         losses, scores, text = use(out, "--dataset", tokens, *flags.split())
