@@ -98,15 +98,18 @@ def pieces(args):
     train, held = found
     needed = args.steps * args.batch
     if len(train) < needed or len(held) < args.pieces:
-        raise UserError(f"--text has {len(train)} pieces to train on and {len(held)} in every "
-                        f"tenth document, held out: {needed} and {args.pieces} are needed")
+        raise UserError(f"--text has {len(train)} pieces to train on and {len(held)} in every tenth "
+                        f"of its {i} documents (<|endoftext|> ends one): {needed} and "
+                        f"{args.pieces} are needed")
     return (random.Random(0).sample(train, needed),
             [held[i * len(held) // args.pieces] for i in range(args.pieces)])
 
 
 def label(name, *files):
     """The last part of a path and the sha256 of the files behind it, shortened."""
-    digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    digest = "".join(map(sha256, files))
+    if len(files) > 1:
+        digest = hashlib.sha256(digest.encode()).hexdigest()
     return f"{os.path.basename(os.path.normpath(name))} {digest[:12]}"
 
 
