@@ -86,7 +86,7 @@ IDENTITY = {  # part -> what makes its lines other lines: names and hashes of th
 def pieces(args):
     """(to train on, held out): pieces of PIECE characters and the rest of their paragraph, of the
     documents of --text; every tenth document is held out. UserError if they are too few."""
-    found = [], []
+    found, i = ([], []), 0
     source = Namespace(dataset="text", input=args.text, text_field=None)
     for i, text in enumerate(documents(source, collections.Counter())[0], 1):
         piece, own = "", found[i % 10 == 0]
@@ -98,8 +98,8 @@ def pieces(args):
     train, held = found
     needed = args.steps * args.batch
     if len(train) < needed or len(held) < args.pieces:
-        raise UserError(f"--text has {len(train)} pieces to train on and {len(held)} in every tenth "
-                        f"of its {i} documents (<|endoftext|> ends one): {needed} and "
+        raise UserError(f"--text has {len(train)} pieces to train on and {len(held)} in every "
+                        f"tenth of its {i} documents (<|endoftext|> ends one): {needed} and "
                         f"{args.pieces} are needed")
     return (random.Random(0).sample(train, needed),
             [held[i * len(held) // args.pieces] for i in range(args.pieces)])
