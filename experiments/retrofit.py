@@ -248,6 +248,8 @@ def finetune(args, place, variant, seed, lr, steps):
         threads = {} if args.jobs == 1 else dict(OMP_NUM_THREADS="1")
         done = subprocess.run(argv, capture_output=True, text=True, errors="replace",
                               env=os.environ | threads)
+        if done.returncode == 130:  # Ctrl-C has reached it before this process
+            raise KeyboardInterrupt
         if done.returncode:
             raise UserError(f"{' '.join(argv)} failed: {done.stderr[-500:]}")
     return folder

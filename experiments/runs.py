@@ -185,6 +185,8 @@ class Study:
             path = os.path.join(folder, "output.txt")
             with open(path, "a", encoding="utf-8") as output:
                 code = subprocess.Popen(command, stdout=output, stderr=output, env=env).wait()
+            if code == 130:  # Ctrl-C has reached it before this process
+                raise KeyboardInterrupt
             if code:
                 with open(path, encoding="utf-8") as output:
                     last = output.read().strip().split("\n")[-1]
