@@ -19,7 +19,6 @@ from nanonexus.cli import (
     non_negative,
     number,
     positive_int,
-    rate,
     run_script,
     whole,
 )
@@ -176,7 +175,8 @@ def sft(args):
     if os.path.isdir(args.model):
         given["model"] = os.path.realpath(args.model)
     given["data"] = sha256(args.data)
-    agree(given, saved_run(args), given)
+    before = saved_run(args)
+    agree(given, before, given)
     torch.manual_seed(args.seed)
     folder = fetch(args.model)
     # trained weights are float32, products args.dtype; under adapters all are args.dtype
@@ -185,8 +185,7 @@ def sft(args):
         model.config.base_model = f"{args.model.partition('@')[0]}@{commit}"
     set_nexus(model, args)
     given |= getattr(model.config, "nexus", dict(order=1))
-    if saved := saved_run(args).get("probe"):  # None of the control, and of older runs
-        check_map(saved, model.config.model_type, given, args.out)
+    check_map(before, model.config.model_type, args.out)
     what = describe(model)
     tokenizer = pretrained(AutoTokenizer.from_pretrained, folder)
     examples = read_examples(args.data, tokenizer, args.max_length)
@@ -339,7 +338,7 @@ def main():
         f"{', '.join(TABLES)}")
     add("--out", required=True, help="folder for the model and its checkpoints")
     add("--order", type=positive_int, help="1 is the control (default: the model's, or 2)")
-    add("--epochs", type=rate, default=3, help="(3)")
+    add("--epochs", type=number(float, 0, 1e30, above=True), default=3, help="(3)")
     add("--max_steps", type=positive_int, help="instead of --epochs")
     add("--batch", type=positive_int, default=8,
         help="examples that a process packs into a row (8)")

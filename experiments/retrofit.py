@@ -128,19 +128,21 @@ def identify(args):
     return found
 
 
-def write_data(args, part, folder):
-    """The files that finetune.py and the losses read: FOLDER/train.jsonl and held.jsonl."""
-    if part == "answers":
+def write_data(args, results):
+    """The files that finetune.py and the losses read: each part's train.jsonl and held.jsonl."""
+    data = {}  # part -> (to train on, held out)
+    if {"loss", "text"} & {*args.parts}:
+        data["loss"] = data["text"] = [[("", text) for text in texts] for texts in pieces(args)]
+    if "answers" in args.parts:
         docs, _ = read_task("sciq", args.data, split="validation")
         rows = [(doc.context, " " + doc.choices[doc.gold]) for doc in docs]
         n = len(rows) * 4 // 5
-        train, held = rows[:n], rows[n:][:args.pieces]
-    else:
-        train, held = ([("", text) for text in texts] for texts in pieces(args))
-    os.makedirs(folder, exist_ok=True)
-    for name, rows in (("train", train), ("held", held)):
-        write_text(os.path.join(folder, name + ".jsonl"), "".join(
-            json.dumps(dict(prompt=prompt, answer=answer)) + "\n" for prompt, answer in rows))
+        data["answers"] = rows[:n], rows[n:][:args.pieces]
+    for part in data.keys() & {*args.parts}:
+        os.makedirs(folder := results.folder(part), exist_ok=True)
+        for name, rows in zip(("train", "held"), data[part], strict=True):
+            write_text(os.path.join(folder, name + ".jsonl"), "".join(
+                json.dumps(dict(prompt=prompt, answer=answer)) + "\n" for prompt, answer in rows))
 
 
 @torch.no_grad()
@@ -187,8 +189,8 @@ class Results:
         for line in read_lines(args.results, "part", "variant", "seed", "lr", "settings"):
             if args.show or line["settings"] == self.settings(line["part"]):
                 key = line["part"], line["variant"], line["seed"], line["lr"]
-                other = self.found.setdefault(key, line)["settings"]
-                if wrong := {name for name in other if other[name] != line["settings"].get(name)}:
+                one, other = line["settings"], self.found.setdefault(key, line)["settings"]
+                if wrong := {n for n in one.keys() | other if one.get(n) != other.get(n)}:
                     raise UserError(f"{self.path} has lines of several settings, which differ in "
                                     f"{', '.join(sorted(wrong))}: keep only one's")
         self.commit = commit(() if args.show else self.found.values())
@@ -349,9 +351,7 @@ def main():
             raise UserError(f"{args.model} is a GPT-NeoX, or no model: choose a Llama or a Qwen2")
         check_settings(args.out, {})
         results = Results(args, identify(args))
-        for part in args.parts:
-            if part != "scores":
-                write_data(args, part, results.folder(part))
+        write_data(args, results)
         for part in args.parts:
             (measure_changes if part in ("loss", "scores") else tune)(args, results, part)
     for rows in (change_rows(results, CHANGES), *(

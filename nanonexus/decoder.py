@@ -27,7 +27,7 @@ def load(path, **kwargs):
 
     folder = fetch(path)
     config = transformers.AutoConfig.from_pretrained(folder)
-    settings = dict(getattr(config, "nexus", None) or {})
+    settings = settings_of(config)
     if settings:  # gates are read below: no warning here
         own = transformers.AutoModelForCausalLM._model_mapping[type(config)]
         own._keys_to_ignore_on_load_unexpected = ["nexus_gate"]
@@ -38,13 +38,11 @@ def load(path, **kwargs):
             raise ModelError(f"{path}: the weight {keys[0]} is {what}"
                              + f", and {len(keys) - 1} more" * (len(keys) > 1))
     if settings:
-        saved = settings.pop("probe", None)  # older folders have none
         try:
             nexus(model, **settings)
         except (TypeError, ModelError) as error:
             raise ModelError(f"{path}: config.json has no settings of nexus() ({error})") from error
-        if saved:
-            check_map(saved, config.model_type, settings, path)
+        check_map(config.nexus, config.model_type, path)
         load_gates(model, folder)
     return model
 
@@ -69,12 +67,15 @@ def load_gates(model, folder):
         raise ModelError(f"{folder} lacks the gate {min(gates)}")
 
 
+def settings_of(config):
+    """What nexus() was given, {} if nothing: config.nexus without its probe."""
+    settings = getattr(config, "nexus", None) or {}
+    return {name: value for name, value in settings.items() if name != "probe"}
+
+
 def override(model, **given):
     """nexus() with these settings and, where one is None, the model's own or the default."""
-    own = dict(getattr(model.config, "nexus", None) or {})
-    own.pop("probe", None)
-    if given["order"] == 1:
-        own = {}
+    own = {} if given["order"] == 1 else settings_of(model.config)
     return nexus(model, **own | {name: x for name, x in given.items() if x is not None})
 
 
@@ -153,6 +154,5 @@ def pretrained(loader, path, **kwargs):
 
 def describe(model):
     """What nexus() has made of a transformers model, e.g. "order 2, streams qk, inner self"."""
-    settings = getattr(model.config, "nexus", None) or dict(order=1)
-    return ", ".join(f"{name} {value}" for name, value in settings.items()
-                     if value is not None and name != "probe")
+    settings = settings_of(model.config) or dict(order=1)
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)

@@ -231,8 +231,6 @@ def read_config(folder):
     if hf.get("model_type") == "nanonexus" and "gpt" in hf:  # of nanonexus.export
         return hf["gpt"]
     check(hf, folder)
-    if saved := (hf.get("nexus") or {}).get("probe"):
-        check_map(saved, "gpt_neox", hf["nexus"], folder)
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}  # as transformers chooses
     own = hf.get("nexus") or dict(order=1, streams="qk")  # of nanonexus.retrofit
     return dict(nexus_order=own["order"], nexus_streams=own["streams"],
@@ -269,6 +267,7 @@ def check(hf, path):
             raise ModelError(f"{path} has {name} {theirs!r}; only {ours!r} is supported")
     if hf["hidden_act"] not in GELUS:
         raise ModelError(f"{path} has hidden_act {hf['hidden_act']!r}; known: {', '.join(GELUS)}")
+    check_map(settings, "gpt_neox", path)
 
 
 class FolderTokenizer:

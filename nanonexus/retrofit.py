@@ -111,8 +111,9 @@ class Nexus:
             return linear(x).unflatten(-1, (-1, q.size(-1))).transpose(1, 2)
 
         h = s = torch.cat([{"q": q, "k": k}[n] for n in names], dim=1)
-        values = keep(context, "values", heads(self.v_proj, context.x)  # of every loop
-                      if self.nexus_inner == "tokens" else s) if self.nexus_inner != "shift" else s
+        if self.nexus_inner != "shift":  # of every loop
+            values = keep(context, "values", heads(self.v_proj, context.x)
+                          if self.nexus_inner == "tokens" else s)
         for loop in range(1, self.nexus_order):
             match self.nexus_inner:
                 case "self":
@@ -384,10 +385,12 @@ def nexus(model, order=2, streams="qk", layers=None, gate=None, inner="self"):
     return model
 
 
-def check_map(saved, family, settings, path):
-    """ModelError if settings of nexus() compute something else by now than a saved probe says."""
-    s = dict(streams="qk", gate=None, inner="self") | settings
-    found = probe(family, s["order"], s["streams"], s["gate"] is not None, s["inner"])
-    if not torch.allclose(torch.tensor(found), torch.tensor(saved), rtol=1e-4, atol=1e-3):
-        raise ModelError(f"{path}: nanonexus/retrofit.py has changed since: its inner map "
-                         f"{s['inner']!r} computes something else")
+def check_map(saved, family, path):
+    """ModelError if saved settings of nexus() compute something else by now than their probe says;
+    order 1 and older settings have none."""
+    if saved.get("probe"):
+        s = dict(streams="qk", gate=None, inner="self") | saved
+        found = probe(family, s["order"], s["streams"], s["gate"] is not None, s["inner"])
+        if not torch.allclose(torch.tensor(found), torch.tensor(s["probe"]), rtol=1e-4, atol=1e-3):
+            raise ModelError(f"{path}: nanonexus/retrofit.py has changed since: its inner map "
+                             f"{s['inner']!r} computes something else")
