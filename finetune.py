@@ -322,7 +322,8 @@ def main():
     test = commands.add_parser("eval", help="lm-evaluation-harness", doc=evaluate.__doc__)
     for add in (train.add_argument, test.add_argument):
         add("--model", required=True, help="a folder, or NAME or NAME@REVISION on the hub")
-        add("--streams", choices=["qk", "q", "k"], help="to refine (default: the model's, or qk)")
+        add("--streams", choices=["qk", "q", "k"], help="which streams to refine (default: the "
+            "model's, or qk)")
         add("--inner", choices=INNERS, help="the map of an inner loop, see nanonexus/retrofit.py "
             "(default: the model's, or self, as in model.py)")
         add("--layers", type=whole, nargs="+", help="indices of the layers (default: the model's, "

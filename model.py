@@ -8,8 +8,8 @@ Both use one primitive, causal attention with rotary position embedding in each 
     Nexus    h_s <- s, then m-1 times h_s <- Attn(h_s, h_s, s), for s = q, s = k   order m > 1
              out = Attn(h_q, h_k, v)
 
-No parameter is added. The difference is in CausalSelfAttention: one `if` in forward, and refine,
-which has the other readings of the paper too. Order 1 is Pythia's GPT (GPT-NeoX), bit for bit.
+Only `separate` adds parameters. The difference is in CausalSelfAttention: one `if` in forward, and
+refine, which has the other readings too. Order 1 is plain attention, bit for bit: Pythia's GPT.
 
 References: Nexus https://arxiv.org/abs/2512.03377, Pythia (sizes and training recipe) 2304.01373,
 GPT-NeoX-20B (architecture and initialisation) 2204.06745, rotary position embedding 2104.09864.
@@ -67,7 +67,7 @@ def attend(q, k, v, ctx, name="outer", strict=False):
     if ctx.mask is None:  # plain causal: flash attention
         if not strict:
             return F.scaled_dot_product_attention(query, key, v, is_causal=T > 1)
-        i = int(T == S)  # drop the last key, and the first query if it has no other
+        i = int(T == S)  # causal without the last key is strict; row 0 may be empty
         y = F.scaled_dot_product_attention(query[:, :, i:], key[:, :, :-1], v[:, :, :-1],
                                            is_causal=T > 1)
         return F.pad(y, (0, 0, i, 0))
@@ -120,7 +120,7 @@ class CausalSelfAttention(nn.Module):
         s = h = {"q": q, "k": k}  # s, the unrefined streams, are the values of every loop
         streams, inner = self.config.nexus_streams, self.config.nexus_inner
         for loop in range(1, self.config.nexus_order):
-            if inner == "tokens":  # the paper in words: tokens gather, then are projected anew
+            if inner == "tokens":  # a third account: tokens gather, then are projected anew
                 y = merge_heads(attend(h["q"], h["k"], v, ctx, f"h{loop}"))
                 h = h | dict(zip(streams, self.project(y, streams), strict=True))
             else:
@@ -184,9 +184,9 @@ class GPTConfig:
     n_embd: int = 512  # width of the residual stream
     rotary_pct: float = 0.25  # fraction of each head's dimensions that are rotated
     parallel_residual: bool = True  # attention and MLP side by side, as Pythia, or in sequence
-    dropout: float = 0.0  # on the embedding and on what each block adds
+    dropout: float = 0.0  # probability, on the embedding and on what each block adds
     gelu: Literal["tanh", "erf"] = "tanh"  # erf is exact, and twice as fast on a CPU
-    attention: Literal["sdpa", "flex", "manual"] = "sdpa"  # flex trains on CUDA, manual shows maps
+    attention: Literal["sdpa", "flex", "manual"] = "sdpa"  # flex: on CUDA; manual: gives maps too
     nexus_order: int = 1  # 1 is the baseline, 2 refines once, 3 twice, ...
     nexus_streams: Literal["qk", "q", "k"] = "qk"  # which streams are refined
     nexus_inner: Literal["self", "shared", "separate", "tokens", "past", "cross"] = "self"  # how
@@ -242,7 +242,7 @@ class GPT(nn.Module):
         common = [self.embed, *(m for b in self.blocks for m in (
             b.attn.qkv, b.attn.proj, b.mlp.up, b.mlp.down)), self.head]
         for m in common:
-            m.reset_parameters()  # PyTorch's own draws, so that a seed gives what it always gave
+            m.reset_parameters()  # overwritten below, but recorded seeds drew these numbers too
         for m in common + [m for m in self.modules() if m not in common]:
             if isinstance(m, nn.Linear | nn.Embedding):
                 nn.init.normal_(m.weight, std=wang if m in outputs else small)
@@ -292,7 +292,7 @@ class GPT(nn.Module):
         h, weights = self.hidden_states(idx, **kwargs), self.output_weights()
         if targets is None:
             return output_layer(h, *weights)
-        # rows per piece: 2 GiB of float32 logits on CUDA (odd sizes are slow), else 512 or 2 MiB
+        # rows per piece, in 256s (others are slow on CUDA): 2 GiB of logits there, 2 MiB elsewhere
         rows = max(512, 2**(29 if h.is_cuda else 19) // self.config.vocab_size // 256 * 256)
         total = SumCrossEntropy.apply(torch.is_grad_enabled(), rows, targets.flatten(),
                                       h.flatten(0, 1), *weights)

@@ -5,7 +5,7 @@
 #
 #   OUT=out/70m experiments/reproduce_70m.sh                            # 2 billion tokens of FineWeb-Edu
 #   OUT=out/70m TEXT='books/*.txt.xz' STEPS=600 experiments/reproduce_70m.sh       # or your own text
-#   OUT=out/70m VARIANTS="baseline self" experiments/reproduce_70m.sh   # only `self`
+#   OUT=out/70m VARIANTS="baseline self" experiments/reproduce_70m.sh   # the baseline and `self` alone
 #   OUT=out/70m GPUS=8 experiments/reproduce_70m.sh --micro_batch 32    # the rest goes to train.py
 #
 # VARIANTS: of compare.py, the first is the one that the others are compared with.

@@ -6,9 +6,10 @@ What does attention look like inside models: its rank, its entropy, and what an 
     python experiments/spectrum.py --quick
 
 An inner map softmax(h h^T / sqrt(D)) scores a token against itself with |h|^2 / sqrt(D): always
-positive, and larger the wider the head. So `self` reads mostly itself, or must keep h small. The
-mean of the map's diagonal, the own-token share, says how much. `past` and `cross` have no diagonal
-by construction. The share of the previous token is measured too. For each inner step of model.py:
+positive, and larger the wider the head. So with wide heads a token in `self` reads mostly itself,
+unless h stays small. The mean of the map's diagonal, the own-token share, says how much. `past` and
+`cross` have no diagonal by construction. The share of the previous token is measured too. For each
+inner step of model.py:
 
 - at initialisation, against context T and head width D, on distinct tokens. In `self` q's entries
   have variance 0.4 (GPT-NeoX's initialisation, a layer norm), hence a token's own score has mean

@@ -1,5 +1,5 @@
 """
-Does the recursion vanish or explode, and from which order?
+Do gradients vanish or explode through the recursion, and from which order?
 
     python experiments/stability.py --out out/stability
     python experiments/stability.py --quick

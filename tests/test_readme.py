@@ -20,7 +20,6 @@ DOCUMENTS = [os.path.join(ROOT, name) for name in ("README.md", "RESULTS.md")] +
 SLOW = {  # how a command begins that does not run here, and why: minutes are those of two CPU cores
     "python -m venv": "makes an environment of its own",
     "OUT=out/70m experiments/reproduce_70m.sh": "needs the hub and a GPU; test_reproduce.py",
-    "python eval_sciq.py --checkpoint EleutherAI": "needs the hub",
     "python eval_sciq.py --checkpoint HuggingFaceTB": "needs the hub",
     "python eval_sciq.py --checkpoint MODEL": "needs the tasks' files; 15 and 6 minutes",
     "python eval_sciq.py --checkpoint out/base/ckpt.pt": "needs the hub, or 20 minutes with --data",
