@@ -25,7 +25,6 @@ SLOW = {  # how a command begins that does not run here, and why: minutes are th
     "python eval_sciq.py --checkpoint out/base/ckpt.pt": "needs the hub, or 20 minutes with --data",
     "python eval_sciq.py --tasks sciq,arc_easy,piqa": "needs a GPU and the tasks' files",
     "python finetune.py": "needs the hub and a GPU; tiny in test_finetune.py",
-    "python prepare_data.py --dataset fineweb-edu": "needs the hub",
     "python prepare_data.py --dataset text": "needs a text; 4 s in bytes to a minute for a BPE",
     "python train.py": "two minutes; the others need a dataset, or a GPU",
     "srun": "needs GPUs; two processes on a CPU in test_distributed.py",
