@@ -69,6 +69,8 @@ def main():
     if args.device == "cpu":
         keep_freed_memory()
     names = BENCHMARKS if "all" in args.tasks else args.tasks
+    if args.data and {*names} == {"demo"}:
+        raise UserError("the task demo has its own file: leave out --data")
     for path in filter(None, (args.json, args.versus and args.plot)):
         output_file(path, args.checkpoint, args.versus)
     plt = pyplot(args.plot) if args.versus else None  # fail before scoring

@@ -85,10 +85,15 @@ def read_variant(name, equal=None):
     return known[name].format(**equal or {}).split()
 
 
-def check_extra(extra, variants):
-    """UserError if flags of train.py after -- are unknown, or are those that a variant sets."""
+OWN = ["preset", "dataset", "out", "seed", "max_steps", "resume", "sample"]  # set by the scripts
+
+
+def check_extra(extra, variants, own=OWN):
+    """UserError if flags of train.py after -- are unknown, or set by the script or a variant."""
     PARSER.parse_args(extra)
     given = {word.partition("=")[0] for word in extra if word.startswith("--")}
+    if both := given & {f"--{no}{name}" for name in own for no in ("", "no-")}:
+        raise UserError(f"{min(both)} cannot stand after --: this script sets it, see --help")
     for name in variants:
         if both := given & {*read_variant(name, ANY)} - {"--n_layer"}:
             raise UserError(f"the variant {name} sets {min(both)} itself: leave it out after --")
@@ -211,17 +216,19 @@ def parse_args(argv):
     add("--results", help="file to which each finished run appends a line (default: "
         "OUT/results.jsonl)")
     add("--show", action="store_true", help="train nothing: the table of the existing lines")
-    parser.set_defaults(**SCALES[parser.parse_args(given).scale])
+    first = parser.parse_args(given)
+    parser.set_defaults(**SCALES[first.scale] | (dict(max_steps=40, eval_interval=20)
+                                                 if first.quick else {}))
     args = parse(parser, given)
     if args.dataset is None and not args.show:
         raise UserError(f"--scale {args.scale} needs --dataset, a folder that prepare_data.py made")
     if args.quick:
-        args.max_steps, args.eval_interval, extra = 40, 20, QUICK + extra
+        extra = QUICK + extra
     if args.variants == ["all"]:
         args.variants = list(VARIANTS | EQUAL)
     for name in args.variants + args.against:
         read_variant(name, ANY)  # all are known, before any of them is run
-    check_extra(extra, args.variants)
+    check_extra(extra, args.variants, OWN + ["lr"] * bool(args.lrs))
     args.results = args.results or os.path.join(args.out, "results.jsonl")
     return args, extra
 
@@ -316,9 +323,8 @@ def main():
     some = " to ".join(map(str, sorted({min(counts), max(counts)})))
     title = f"{args.preset}, {some} seeds"
     save(args, "compare", results, plot(plt, results, title, unit))
-    if not args.show:
-        print(f"Some text: python sample.py --checkpoint {args.out}/{name}-seed0/ckpt.pt "
-              "--prompt 'The '")
+    if os.path.exists(path := os.path.join(args.out, f"{name}-seed0", "ckpt.pt")):
+        print(f"Some text: python sample.py --checkpoint {path} --prompt 'The '")
 
 
 if __name__ == "__main__":

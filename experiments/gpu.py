@@ -51,7 +51,7 @@ from concurrent.futures import ThreadPoolExecutor
 import induction
 import numpy as np
 import torch
-from compare import VARIANTS, check_extra, read_variant
+from compare import OWN, VARIANTS, check_extra, read_variant
 from compare import split as split_argv
 from runs import check_settings, commit
 
@@ -336,7 +336,7 @@ def parse_args():
     if args.work is None:
         large = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 30e9
         args.work = os.path.join("/dev/shm" if large else tempfile.gettempdir(), "nanonexus-gpu")
-    check_extra(extra, args.variants)
+    check_extra(extra, args.variants, OWN + ["device", "batch_tokens"])
     return args, given, extra
 
 

@@ -35,14 +35,14 @@ import torch
 import torch.nn.functional as F
 from compare import ANY, read_variant
 from figures import WIDTH, mean_bar, name_lines, name_rows, style
-from runs import commit, model_flags, models_and_text
+from runs import model_flags, models_and_text, source
 from tqdm import tqdm
 
 from common import parse, pyplot, save, table
 
 from nanonexus.checkpoint import load_checkpoint, read_checkpoint
 from nanonexus.cli import Parser, UserError, listed, positive_int, run_script
-from nanonexus.files import append_line, output_file, read_lines
+from nanonexus.files import append_line, output_file, read_lines, sha256
 from nanonexus.stats import mean_spread, paired, paired_text
 
 KINDS = ["repeated", "changed", "new"]
@@ -174,6 +174,11 @@ def kept(path, earlier):
     return {read_checkpoint(p)["step"]: p for p in others + [path]}
 
 
+def identity(path):
+    """What tells one checkpoint from others: the start of its sha256."""
+    return sha256(path)[:12]
+
+
 def measure_all(args, name, found):
     """Measure what args ask for and found, {(variant, seed, step): line}, lacks; the steps."""
     if args.results:
@@ -189,13 +194,19 @@ def measure_all(args, name, found):
         for step in set(steps) - set(at):
             raise UserError(f"{variant}, seed {seed}, has no checkpoint of step {step}: choose "
                             f"from {', '.join(map(str, sorted(at)))}")
+    for (variant, seed, step), line in found.items():
+        if (path := runs.get((variant, seed), {}).get(step)) and "weights" in line and \
+                line["weights"] != identity(path):
+            raise UserError(f"{args.results} has another model's {variant}, seed {seed}, step "
+                            f"{step}, not that of {path}: choose another --results")
     todo = [(*run, step) for step in steps for run in runs if (*run, step) not in found]
-    version = commit(found.values())
+    made = source(found.values())
     for variant, seed, step in tqdm(todo, leave=False, disable=None):
         found[variant, seed, step] = line = dict(
             runs=name, variant=variant, seed=seed, step=step, match=args.match, shares=shares,
             sequences=args.windows, predictions=kind.numel(), length=kind.size(1),
-            **measure(runs[variant, seed][step], tokens, kind), commit=version)
+            **measure(runs[variant, seed][step], tokens, kind),
+            weights=identity(runs[variant, seed][step]), **made)
         if args.results:
             append_line(args.results, line)
     return steps

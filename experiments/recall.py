@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from compare import LR_SEED, model_fields, read_variant
 from figures import WIDTH, seed_strips, write
 from puzzles import SYMBOLS, TASKS, one_hop
-from runs import commit
+from runs import source
 from tqdm import tqdm
 
 from common import INNERS, parse, pyplot, save, table
@@ -167,7 +167,7 @@ class Results:
         self.path = path
         self.lines = {RecallRun(*(line[field] for field in RecallRun._fields)): line
                       for line in read_lines(path, *RecallRun._fields, "curve", "parameters")}
-        self.commit = commit(() if show else self.lines.values())
+        self.source = source(() if show else self.lines.values())
 
     def finish(self, run):
         """Train the run if its line is missing, and append that."""
@@ -175,7 +175,7 @@ class Results:
             return
         start = time.process_time()
         curve, model = train(run)
-        line = dict(run._asdict(), curve=curve, parameters=model.num_params(), commit=self.commit,
+        line = dict(run._asdict(), curve=curve, parameters=model.num_params(), **self.source,
                     cpu_seconds=round(time.process_time() - start, 1), torch=str(torch.__version__))
         append_line(self.path, line)
         self.lines[run] = line

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from compare import LR_SEED
 from retrofit_tables import change_rows, plot, run_rows
-from runs import check_settings, commit, in_parallel
+from runs import check_settings, in_parallel, source
 from tqdm import tqdm
 
 from common import ROOT, parse, pyplot, save, table
@@ -193,7 +193,7 @@ class Results:
                 if wrong := {n for n in one.keys() | other if one.get(n) != other.get(n)}:
                     raise UserError(f"{self.path} has lines of several settings, which differ in "
                                     f"{', '.join(sorted(wrong))}: keep only one's")
-        self.commit = commit(() if args.show else self.found.values())
+        self.source = source(() if args.show else self.found.values())
 
     def settings(self, part):
         return {name: self.data.get(name, getattr(self.args, name, None))
@@ -207,7 +207,7 @@ class Results:
 
     def add(self, part, variant, seed=None, lr=None, **measured):
         line = dict(part=part, variant=variant, seed=seed, lr=lr, **measured,
-                    settings=self.settings(part), commit=self.commit, torch=torch.__version__)
+                    settings=self.settings(part), **self.source, torch=torch.__version__)
         self.found[part, variant, seed, lr] = line
         append_line(self.path, line)
 

@@ -34,32 +34,42 @@ class TrainingRun(NamedTuple):
     flags: list  # of train.py, all but the data and the folder: they identify the run
 
 
-def commit(lines=()):
-    """The checked-out commit, with a + if files were changed since; None outside of git. A note
-    says how many of these lines of results may be from other code."""
+def commit():
+    """The checked-out commit, with a + if files were changed since; None outside of git."""
     def git(*words):
         return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout
     try:
-        version = (git("rev-parse", "--short=12", "HEAD").strip()
-                   + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))) or None
+        return (git("rev-parse", "--short=12", "HEAD").strip()
+                + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))) or None
     except OSError:
-        version = None
-    others = {str(line["commit"]) for line in lines
-              if line["commit"] != version or str(version).endswith("+")}
-    if others:
-        print(f"note: results of commit {', '.join(sorted(others))} are kept, and this is {version}"
-              ": after a change of the code give another --out", file=sys.stderr, flush=True)
-    return version
+        return None
+
+
+def code():
+    """The sha256 of model.py, train.py and nanonexus, shortened: what every run depends on."""
+    digest = hashlib.sha256()
+    for path in sorted(glob.glob(os.path.join(ROOT, "nanonexus", "*.py"))) + [
+            os.path.join(ROOT, "model.py"), os.path.join(ROOT, "train.py")]:
+        digest.update(sha256(path).encode())
+    return digest.hexdigest()[:16]
+
+
+def source(kept=()):
+    """What a line of results says of the code that made it. A note says how many of the lines kept
+    are of other code."""
+    made = dict(commit=commit(), code=code())
+    if others := [line for line in kept if line.get("code") != made["code"]]:
+        commits = ", ".join(sorted({str(line.get("commit")) for line in others}))
+        print(f"note: {len(others)} results of other code (commit {commits}) are kept, and not "
+              "measured again: after a change of the code give another --results or --out",
+              file=sys.stderr, flush=True)
+    return made
 
 
 def check_settings(folder, settings, flag="--out"):
     """UserError if the folder holds runs with other settings than these, or of other code; flag:
     what names the folder."""
-    digest = hashlib.sha256()
-    for path in sorted(glob.glob(os.path.join(ROOT, "nanonexus", "*.py"))) + [
-            os.path.join(ROOT, "model.py"), os.path.join(ROOT, "train.py")]:
-        digest.update(sha256(path).encode())
-    settings = settings | dict(code=digest.hexdigest()[:16])
+    settings = settings | dict(code=code())
     path = os.path.join(folder, "settings.json")
     saved = read_json(path) if os.path.exists(path) else settings
     if wrong := [key for key in saved.keys() | settings if saved.get(key) != settings.get(key)]:
@@ -139,7 +149,7 @@ class Study:
 
     def __init__(self, out, results, data, jobs):
         self.out, self.results, self.data, self.jobs = out, results, data, jobs
-        self.commit, self.lock = commit(), threading.Lock()
+        self.lock = threading.Lock()
         self.lines = {(line["flags"], line["data"]): line for line in read_lines(
             results, "flags", "data", "seed", "lr", "parameters", "flops_per_token",
             "tokens_per_sec", "val_loss", "curve")}
@@ -155,6 +165,9 @@ class Study:
         """Finish the unfinished runs, in their order, on the data in the folder
         dataset. UserError if one stops."""
         left, start = [run for run in runs if not self.line(run)], time.monotonic()
+        self.source = source(filter(None, map(self.line, runs)))
+        for run in left:
+            self.check(run)
         if left:
             print(f"{len(left)} of {len(runs)} runs, {self.jobs} at a time; each one's log is "
                   f"{os.path.join(self.out, 'RUN', 'output.txt')}", flush=True)
@@ -172,6 +185,17 @@ class Study:
         print(f"  {run.name:28}{line['val_loss']:.4f} nats  {gap:24}{minutes:>6} minutes left",
               flush=True)
 
+    def check(self, run):
+        """The file that says what its folder holds, and what it should say. UserError if the
+        folder holds a run with other flags or data."""
+        path = os.path.join(self.out, run.name, "run.json")
+        wanted = dict(flags=self.key(run)[0], data=self.data)
+        if os.path.exists(path) and (found := read_json(path)) != wanted:
+            differ = " and ".join(n for n in wanted if found.get(n) != wanted[n])
+            raise UserError(f"{os.path.dirname(path)} holds a run with other {differ}: choose "
+                            "another --out")
+        return path, wanted
+
     def train(self, run, dataset):
         """Finish one run, in its own process, and append its line. UserError if it stops."""
         folder = os.path.join(self.out, run.name)
@@ -181,6 +205,7 @@ class Study:
                        "--out", folder, "--no-sample", *run.flags,
                        *["--resume"] * os.path.exists(checkpoint)]
             os.makedirs(folder, exist_ok=True)
+            write_json(*self.check(run))
             env = {**os.environ, **({"OMP_NUM_THREADS": "1"} if self.jobs > 1 else {})}
             path = os.path.join(folder, "output.txt")
             with open(path, "a", encoding="utf-8") as output:
@@ -200,7 +225,7 @@ class Study:
 
     def summary(self, run, log, saved):
         """The line of a finished run: what it was, what it cost, what came out."""
-        config, args = GPTConfig(**saved["config"]), saved["args"]
+        args, model = saved["args"], build(GPTConfig(**saved["config"]))
         curve = [(event["tokens"], event["val_loss"]) for event in log
                  if event["val_loss"] is not None]
         norms = [event["grad_norm"] for event in log if event["grad_norm"] is not None]
@@ -208,11 +233,11 @@ class Study:
             variant=run.variant, seed=run.seed, lr=args["lr"], steps=saved["step"],
             tokens=saved["tokens"], val_loss=curve[-1][1], curve=curve,
             largest_norm=max(norms[len(norms) // 2:]),  # of the second half: has it diverged?
-            parameters=sum(w.numel() for w in saved["model"].values()),
-            flops_per_token=build(config).flops_per_token(config.block_size),
+            parameters=model.num_params(),
+            flops_per_token=model.flops_per_token(model.config.block_size),
             tokens_per_sec=statistics.median(
                 event["tokens_per_sec"] for event in log if event["tokens_per_sec"]),
             dtype=args["dtype"], threads=1 if self.jobs > 1 else torch.get_num_threads(),
-            data=self.data, vocab_size=config.vocab_size, flags=self.key(run)[0],
-            commit=self.commit, torch=saved["torch"], python=platform.python_version(),
+            data=self.data, vocab_size=model.config.vocab_size, flags=self.key(run)[0],
+            **self.source, torch=saved["torch"], python=platform.python_version(),
             machine=platform.processor() or platform.machine())

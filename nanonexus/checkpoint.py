@@ -3,6 +3,7 @@ Checkpoints: written so that an intact one always exists, read so that a file ca
 """
 
 import contextlib
+import copy
 import math
 import os
 import shutil
@@ -98,6 +99,17 @@ def probe(model):
                          f"{scale:.2g}: tokens may meet only in attend, each attention of a layer "
                          "under its own name, and positions start after the cached tokens")
     return logits
+
+
+def check_cache(model):
+    """ModelError if a cache changes the logits of a new model, whatever its parameters will be:
+    what starts as a constant, such as zeros, is changed in a copy, since it would hide mistakes."""
+    twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in twin.parameters():
+            if (p == p.flatten()[0]).all():
+                p.add_(torch.randn(p.shape, generator=generator).to(p) / 2)
+    probe(twin)
 
 
 def restore_weights(model, saved, path):

@@ -37,6 +37,7 @@ Those that reach across documents (all but the recursions) refuse document masks
 """
 
 import math
+from typing import get_args
 
 import torch
 import torch.nn as nn
@@ -45,6 +46,7 @@ import torch.nn.functional as F
 from model import (
     GPT,
     CausalSelfAttention,
+    GPTConfig,
     ModelError,
     apply_rotary_emb,
     attend,
@@ -303,3 +305,5 @@ CONTROLS = {"key-shift": KeyShift, "kv-shift": KVShift, "canon": Canon, "mean": 
             "near": Near, "near-gated": NearGated, "tokens-residual": TokensResidual, "mix": Mix,
             "self-residual": SelfResidual, "self-strict": SelfStrict, "cross-plain": CrossPlain,
             "cross-residual": CrossResidual, "cross-strict": CrossStrict}
+assert not CONTROLS.keys() & {*get_args(GPTConfig.__annotations__["nexus_inner"])}, \
+    "an inner step has the name of a control: rename it"

@@ -99,7 +99,8 @@ def check_folder(folder, model):
                                        wanted.gather(1, text[0, -new:, None]).sum()))
     if wrong := [name for name, right in same.items() if not all(right)]:
         raise UserError(f"the exported folder gives other {' and '.join(wrong)} than the model: "
-                        "does it compute anything outside hidden_states and output_layer?")
+                        "does it compute anything outside hidden_states and output_layer, or use "
+                        "absolute positions? transformers pads rows of a batch on the left")
 
 
 def tokenizer_json(encoding):
@@ -246,8 +247,8 @@ def export(checkpoint, out, license=None):
         config |= dict(architectures=["NexusForCausalLM"], model_type="nanonexus", gpt=asdict(c),
                        auto_map={"AutoConfig": "modeling_nexus.NexusConfig",
                                  "AutoModelForCausalLM": "modeling_nexus.NexusForCausalLM"})
-    weights = {"model": neox_weights(model)} if plain else {
-        "model": {f"gpt.{name}": w for name, w in model.state_dict().items()},
+    weights = {"model": neox_weights(model) if plain else {
+        f"gpt.{name}": w for name, w in model.state_dict().items()},
         "probe": {"probe": probe(model)}}  # as in a checkpoint
     ids = dict(bos_token_id=eot, eos_token_id=eot, pad_token_id=eot)
     unused = list(range(encoding.n_vocab, c.vocab_size))  # the padding of the vocabulary

@@ -200,7 +200,7 @@ def read_lines(path, *needed):
         with open(path, "rb") as f:
             for number, line in enumerate(f, 1):
                 if line.endswith(b"\n"):
-                    with reading(f"{path}, line {number},", "remove that line"):
+                    with reading(f"{path}, line {number},", "give another file, or remove it"):
                         lines.append(dict(json.loads(line)))
                         [lines[-1][name] for name in needed]
     return lines

@@ -29,9 +29,10 @@ PRESETS = {
     "pythia-410m": dict(n_layer=24, n_head=16, n_embd=1024, lr=3e-4),
     "pythia-1b": dict(n_layer=16, n_head=8, n_embd=2048, lr=2.5e-4),
 }
-# A resumed run must agree with its checkpoint on these, or it would not be the same run.
-FIXED = ["preset", "batch_tokens", "doc_mask", "decay_steps", "lr", "warmup_steps", "weight_decay",
-         "grad_clip", "seed"]
+# A resumed run must agree with its checkpoint on all flags but these, or it would be another run.
+FREE = {"dataset", "verify", "out", "resume", "micro_batch", "max_steps", "eval_interval",
+        "save_interval", "log_interval", "keep", "max_minutes", "on_nan", "deterministic", "device",
+        "dtype", "compile", "sample", "wandb", "tensorboard", *(f.name for f in fields(GPTConfig))}
 
 
 def preset_config(name, **changes):
@@ -64,6 +65,8 @@ def build_parser(doc):
                      control="instead of, or besides, Nexus: " + ", ".join(CONTROLS))
     for f in fields(GPTConfig):
         choices = CONTROLS if f.name == "control" else get_args(f.type)
+        assert choices or f.type in (bool, int, float, str), (
+            f"{f.name}: a field is a flag too: a bool, an int, a float, a str or a Literal")
         kind = dict(choices=choices, metavar="NAME") if f.name == "control" else dict(
             choices=choices) if choices else dict(action=flag) if f.type is bool else \
             dict(type=positive_int if f.type is int else f.type)
@@ -136,7 +139,7 @@ def parse_args(doc, argv=None):
     if not saved and given.warmup_steps is None:  # a short run, too, must reach its peak and decay
         args.warmup_steps = min(args.warmup_steps, max(1, args.decay_steps // 2))
     if saved:
-        agree(vars(args), saved["args"], FIXED)
+        agree(vars(args), saved["args"], saved["args"].keys() - FREE)  # make_config has the model's
         if args.max_steps < saved["step"]:
             raise UserError(f"{path} is at step {saved['step']}: give a larger --max_steps than "
                             f"{args.max_steps}")
@@ -147,11 +150,12 @@ def parse_args(doc, argv=None):
 
 
 def agree(given, saved, names):
-    for name in names:
+    for name in sorted(names):
         value = given.get(name)  # None: a field of another version
         if value != saved.get(name, value):
             raise UserError(f"--{name} {value} contradicts the checkpoint's {saved[name]}: drop "
-                            "the flag, or start a new run in another --out")
+                            "the flag (or the change of its default), or start a new run in "
+                            "another --out")
 
 
 def make_config(args, tokens, device, saved):

@@ -190,10 +190,10 @@ def agree(found, wanted):
 
 
 def small(config):
-    """A GPTConfig of the same kind of model, as small as can be."""
+    """A GPTConfig of the same kind of model, as deep and long as is cheap to compute."""
     width = config.n_embd // config.n_head
-    return replace(config, vocab_size=64, block_size=32, n_layer=2, n_head=2, n_embd=2 * width,
-                   dropout=0.0)
+    return replace(config, vocab_size=64, block_size=min(config.block_size, 256), n_head=2,
+                   n_layer=min(config.n_layer, 8), n_embd=2 * width, dropout=0.0)
 
 
 def weight_files(folder):

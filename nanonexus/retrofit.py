@@ -309,8 +309,8 @@ def probe(family, order, streams, gated, inner):
     documents packed into a row see each other."""
     import transformers
 
-    few = dict(vocab_size=48, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-               intermediate_size=32, max_position_embeddings=32, moe_intermediate_size=32,
+    few = dict(vocab_size=48, hidden_size=32, num_hidden_layers=6, num_attention_heads=4,
+               intermediate_size=32, max_position_embeddings=64, moe_intermediate_size=32,
                num_experts=8, num_local_experts=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     if family != "gpt_neox":
         few |= dict(num_key_value_heads=2, head_dim=8)
@@ -321,12 +321,12 @@ def probe(family, order, streams, gated, inner):
             if p.dim() > 1:  # attention neither even nor sharp: all that is computed shows
                 p.copy_((torch.arange(p.numel()) * 1.7).sin().view_as(p) * 0.7 / p.size(-1) ** 0.5)
         attach(model, order, streams, None, 0.5 if gated else None, inner)
-        idx, parts, cache = torch.arange(12)[None] * 7 % 48, [], transformers.DynamicCache()
-        first, second = idx.split([7, 5], dim=1)
+        idx, parts, cache = torch.arange(48)[None] * 7 % 48, [], transformers.DynamicCache()
+        first, second = idx.split([28, 20], dim=1)
         whole, name = model(idx, use_cache=False).logits, cache_name(model)
-        for part in idx.split([5, 1, 1, 5], dim=1):
+        for part in idx.split([20, 1, 1, 26], dim=1):
             parts.append(model(part, use_cache=True, **{name: cache}).logits)
-        packed = model(idx, position_ids=torch.arange(12)[None] % 7, use_cache=False).logits
+        packed = model(idx, position_ids=torch.arange(48)[None] % 28, use_cache=False).logits
         alone = [model(document, use_cache=False).logits for document in (first, second)]
     for what, found, wanted in (("a cache", torch.cat(parts, 1), whole),
                                 ("other documents in its row", packed, torch.cat(alone, 1))):

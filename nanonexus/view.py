@@ -78,6 +78,9 @@ def attention_maps(model, ids):
     are equal. ModelError for weights that cannot be shown."""
     c, T, found, maps = model.config, len(ids), {}, {}
     model.hidden_states(torch.tensor([ids]), maps=found)
+    layers = 1 + max((layer for layer, _ in found), default=0)
+    check(layers <= c.n_layer, f"the model has {layers} attentions in {c.n_layer} layers: which "
+          "layer is which cannot be shown")
     for (layer, name), weights in found.items():
         check(weights.shape == (1, c.n_head, T, T) and 0 <= weights.min() <= weights.max() < 1.001,
               f"the map {name} cannot be shown: it must have a weight from 0 to 1 for each of "

@@ -10,7 +10,7 @@ from questions import save as save_gpt
 import model as ours
 from model import CausalSelfAttention, GPTConfig, ModelError
 from nanonexus import checkpoint
-from nanonexus.checkpoint import PARTS, load_checkpoint
+from nanonexus.checkpoint import PARTS, check_cache, load_checkpoint, probe
 from nanonexus.cli import UserError
 from nanonexus.controls import CONTROLS, build, replaces_loops
 
@@ -131,6 +131,28 @@ def test_readings_that_were_controls_are_still_read(change, inner, tmp_path):
 class Evil:
     def __reduce__(self):
         return (open, ("evil.txt", "w"))
+
+
+class Positions(torch.nn.Embedding):
+    """Learned positions, initially 0, that forget how many tokens the cache has."""
+
+    def __init__(self, weight):
+        super().__init__(*weight.shape)
+        self.position = torch.nn.Parameter(torch.zeros(99, weight.size(1)))
+
+    def forward(self, idx):
+        return super().forward(idx) + self.position[:idx.size(1)]
+
+
+def test_a_wrong_cache_shows_before_its_parameters_have_learnt():
+    gpt = make()
+    check_cache(gpt)
+    gpt.embed = Positions(gpt.embed.weight)
+    before = gpt.state_dict()["embed.position"].clone()
+    probe(gpt)
+    with pytest.raises(ModelError, match="logits with a cache differ"):
+        check_cache(gpt)
+    assert torch.equal(gpt.embed.position, before)
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch):

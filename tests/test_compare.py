@@ -19,7 +19,7 @@ import figures
 import pytest
 import runs
 import torch
-from questions import done, drawn, refused
+from questions import call, done, drawn, refused
 from test_train import ROOT, read_log, tokens  # noqa: F401
 
 import train
@@ -213,6 +213,7 @@ def test_an_interrupt_saves_and_the_same_command_continues(tmp_path, tokens, req
     assert (folder / "ckpt.pt").exists() and count > 5
     assert not (tmp_path / "results.jsonl").exists()
     (tmp_path / "settings.json").unlink()  # the test's own shorter run
+    (folder / "run.json").unlink()
     request.getfixturevalue("here")
     done(compare.main, "--max_steps", count + 2, *argv, "--decay_steps", 4000)
     steps = [event["step"] for event in read_log(folder)]
@@ -238,8 +239,54 @@ def test_results_of_other_code_are_told(monkeypatch, capsys):
     said = {"rev-parse": "abc\n", "status": ""}
     monkeypatch.setattr(subprocess, "run", lambda argv, **kwargs: SimpleNamespace(
         stdout=said[argv[3]]))
-    assert runs.commit([dict(commit="abc")]) == "abc" and not capsys.readouterr().err
-    runs.commit([dict(commit="abc"), dict(commit="012")])
-    assert "results of commit 012 are kept, and this is abc:" in capsys.readouterr().err
-    said["status"] = " M model.py\n"  # what was edited when is not known
-    assert runs.commit([dict(commit="abc+")]) == "abc+" and "abc+ are" in capsys.readouterr().err
+    kept = [dict(commit="012", code=runs.code())]
+    assert runs.source(kept) == dict(commit="abc", code=runs.code())
+    assert not capsys.readouterr().err
+    said["status"] = " M README.md\n"
+    assert runs.source(kept + [dict(commit="abc"), dict(commit=None, code="0")])["commit"] == "abc+"
+    assert "2 results of other code (commit None, abc) are kept" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("plots", "here")
+def test_a_folder_is_not_taken_for_another_run(tmp_path, tokens, monkeypatch, capsys):  # noqa: F811
+    """Not by other flags of the script, of a variant, or data at the same path; and results of
+    other code are told even where they are kept in a file elsewhere."""
+    argv = ["--variants", "baseline", "--dataset", tokens, "--max_steps", 2, "--seeds", 1, "--out",
+            out := tmp_path / "out", "--results", kept := tmp_path / "lines.jsonl"]
+    done(compare.main, *argv, "--lrs", "1e-3", *SMALL)
+    before = kept.read_text()
+    other = f"{out}/baseline-seed0 holds a run with other"
+    assert f"{other} flags" in refused(compare.main, *argv, "--lrs", "1e-2", *SMALL)
+    with monkeypatch.context() as patch:
+        patch.setitem(compare.VARIANTS, "baseline", "--nexus_order 3")
+        assert f"{other} flags" in refused(compare.main, *argv, "--lrs", "1e-3", *SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.Dataset, "fingerprint", "other")
+        assert f"{other} data" in refused(compare.main, *argv, "--lrs", "1e-3", *SMALL)
+    assert kept.read_text() == before
+    capsys.readouterr()
+    monkeypatch.setattr(runs, "sha256", lambda path: "as if it were edited")
+    *rest, = (x if x != out else tmp_path / "another" for x in argv)
+    *_, errors = call(compare.main, *rest, "--lrs", "1e-3", *SMALL)
+    assert "1 results of other code" in errors and kept.read_text() == before
+
+
+@pytest.mark.parametrize("extra, word", [
+    (["--dataset", "T"], "--dataset"), (["--seed", "7"], "--seed"), (["--max_steps=20"],
+    "--max_steps"), (["--no-sample"], "--no-sample"), (["--lr", "1"], "--lr")])
+def test_what_the_script_sets_cannot_stand_after_the_dashes(extra, word):
+    argv = ["--quick", "--lrs", "1e-3", "--", *extra]
+    with pytest.raises(UserError, match=f"{word} cannot stand after --"):
+        compare.parse_args(argv)
+
+
+def test_quick_is_a_default():
+    assert compare.parse_args(["--quick"])[0].max_steps == 40
+    assert compare.parse_args(["--quick", "--max_steps", "7"])[0].max_steps == 7
+
+
+def test_an_inner_step_cannot_have_a_control_s_name():
+    code = ("import typing, model; model.GPTConfig.__annotations__['nexus_inner'] = "
+            "typing.Literal['self', 'mean']; import nanonexus.controls")
+    job = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert job.stderr.strip().endswith("an inner step has the name of a control: rename it")

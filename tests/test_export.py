@@ -125,8 +125,9 @@ def test_the_folder_is_read_back_bit_for_bit_by_the_same_model_py(folders, monke
         assert all(torch.equal(w, ours[key]) for key, w in back.state_dict().items())
         assert (tokenizer.eot_token, tokenizer.n_vocab) == (256, 257)
     monkeypatch.setattr(model_file, "apply_rotary_emb", lambda x, cos, sin: x)
-    with pytest.raises(ModelError, match="model.py has changed"):
-        open_model(root / "self")
+    for name in ("self", "plain"):
+        with pytest.raises(ModelError, match="model.py has changed"):
+            open_model(root / name)
 
 
 def test_transformers_gives_our_logits_and_text_without_this_project(folders):

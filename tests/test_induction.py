@@ -122,6 +122,9 @@ def test_a_line_is_measured_once_and_shown_without_models(tmp_path, monkeypatch)
     assert done(induction.main, *argv) == first and len(measured) == 2
     assert done(induction.main, *argv, "--steps", 1, "--show") == first
     assert "choose from 1\n" in refused(induction.main, *argv, "--steps", 7)
+    with monkeypatch.context() as patch:  # a folder of the same name with other models
+        patch.setattr(induction, "sha256", lambda path: "of another file")
+        assert "has another model's baseline, seed 0, step 1" in refused(induction.main, *argv)
     assert "no line of models with these settings" in refused(induction.main, *argv, "--show",
                                                               "--match", 2)
     assert len(measured) == 2

@@ -252,6 +252,12 @@ def test_a_changed_map_is_another_model(tmp_path, monkeypatch):
             read(str(tmp_path / family))
     monkeypatch.undo()
     probe.cache_clear()
+    monkeypatch.setattr(retrofit, "attend_earlier", lambda *given: (  # not of the first layer
+        0.9 if given[-1].attention.layer_idx else 1) * attend(*given))
+    with pytest.raises(ModelError, match="retrofit.py has changed since: .*'past'"):
+        load(str(tmp_path / "llama"))
+    monkeypatch.undo()
+    probe.cache_clear()
     monkeypatch.setattr(model_file, "attend", lambda *given, attend=model_file.attend, **kwargs:
                         0.9 * attend(*given, **kwargs))
     with pytest.raises(ModelError, match="model.py computes something else by now"):

@@ -182,6 +182,7 @@ def test_the_checkpoint_has_the_model_of_the_flags_and_a_resume_must_agree(
     for argv, message in ((["--lr", "0.5"], "--lr 0.5 contradicts the checkpoint's 0.003"),
                           (["--preset", "pythia-70m"], "--preset pythia-70m contradicts"),
                           (["--max_steps", "1"], "is at step 2: give a larger --max_steps than 1"),
+                          (["--eval_windows", "2"], "--eval_windows 2 contradicts"),
                           (["--nexus_order", "1"], "--nexus_order 1 contradicts")):
         with pytest.raises(UserError, match=message):
             run(tokens, tmp_path, "--resume", *argv)

@@ -74,7 +74,11 @@ def test_a_checkpoint_moves_to_another_device_and_not_to_other_optimizers(
     go("run", "--max_steps", 2, "--decay_steps", 4)
     make = train.make_optimizers
     for other in (muon_and_adamw, lambda model, args: [torch.optim.SGD(model.parameters(), 0.1)],
-                  lambda model, args: [torch.optim.AdamW(make(model, args)[0].param_groups[::-1])]):
+                  lambda model, args: [torch.optim.AdamW(make(model, args)[0].param_groups[::-1])],
+                  lambda model, args: [torch.optim.AdamW([
+                      g | dict(betas=(0.5, 0.5)) for g in make(model, args)[0].param_groups])],
+                  lambda model, args: [torch.optim.AdamW([
+                      g | dict(lr=2 * args.lr) for g in make(model, args)[0].param_groups])]):
         with monkeypatch.context() as patch, pytest.raises(UserError, match="has changed since"):
             patch.setattr(train, "make_optimizers", other)
             go("run", "--max_steps", 4, "--resume")

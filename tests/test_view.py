@@ -129,6 +129,8 @@ def test_a_map_that_a_layer_lacks_is_0_there():
 def test_weights_that_cannot_be_shown_are_refused():
     for found, message in (({(0, "outer"): torch.full((1, 2, 3, 3), -0.1)}, "a weight from 0 to 1"),
                            ({(0, "outer"): torch.zeros(1, 2, 3, 4)}, "each pair of 3 tokens"),
+                           ({(layer, "outer"): torch.full((1, 2, 3, 3), 0.3)
+                             for layer in range(9)}, "the model has 9 attentions in . layers"),
                            ({}, "nothing to show")):
         with pytest.raises(ModelError, match=message):
             view.attention_maps(model_of(found), [1, 2, 3])
