@@ -22,7 +22,7 @@ SLOW = {  # how a command begins that does not run here, and why: minutes are th
     "OUT=out/70m experiments/reproduce_70m.sh": "needs the hub and a GPU; test_reproduce.py",
     "python eval_sciq.py --checkpoint HuggingFaceTB": "needs the hub",
     "python eval_sciq.py --checkpoint MODEL": "needs the tasks' files; 15 and 6 minutes",
-    "python eval_sciq.py --checkpoint out/ckpt.pt --versus": "needs the hub, or 20 minutes with --data",
+    "python eval_sciq.py --checkpoint out/ckpt.pt --versus": "needs the hub, or 20 minutes",
     "python eval_sciq.py --tasks sciq,arc_easy,piqa": "needs a GPU and the tasks' files",
     "python finetune.py": "needs the hub and a GPU; tiny in test_finetune.py",
     "python prepare_data.py --dataset text": "needs a text; 4 s in bytes to a minute for a BPE",
