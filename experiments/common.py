@@ -4,6 +4,7 @@ What the experiments share: the import path, the inner steps, tables and saved r
 
 import os
 import platform
+import subprocess
 import sys
 from typing import get_args
 
@@ -18,6 +19,17 @@ from nanonexus.cli import UserError  # noqa: E402
 from nanonexus.files import output_folder, write_json  # noqa: E402
 
 INNERS = get_args(GPTConfig.__annotations__["nexus_inner"])  # model.py's inner steps
+
+
+def commit():
+    """The checked-out commit, with a + if files were changed since; None outside of git."""
+    def git(*words):
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout
+    try:
+        return (git("rev-parse", "--short=12", "HEAD").strip()
+                + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))) or None
+    except OSError:
+        return None
 
 
 def table(rows):
@@ -57,7 +69,7 @@ def save(args, name, results, figure=None):
     """Write results with their settings and versions to OUT/name.json, a figure to name.svg."""
     path = os.path.join(args.out, name)
     write_json(path + ".json", dict(settings=vars(args), results=results, versions=dict(
-        python=platform.python_version(), torch=str(torch.__version__),
+        commit=commit(), python=platform.python_version(), torch=str(torch.__version__),
         machine=platform.processor() or platform.machine(), cores=os.cpu_count())))
     if figure:
         figure.tight_layout()

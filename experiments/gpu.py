@@ -53,9 +53,9 @@ import numpy as np
 import torch
 from compare import OWN, VARIANTS, check_extra, read_variant
 from compare import split as split_argv
-from runs import check_settings, commit
+from runs import check_settings
 
-from common import ROOT, table
+from common import ROOT, commit, table
 
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import (

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import ROOT
+from common import ROOT, commit
 
 from model import GPTConfig
 from nanonexus.checkpoint import newest_checkpoint, read_checkpoint
@@ -32,17 +32,6 @@ class TrainingRun(NamedTuple):
     seed: int
     steps: int
     flags: list  # of train.py, all but the data and the folder: they identify the run
-
-
-def commit():
-    """The checked-out commit, with a + if files were changed since; None outside of git."""
-    def git(*words):
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout
-    try:
-        return (git("rev-parse", "--short=12", "HEAD").strip()
-                + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))) or None
-    except OSError:
-        return None
 
 
 def code():

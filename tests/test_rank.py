@@ -92,7 +92,8 @@ def test_the_command(tmp_path):
     argv = "--T 12 --d 3 --ranks 1,3 --seeds 2 --restarts 2 --steps 5".split()
     out = done(rank.main, *argv, "--out", tmp_path)
     saved = json.loads((tmp_path / "rank.json").read_text())
-    assert saved["settings"]["seeds"] == 2 and {"python", "torch"} <= saved["versions"].keys()
+    assert saved["settings"]["seeds"] == 2
+    assert {"commit", "python", "torch"} <= saved["versions"].keys()
     kl = saved["results"]
     assert list(kl) == ["causal", "not causal"] and list(kl["causal"]["3"]) == list(rank.VARIANTS)
     mean = sum(kl["causal"]["3"]["past"]["3"]) / 2
