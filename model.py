@@ -9,7 +9,7 @@ Both use one primitive, causal attention with rotary position embedding in each 
              out = Attn(h_q, h_k, v)
 
 Only `separate` adds parameters. The difference is in CausalSelfAttention: one `if` in forward, and
-refine, which has the other readings too. Order 1 is plain attention, bit for bit: Pythia's GPT.
+refine, which has the other readings too. With order 1, --preset pythia-70m is Pythia's GPT.
 
 References: Nexus https://arxiv.org/abs/2512.03377, Pythia (sizes and training recipe) 2304.01373,
 GPT-NeoX-20B (architecture and initialisation) 2204.06745, rotary position embedding 2104.09864.
@@ -183,7 +183,7 @@ class GPTConfig:
     n_head: int = 8
     n_embd: int = 512  # width of the residual stream
     rotary_pct: float = 0.25  # fraction of each head's dimensions that are rotated
-    parallel_residual: bool = True  # attention and MLP side by side, as Pythia, or in sequence
+    parallel_residual: bool = True  # attention and MLP side by side, as in Pythia, or in sequence
     dropout: float = 0.0  # probability, on the embedding and on what each block adds
     gelu: Literal["tanh", "erf"] = "tanh"  # erf is exact, and twice as fast on a CPU
     attention: Literal["sdpa", "flex", "manual"] = "sdpa"  # flex: on CUDA; manual: gives maps too

@@ -5,7 +5,7 @@ Does Nexus learn more than its baseline, and than cheaper changes, from the same
     python experiments/compare.py --quick            # a small model, half a minute
     python experiments/compare.py --variants baseline,self,longer,deeper --seeds 6
     python experiments/compare.py --scale text --dataset tokens/books --jobs 2 --out out/text \\
-        --variants baseline,key-shift,past,cross --results docs/results/text.jsonl
+        --variants baseline,key-shift,past,cross
     python experiments/compare.py --preset pythia-70m --dataset tokens/fw -- --micro_batch 32
 
 Each run is train.py in its own folder under --out; all variants of a seed read the same tokens in

@@ -33,7 +33,7 @@ Whether a token sees itself, in `inner_step`. Attn_< sees earlier tokens alone:
     s is kept         s + Attn(h_s, h_s, s)  self-residual s + Attn_<(h_s, h_s, s)  past
   and the same of h_q and h_k: cross-plain, cross-strict, cross-residual and, of model.py, cross
 
-Those that reach across documents (all but the recursions) refuse document masks.
+All in `prepare`, near and near-gated reach across documents, and refuse document masks.
 """
 
 import math
@@ -266,8 +266,8 @@ class Mix(TokensResidual):
 
 
 class SelfResidual(CausalSelfAttention):
-    """h_s <- s + Attn(h_s, h_s, s): `self`, but the token keeps what it was. `past` does not see
-    its own token either."""
+    """h_s <- s + Attn(h_s, h_s, s): `self`, but the token keeps what it was; it also sees itself,
+    unlike in `past`."""
 
     crossed, residual, strict = False, True, False
 

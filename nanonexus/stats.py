@@ -1,9 +1,9 @@
 """
 Statistics of comparisons, all of them paired.
 
-One rule holds in all experiments. Differences are paired where seeds (or documents) are shared,
-given with their 99% t interval, and claimed only where that interval excludes 0, i.e. at p < 0.01.
-No seed is dropped, and no best one is chosen.
+Means are compared by one rule: differences are paired where seeds (or documents) are shared, and
+given with their 99% t interval, which excludes 0 if p < 0.01. No seed is dropped, and no best one
+is chosen. RESULTS.md says what is claimed, and how lookups and accuracies are compared.
 """
 
 import math
