@@ -32,6 +32,9 @@ def commit():
         return None
 
 
+COMMIT = commit()  # of the code that is loaded: files may change while an experiment runs
+
+
 def table(rows):
     """Rows of cells, the first the heading, as aligned text."""
     rows = [[str(cell) for cell in row] for row in rows]
@@ -69,7 +72,7 @@ def save(args, name, results, figure=None):
     """Write results with their settings and versions to OUT/name.json, a figure to name.svg."""
     path = os.path.join(args.out, name)
     write_json(path + ".json", dict(settings=vars(args), results=results, versions=dict(
-        commit=commit(), python=platform.python_version(), torch=str(torch.__version__),
+        commit=COMMIT, python=platform.python_version(), torch=str(torch.__version__),
         machine=platform.processor() or platform.machine(), cores=os.cpu_count())))
     if figure:
         figure.tight_layout()

@@ -55,7 +55,7 @@ from compare import OWN, VARIANTS, check_extra, read_variant
 from compare import split as split_argv
 from runs import check_settings
 
-from common import ROOT, commit, table
+from common import COMMIT, ROOT, table
 
 from nanonexus.checkpoint import load_checkpoint
 from nanonexus.cli import (
@@ -353,7 +353,7 @@ def main():
         return copying(args, args.copying)
     settings = dict(preset=args.preset, data=tokens.fingerprint, steps=args.steps, extra=extra,
                     windows=args.windows, tasks=args.tasks, device=args.device)
-    source = commit()
+    source = COMMIT
     if source is None and os.path.exists(path := os.path.join(args.data or "", "commit")):
         with open(path, encoding="utf-8") as f:
             source = f.read().strip()

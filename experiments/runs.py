@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from common import ROOT, commit
+from common import COMMIT, ROOT
 
 from model import GPTConfig
 from nanonexus.checkpoint import newest_checkpoint, read_checkpoint
@@ -46,7 +46,7 @@ def code():
 def source(kept=()):
     """What a line of results says of the code that made it. A note says how many of the lines kept
     are of other code."""
-    made = dict(commit=commit(), code=code())
+    made = dict(commit=COMMIT, code=code())
     if others := [line for line in kept if line.get("code") != made["code"]]:
         commits = ", ".join(sorted({str(line.get("commit")) for line in others}))
         print(f"note: {len(others)} results of other code (commit {commits}) are kept, and not "

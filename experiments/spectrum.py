@@ -47,8 +47,8 @@ from nanonexus.cli import Parser, listed, number, run_script
 from nanonexus.stats import mean_spread, paired, paired_text
 
 OUTER = ["effective rank", "outside span", "rank of layer", "rank <= D", "outer entropy"]
-INNER = ["entropy, q", "entropy, k", "own token, q", "own token, k", "token before, q",
-         "token before, k", "cosine, q", "cosine, k"]
+INNER = [f"{what}, {n}" for what in ("entropy", "own token", "token before") for n in "qkh"]
+INNER += ["cosine, q", "cosine, k"]
 
 
 def by_layer(maps, config):
@@ -138,7 +138,8 @@ def measure(path, idx, tol, contexts):
         if inner:
             q, k, v = attention.prepare(*attention.project(x), ctx)
             row |= {f"cosine, {n}": torch.cosine_similarity(s, h, dim=-1) for n, s, h in zip(
-                "qk", (q, k), attention.refine(x, q, k, v, ctx), strict=True) if n in inner}
+                "qk", (q, k), attention.refine(x, q, k, v, ctx), strict=True)
+                if n in inner or "h" in inner}
         for name in rows:
             rows[name].append(row[name].mean().item() if name in row else None)
     return dict(D=D, rows=rows, spectra=spectra, shares=against)
@@ -166,6 +167,8 @@ def at_start(inner, T, D, seed, heads=2):
 
 
 def lines(results, columns):
+    columns = [name for name in columns if any(run["rows"][name][0] is not None
+                                               for runs in results.values() for run in runs)]
     yield ["", "layer", "D", *columns]
     for variant, runs in results.items():
         for layer in range(len(runs[0]["spectra"])):

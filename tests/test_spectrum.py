@@ -109,6 +109,19 @@ def test_measure_reads_the_streams_and_maps_of_the_right_layer(tmp_path, monkeyp
     assert rows["effective rank"][0] <= 4 + 1e-9  # D
 
 
+def test_measure_of_tokens_whose_one_map_serves_queries_and_keys(monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=32, block_size=16, n_layer=2, n_head=2, n_embd=8,
+                          rotary_pct=1.0, nexus_order=2, nexus_inner="tokens", attention="manual"))
+    with torch.no_grad():  # the second layer's keys are all equal: its inner maps are uniform
+        model.blocks[1].attn.qkv.weight[8:16] = 0
+    monkeypatch.setattr(spectrum, "load_checkpoint", lambda path, attention: (model, None))
+    rows = spectrum.measure("", torch.randint(32, (3, 16)), 0.01, [16])["rows"]
+    assert rows["entropy, h"][1] == pytest.approx(1) and rows["entropy, h"][0] < 0.999999
+    assert rows["entropy, q"] == rows["own token, k"] == [None, None]
+    assert all(-1 <= cosine < 0.999 for cosine in rows["cosine, q"] + rows["cosine, k"])
+
+
 @pytest.mark.usefixtures("plots")
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "compare", one_step)
