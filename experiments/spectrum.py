@@ -207,17 +207,21 @@ def plot(plt, results, start, contexts):
             trained.plot(at, y.T, "o", ms=2.5, color=style(variant)["color"])
             trained.plot(at, y.mean(0), **style(variant))
             ends[3][variant] = at[-1], y.mean(0)[-1].item()
-    for (variant, D), pairs in start.items():
-        y = [statistics.mean(own or before for own, before in pairs[T]) for T in contexts]
-        untrained.plot(contexts, y, **style(variant))
-        strict = not pairs[contexts[0]][0][0]  # those do not depend on D
-        name = variant if strict else f"{variant}, D = {D}"
-        ends[2][name] = contexts[-1], y[-1]
+    for inner in INNERS:
+        curves = {f"{inner}, D = {D}": [statistics.mean(own or before for own, before in pairs[T])
+                                        for T in contexts]
+                  for (name, D), pairs in start.items() if name == inner}
+        starts = [y[0] for y in curves.values()]
+        if max(starts) - min(starts) < 0.02:  # the width makes no difference: one line for all
+            curves = {inner: [statistics.mean(at) for at in zip(*curves.values(), strict=True)]}
+        for name, y in curves.items():
+            untrained.plot(contexts, y, **style(inner))
+            ends[2][name] = contexts[-1], y[-1]
     spectrum.set(title="spectrum of a head's log-attention", xlabel="singular value",
                  ylabel="relative to the largest", ylim=(1e-3, 1.2))
     ranks.set(title="its effective rank", xlabel="layer", xticks=range(1, column.size(1) + 1))
     for panel, title in ((untrained, "untrained"), (trained, "trained")):
-        panel.set(title=f"{title}: own token (strict: token before)", xlabel="context T",
+        panel.set(title=f"{title}: own token (past, cross: the one before)", xlabel="context T",
                   xscale="log", ylim=(0, 1))
         at = contexts if panel is untrained else list(runs[0]["shares"])
         panel.set_xticks(at, at)
