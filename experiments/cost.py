@@ -162,14 +162,15 @@ def training_step(name, model, idx, targets, args, optimizer=None):
 
 def speeds(seconds, base, count):
     """{name: dict(rate, ratio to base: median over rounds, and its quartiles, ms: those of a step's
-    time, the median between them)}"""
+    time, the median between them, seconds: of each round)}"""
     result = {}
     for name, times in seconds.items():
         ratios = [b / t for b, t in zip(seconds[base], times, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         result[name] = dict(rate=count / statistics.median(times), ratio=middle,
                             quartiles=[low, high],
-                            ms=[1e3 * t for t in statistics.quantiles(times, n=4)])
+                            ms=[1e3 * t for t in statistics.quantiles(times, n=4)],
+                            seconds=times)
     return result
 
 
