@@ -82,8 +82,7 @@ def attend(q, k, v, ctx, name="outer", strict=False):
         ctx.maps[ctx.layer, name] = weights.detach()
     return weights @ v
 
-def merge_heads(x):
-    """(B, H, T, D) -> (B, T, C)"""
+def merge_heads(x):  # (B, H, T, D) -> (B, T, C)
     return x.transpose(1, 2).flatten(2)
 
 class CausalSelfAttention(nn.Module):
@@ -276,8 +275,7 @@ class GPT(nn.Module):
         check(past + T <= c.block_size, f"{past + T} tokens exceed the context of {c.block_size}")
         assert maps is None or c.attention == "manual", "maps need attention='manual'"
         assert docs is None or docs.shape == (len(idx), past + T), "docs: one for each token seen"
-        if mask is None:
-            mask = self.attention_mask(T, past, docs, idx.device)
+        mask = self.attention_mask(T, past, docs, idx.device) if mask is None else mask
         rope, x = self.rope[:, past:past + T], self.dropout(self.embed(idx))
         for i, block in enumerate(self.blocks):
             x = block(x, AttnContext(i, c.attention, rope, mask, docs, cache, maps))

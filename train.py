@@ -20,7 +20,7 @@ from dataclasses import asdict
 import torch
 
 from nanonexus import data
-from nanonexus.checkpoint import check_cache, probe, restore_weights, save_checkpoint
+from nanonexus.checkpoint import check_new, probe, restore_weights, save_checkpoint
 from nanonexus.cli import UserError, run_script
 from nanonexus.controls import build, describe
 from nanonexus.device import peak_flops
@@ -99,7 +99,7 @@ def train(args, config, tokens, world, saved, stop, log):
                     param_groups=optimizer.state_dict()["param_groups"]))
             scaler.load_state_dict(saved["scaler"])
     else:
-        check_cache(gpt)
+        check_new(gpt, args.doc_mask)
 
     model, block_masks = gpt, gpt.attention_mask
     if device.type == "cuda" if args.compile is None else args.compile:

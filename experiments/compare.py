@@ -309,6 +309,9 @@ def main():
             results[name] = summarise(lines)
     if not results:
         raise UserError(f"{args.results} has no finished run of these variants and settings yet")
+    if missing := [name for name in args.variants if name not in results]:
+        print(f"note: no finished run of {', '.join(missing)} with these settings",
+              file=sys.stderr)
     for base in args.against:
         for name, r in results.items():
             if base in results and name != base and (gap := minus(r, results[base])):

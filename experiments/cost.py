@@ -283,7 +283,8 @@ def main():
     add("--rounds", type=number(int, 2, 10**6), default=10, help="steps per model (default: 10)")
     add("--nanogpt", metavar="FILE", help="a copy of nanoGPT's model.py, to measure with ours")
     add("--neox", action="store_true", help="also measure transformers' GPT-NeoX")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=["cuda", "mps", "cpu"])
     add("--quick", action="store_true", help="short contexts, few rounds: under a minute")
     add("--out", default="out/cost", help="folder (default: out/cost)")
     args = parse(parser)

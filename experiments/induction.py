@@ -30,6 +30,7 @@ line is there; --show prints the tables of the lines without any model.
 import glob
 import os
 import statistics
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -249,6 +250,9 @@ def main():
                 for variant in args.variants}
         tables[step] = results = {variant: [found[key] for key in some]
                                   for variant, some in keys.items() if found.keys() >= {*some}}
+        if missing := [variant for variant in args.variants if variant not in results]:
+            print(f"note: no {args.seeds} seeds of {', '.join(missing)} at step {step}",
+                  file=sys.stderr)
         if args.variants[0] not in results:
             raise UserError(f"{args.results} has no {args.seeds} seeds of {args.variants[0]} at "
                             f"step {step} of {name}")

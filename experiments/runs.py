@@ -80,6 +80,8 @@ def compare(out, variants, seeds, quick):
 def checkpoints(out, variant, seeds):
     """The checkpoints of a variant, seeds 0 to seeds - 1, that compare.py made in the folder `out`.
     UserError if one is missing."""
+    if not os.path.isdir(out):
+        raise UserError(f"no folder {out}: python experiments/compare.py --out {out} makes it")
     paths = [os.path.join(out, f"{variant}-seed{seed}", "ckpt.pt") for seed in range(seeds)]
     for path in paths:
         if not os.path.exists(path):

@@ -21,7 +21,7 @@ Also in trained models, for each layer and head, in float64:
 
 - the singular values of log-attention. Taken from the block of late rows and early columns, which
   no causal mask touches, each row centred (softmax ignores a row's constant). Effective rank: the
-  exponential of the entropy of the normalised squares. A head's log-attention has rank <= D + 1 by
+  exponential of the entropy of the normalised squares. A head's then has rank <= D by
   construction, at every order; what differs is how much of it is used.
 - the log-rank condition where it can fail: the attention of a whole layer, the mean over its heads.
   Could one head of width D have produced it? Yes if the rank of its log is at most D; the rank is
@@ -35,6 +35,7 @@ Also in trained models, for each layer and head, in float64:
 import statistics
 
 import torch
+from compare import ANY, read_variant
 from figures import WIDTH, name_lines, style
 from runs import model_flags, models_and_text
 from tqdm import tqdm
@@ -43,7 +44,7 @@ from common import INNERS, parse, pyplot, save, table
 
 from model import GPT, GPTConfig
 from nanonexus.checkpoint import load_checkpoint
-from nanonexus.cli import Parser, listed, number, run_script
+from nanonexus.cli import Parser, UserError, listed, number, run_script
 from nanonexus.stats import mean_spread, paired, paired_text
 
 OUTER = ["effective rank", "outside span", "rank of layer", "rank <= D", "outer entropy"]
@@ -247,6 +248,10 @@ def main():
     add("--quick", action="store_true", help="small models, two sequences: under a minute")
     add("--out", default="out/spectrum", help="folder (default: out/spectrum)")
     args = parse(parser)
+    for variant in args.variants:
+        read_variant(variant, ANY)  # all are known, before any of them is trained
+    if odd := [D for D in args.widths if D % 2]:
+        raise UserError(f"--widths must be even numbers, got {odd[0]}")
     if args.quick:
         args.windows, args.seeds, args.contexts = 2, min(2, args.seeds), [16, 32, 64]
     plt = pyplot(args.out)

@@ -189,6 +189,8 @@ def main():
         args.orders, args.depths, args.lrs, args.steps, args.seeds = [1, 2, 6], [2], [1e-2], 20, 2
     if args.orders[0] != 1:
         raise UserError("--orders must begin with 1, with which the others are compared")
+    if args.width % 8:
+        raise UserError(f"--width must be a multiple of 8, got {args.width}")
     plt = pyplot(args.out)
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
     tokens = Dataset(pydocs(os.path.join(args.out, "pydocs")))

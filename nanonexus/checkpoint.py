@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 
 import torch
 
-from model import GPTConfig, ModelError, output_layer
+from model import GPTConfig, ModelError, check, output_layer
 from nanonexus.cli import UserError
 from nanonexus.controls import build
 from nanonexus.files import replace
@@ -101,15 +101,26 @@ def probe(model):
     return logits
 
 
-def check_cache(model):
-    """ModelError if a cache changes the logits of a new model, whatever its parameters will be:
-    what starts as a constant, such as zeros, is changed in a copy, since it would hide mistakes."""
+def check_new(model, documents=False):
+    """ModelError if a cache changes the logits of a new model or, with documents, the tokens of one
+    document those of the next, whatever its parameters will be: what starts as a constant, such as
+    zeros, is changed in a copy, since it would hide mistakes."""
     twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in twin.parameters():
             if (p == p.flatten()[0]).all():
                 p.add_(torch.randn(p.shape, generator=generator).to(p) / 2)
     probe(twin)
+    if documents:
+        idx = probe_ids(model.config).to(next(model.parameters()).device)
+        second = torch.arange(idx.size(1), device=idx.device) >= idx.size(1) // 2
+        other = torch.where(second, idx, (idx + 1) % model.config.vocab_size)
+        with torch.no_grad():
+            h, changed = (twin.eval().hidden_states(x, docs=second.long()[None])[:, second]
+                          for x in (idx, other))
+        check((h - changed).abs().max() <= 1e-5 * h.abs().max(), "the tokens of a document change "
+              "the hidden states of the next: with --doc_mask tokens may meet only in attend, or "
+              "where ctx.docs says that they are of one document")
 
 
 def restore_weights(model, saved, path):
@@ -130,7 +141,8 @@ def check_probe(model, saved, path, lacking=()):
     gap = (found - saved.cpu()).abs().max() if found.shape == saved.shape else math.inf
     if not gap <= 5e-3 * scale:  # devices and backends differ by up to a thousandth
         raise ModelError(f"{path}: model.py has changed since: its logits differ by {gap:.2g} from "
-                         f"those saved, of up to {scale:.2g}"
+                         f"those saved, of up to {scale:.2g}; use the model.py that made it, or "
+                         "train a new one"
                          + f"; the file knows nothing of {', '.join(lacking)}" * bool(lacking))
 
 
@@ -171,6 +183,8 @@ def make_config(values, path):
         config = GPTConfig(**values)
     except TypeError as error:  # a field of another version
         raise ModelError(f"{path} has a config that is not ours: {error}") from error
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}; was it made with another model.py?") from error
     check_size(config)
     return config
 

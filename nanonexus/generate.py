@@ -29,7 +29,8 @@ class KVCache:
 
     def update(self, entry, x):
         """Append x (B, H, T, D) to an entry, (layer, name); returns all of it, (B, H, S, D)."""
-        assert entry not in self.seen, f"two attentions of layer {entry[0]} have one name: {entry}"
+        check(entry not in self.seen, f"two attentions of layer {entry[0]} have one name, "
+              f"{entry[1]!r}: give each its own, such as the one that inner_step is given")
         self.seen.add(entry)
         if entry not in self.entries:
             self.entries[entry] = x.new_empty(*x.shape[:2], self.capacity, x.size(3))

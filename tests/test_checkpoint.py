@@ -10,7 +10,7 @@ from questions import save as save_gpt
 import model as ours
 from model import CausalSelfAttention, GPTConfig, ModelError
 from nanonexus import checkpoint
-from nanonexus.checkpoint import PARTS, check_cache, load_checkpoint, probe
+from nanonexus.checkpoint import PARTS, check_new, load_checkpoint, probe
 from nanonexus.cli import UserError
 from nanonexus.controls import CONTROLS, build, replaces_loops
 
@@ -146,13 +146,30 @@ class Positions(torch.nn.Embedding):
 
 def test_a_wrong_cache_shows_before_its_parameters_have_learnt():
     gpt = make()
-    check_cache(gpt)
+    check_new(gpt)
     gpt.embed = Positions(gpt.embed.weight)
     before = gpt.state_dict()["embed.position"].clone()
     probe(gpt)
     with pytest.raises(ModelError, match="logits with a cache differ"):
-        check_cache(gpt)
+        check_new(gpt)
     assert torch.equal(gpt.embed.position, before)
+
+
+class Average(CausalSelfAttention):
+    def prepare(self, q, k, v, ctx):  # by a learnt share, which starts at zero, of all tokens
+        return q, k + self.share * ctx.remember("mean", k).cumsum(2)[:, :, -k.size(2):], v
+
+
+def test_a_leak_between_documents_shows_before_training():
+    for attention in ("sdpa", "manual"):
+        gpt = make(attention=attention)
+        check_new(gpt, documents=True)
+        for block in gpt.blocks:
+            block.attn.__class__ = Average
+            block.attn.share = torch.nn.Parameter(torch.zeros(()))
+        check_new(gpt)
+        with pytest.raises(ModelError, match="a document change the hidden states of the next"):
+            check_new(gpt, documents=True)
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, monkeypatch):

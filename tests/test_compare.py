@@ -22,6 +22,8 @@ import torch
 from questions import call, done, drawn, refused
 from test_train import ROOT, read_log, tokens  # noqa: F401
 
+import common
+
 import train
 from nanonexus.cli import UserError
 from nanonexus.controls import build
@@ -235,15 +237,20 @@ def test_what_other_studies_let_it_train(tmp_path, monkeypatch):
         runs.compare(str(tmp_path), ["baseline"], 1, quick=False)
 
 
-def test_results_of_other_code_are_told(monkeypatch, capsys):
+def test_the_commit_says_whether_files_were_changed_since(monkeypatch):
     said = {"rev-parse": "abc\n", "status": ""}
-    monkeypatch.setattr(subprocess, "run", lambda argv, **kwargs: SimpleNamespace(
+    monkeypatch.setattr(common.subprocess, "run", lambda argv, **kwargs: SimpleNamespace(
         stdout=said[argv[3]]))
-    kept = [dict(commit="012", code=runs.code())]
-    assert runs.source(kept) == dict(commit="abc", code=runs.code())
-    assert not capsys.readouterr().err
+    assert common.commit() == "abc"
     said["status"] = " M README.md\n"
-    assert runs.source(kept + [dict(commit="abc"), dict(commit=None, code="0")])["commit"] == "abc+"
+    assert common.commit() == "abc+"
+
+
+def test_results_of_other_code_are_told(capsys):
+    kept = [dict(commit="012", code=runs.code())]
+    assert runs.source(kept) == dict(commit=common.COMMIT, code=runs.code())
+    assert not capsys.readouterr().err
+    runs.source(kept + [dict(commit="abc"), dict(commit=None, code="0")])
     assert "2 results of other code (commit None, abc) are kept" in capsys.readouterr().err
 
 

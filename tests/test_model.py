@@ -114,6 +114,8 @@ def reference_attention(attn, x):
                 new[n] = heads(h[n] @ wq.T, h[n] @ wk.T, s @ wv.T)
             elif c.nexus_inner == "tokens":  # gather first, one map for both streams
                 new[n] = heads(h["q"], h["k"], streams["v"]) @ w[n].T + b[n]
+            else:
+                raise AssertionError(f"add a branch for {c.nexus_inner!r} to this reference")
         h.update(new)
     return heads(h["q"], h["k"], streams["v"]) @ attn.proj.weight.T + attn.proj.bias
 
@@ -200,7 +202,7 @@ def test_attentions_of_one_name_are_told_apart(monkeypatch):
         return attend(h[n], h[n], attend(h[n], h[n], s, ctx, name), ctx, name)
 
     monkeypatch.setattr(CausalSelfAttention, "inner_step", twice)
-    with pytest.raises(AssertionError, match="two attentions of layer 0 have one name"):
+    with pytest.raises(ModelError, match="two attentions of layer 0 have one name"):
         make(nexus_order=2)(tokens(1, 5), cache=KVCache(8))
 
 

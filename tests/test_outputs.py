@@ -143,14 +143,16 @@ def place(tokens, tmp_path_factory):  # noqa: F811
     ("gpu --data . --tasks sciq", "no file .*sciq_test.jsonl"),
     ("gpu --variants longer", "choose from baseline"), ("gpu -- --nope", "unrecognized.* --nope"),
     ("gpu -- --nexus_order=3", "sets --nexus_order itself"),
-    ("induction --runs nowhere", "nowhere/baseline-seed0/ckpt.pt is missing"),
+    ("induction --runs nowhere", "no folder nowhere"),
     ("induction --variants baseline,keyshift", "no variant 'keyshift'"),
     ("induction --variants baseline", "the baseline and at least one more"),
     ("recall --variants nexus-2", "not 'nexus-2'"), ("recall --tasks three-hops", "not 'three-hop"),
     ("recall --pairs 17", "from 1 to 16"), ("recall --show", "results.jsonl has no finished run"),
     ("rank --d 64", "must be below --T, 64"), ("rank --seeds 1", "from 2 to 1000"),
     ("stability --orders 2", "must begin with 1"), ("stability --lrs nan", "number above 0"),
-    ("spectrum --runs nowhere", "nowhere/baseline-seed0/ckpt.pt is missing"),
+    ("spectrum --runs nowhere", "no folder nowhere: python experiments/compare.py --out nowhere"),
+    ("spectrum --variants baseline,pats", "'pats'"), ("spectrum --widths 16,15", "even"),
+    ("stability --width 12", "multiple of 8"), ("cost --device foo", "'foo'"),
     ("spectrum --tol 1", "to 0.999, got 1"), ("spectrum --contexts 4", "from 8 to 16384, got 4")])
 def test_a_mistake_is_one_line_before_the_work(command, message, place, monkeypatch):
     def files():  # but train.py's lock and empty log
