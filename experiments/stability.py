@@ -21,6 +21,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 from figures import WIDTH, name_lines, style
+from runs import source
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -29,10 +30,12 @@ from common import INNERS, parse, pyplot, save, table
 from model import GPT, CausalSelfAttention, GPTConfig, attend
 from nanonexus.cli import Parser, UserError, listed, number, positive_int, rate, run_script
 from nanonexus.data import Dataset, count_sequences, pydocs, train_indices
+from nanonexus.files import append_line, output_file, read_lines
 from nanonexus.stats import mean_spread, paired, paired_text
 
 FORMS = (*INNERS, "free")
 T, BATCH = 64, 16
+KEY = ("form", "order", "depth", "lr", "seed", "width", "steps")  # identifies a run
 
 
 class Free(CausalSelfAttention):
@@ -80,16 +83,10 @@ def largest_logit(model, idx):
     return max(scores.largest)
 
 
-def at_start(order, form, depth, args, seed, batches):
-    model = build(order, form, depth, args, seed)
-    model(*batches(seed, 0)).backward()
-    return gradients(model).tolist()
-
-
 def train(order, form, depth, lr, args, seed, batches):
     model = build(order, form, depth, args, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=True)
-    losses, norms, spikes = [], [], 0
+    losses, norms, spikes, start = [], [], 0, None
     for step in range(args.steps):
         for group in optimizer.param_groups:  # warm-up, then constant: nothing hides a bad rate
             group["lr"] = lr * min(1, (step + 1) / 10)
@@ -101,10 +98,11 @@ def train(order, form, depth, lr, args, seed, batches):
             spikes += 1
         optimizer.zero_grad()
         loss.backward()
+        start = start or gradients(model).tolist()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         optimizer.step()
     last = statistics.mean(losses[-10:])
-    return dict(loss=last, diverged=not last < math.log(256), spikes=spikes,
+    return dict(start=start, loss=last, diverged=not last < math.log(256), spikes=spikes,
                 largest_norm=max(norms), largest_logit=largest_logit(model, batches(seed, 0)[0]))
 
 
@@ -182,6 +180,8 @@ def main():
         "(default: 64)")
     add("--steps", type=positive_int, default=50, help="steps of training (default: 50)")
     add("--seeds", type=number(int, 2, 1000), default=3, help="seeds of each setting (default: 3)")
+    add("--results", help="file to which each finished run appends a line, and whose runs are not "
+        "repeated (default: OUT/results.jsonl)")
     add("--quick", action="store_true", help="orders 1, 2 and 6, few steps: under a minute")
     add("--out", default="out/stability", help="folder (default: out/stability)")
     args = parse(parser)
@@ -191,7 +191,8 @@ def main():
         raise UserError("--orders must begin with 1, with which the others are compared")
     if args.width % 8:
         raise UserError(f"--width must be a multiple of 8, got {args.width}")
-    plt = pyplot(args.out)
+    plt, path = pyplot(args.out), args.results or os.path.join(args.out, "results.jsonl")
+    output_file(path)
     torch.set_num_threads(1)  # the models are small: two threads would wait for each other
     tokens = Dataset(pydocs(os.path.join(args.out, "pydocs")))
     n = count_sequences(tokens.train, T)
@@ -200,17 +201,25 @@ def main():
         indices = train_indices(n, seed, step, BATCH, 0, 1)
         return tokens.load("train", T, indices, torch.device("cpu"))
 
-    seeds, starts, runs = range(args.seeds), {}, {}
+    lines = {tuple(line[k] for k in KEY): line for line in read_lines(path, *KEY, "start")}
+    made = source(lines.values())
+
+    def measured(form, order, depth, lr, seed):
+        """The line of a run; at order 1 all forms are one model."""
+        key = FORMS[0] if order == 1 else form, order, depth, lr, seed, args.width, args.steps
+        if key not in lines:
+            lines[key] = dict(zip(KEY, key, strict=True)) | made | train(
+                order, form, depth, lr, args, seed, batches)
+            append_line(path, lines[key])
+        return lines[key]
+
+    starts, runs = {}, {}
     jobs = [(form, m, d) for d in args.depths for form in FORMS for m in args.orders]
     for form, m, d in tqdm(jobs, desc="training", disable=None, leave=False):
-        key = f"{form} {m} depth {d}"
-        if form != FORMS[0] and m == 1:  # they are the same model
-            starts[key] = starts[f"{FORMS[0]} {m} depth {d}"]
-            runs |= {f"{key} lr {lr}": runs[f"{FORMS[0]} {m} depth {d} lr {lr}"] for lr in args.lrs}
-            continue
-        starts[key] = [at_start(m, form, d, args, seed, batches) for seed in seeds]
         for lr in args.lrs:
-            runs[f"{key} lr {lr}"] = [train(m, form, d, lr, args, s, batches) for s in seeds]
+            runs[f"{form} {m} depth {d} lr {lr}"] = found = [
+                measured(form, m, d, lr, seed) for seed in range(args.seeds)]
+        starts[f"{form} {m} depth {d}"] = [line["start"] for line in found]
     for d in args.depths:
         print(f"\n{d} layers at initialisation: gradient relative to order 1, geometric mean over "
               f"layers\n{table(start_rows(starts, d))}")
@@ -218,7 +227,7 @@ def main():
             print(f"\n{d} layers, learning rate {lr:g}, {args.steps} steps\n"
                   f"{table(train_rows(runs, d, lr, args.orders))}")
     print("± over seeds; paired by seed, * is p < 0.01")
-    save(args, "stability", dict(start=starts, training=runs), plot(plt, starts, runs, args))
+    save(args, "stability", runs, plot(plt, starts, runs, args))
 
 
 if __name__ == "__main__":

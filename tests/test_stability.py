@@ -90,8 +90,12 @@ def test_the_command(tmp_path, tokens, monkeypatch):  # noqa: F811
     monkeypatch.setattr(stability, "pydocs", lambda folder: tokens)
     argv = "--orders 1,3 --depths 1 --lrs 1e-2 --steps 3 --seeds 2 --width 16".split()
     out = done(stability.main, *argv, "--out", tmp_path)
-    runs = json.loads((tmp_path / "stability.json").read_text())["results"]["training"]
+    runs = json.loads((tmp_path / "stability.json").read_text())["results"]
     assert runs["free 1 depth 1 lr 0.01"] == runs["self 1 depth 1 lr 0.01"]
     loss = sum(run["loss"] for run in runs["free 3 depth 1 lr 0.01"]) / 2
     assert f"{loss:.3f} ±" in out
     drawn(tmp_path / "stability.svg", stability.FORMS)
+    monkeypatch.setattr(stability, "train", None)  # nothing is measured again
+    assert done(stability.main, *argv, "--out", tmp_path).splitlines()[:-1] == out.splitlines()[:-1]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * (1 + len(stability.FORMS))  # order 1 is one model
