@@ -39,7 +39,7 @@ from common import parse, save, table
 from model import GPT
 from nanonexus.cli import Parser, UserError, listed, number, one_of, positive_int, run_script
 from nanonexus.controls import build
-from nanonexus.device import keep_freed_memory, peak_flops
+from nanonexus.device import check_device, keep_freed_memory, peak_flops
 from nanonexus.files import output_folder
 from nanonexus.flags import PRESETS, preset_config
 from nanonexus.generate import KVCache
@@ -297,6 +297,7 @@ def main():
         args.variants = list(dict.fromkeys(["baseline", *names]))
     if args.nanogpt and not os.path.isfile(args.nanogpt):
         raise UserError(f"no file {args.nanogpt}: give the path of nanoGPT's model.py")
+    check_device(args.device)
     output_folder(args.out)
     args.compile = args.device == "cuda"
     if args.device == "cpu":

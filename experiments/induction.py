@@ -250,12 +250,12 @@ def main():
                 for variant in args.variants}
         tables[step] = results = {variant: [found[key] for key in some]
                                   for variant, some in keys.items() if found.keys() >= {*some}}
-        if missing := [variant for variant in args.variants if variant not in results]:
-            print(f"note: no {args.seeds} seeds of {', '.join(missing)} at step {step}",
-                  file=sys.stderr)
         if args.variants[0] not in results:
             raise UserError(f"{args.results} has no {args.seeds} seeds of {args.variants[0]} at "
                             f"step {step} of {name}")
+        if missing := [variant for variant in args.variants if variant not in results]:
+            print(f"note: no {args.seeds} seeds of {', '.join(missing)} at step {step}",
+                  file=sys.stderr)
         one = results[args.variants[0]][0]
         print(f"\n{name}, step {step:,}: {one['predictions']:,} predictions in "
               f"sequences of {one['length']} tokens, ± over {args.seeds} seeds\n"

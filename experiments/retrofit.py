@@ -319,8 +319,7 @@ def build_parser():
         "(default: 1e-5,1e-4)")
     add("--jobs", type=positive_int, default=1, help="runs in parallel, each with one thread if "
         "more than 1 (default: 1)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        choices=["cuda", "mps", "cpu"])
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the products in "
         "training and scoring (default: bfloat16; a CPU without AVX-512 BF16: float32 is faster)")
     add("--quick", action="store_true", help="few maps, pieces, documents and steps: some minutes")

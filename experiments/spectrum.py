@@ -222,7 +222,7 @@ def plot(plt, results, start, contexts):
                  ylabel="relative to the largest", ylim=(1e-3, 1.2))
     ranks.set(title="its effective rank", xlabel="layer", xticks=range(1, column.size(1) + 1))
     for panel, title in ((untrained, "untrained"), (trained, "trained")):
-        panel.set(title=f"{title}: own token (past, cross: the one before)", xlabel="context T",
+        panel.set(title=f"{title}: own token (if unseen: the one before)", xlabel="context T",
                   xscale="log", ylim=(0, 1))
         at = contexts if panel is untrained else list(runs[0]["shares"])
         panel.set_xticks(at, at)

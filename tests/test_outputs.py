@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from questions import ROWS, refused, save, write_rows
 from test_train import tokens  # noqa: F401
 
@@ -153,6 +154,8 @@ def place(tokens, tmp_path_factory):  # noqa: F811
     ("spectrum --runs nowhere", "no folder nowhere: python experiments/compare.py --out nowhere"),
     ("spectrum --variants baseline,pats", "'pats'"), ("spectrum --widths 16,15", "even"),
     ("stability --width 12", "multiple of 8"), ("cost --device foo", "'foo'"),
+    (f"cost --device {'mps' if torch.cuda.is_available() else 'cuda'}", "no device .* here"),
+    ("spectrum --runs .", "[.]/baseline-seed0/ckpt.pt is missing"),
     ("spectrum --tol 1", "to 0.999, got 1"), ("spectrum --contexts 4", "from 8 to 16384, got 4")])
 def test_a_mistake_is_one_line_before_the_work(command, message, place, monkeypatch):
     def files():  # but train.py's lock and empty log
